@@ -1,0 +1,133 @@
+"""Source: an open checkpoint as every workflow sees it: modules that are quantized, tensors that are not."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fewbit.codecs.codec import Codec, Located, Parts, kv_scale
+from fewbit.errors import CheckpointError, FewbitError
+from fewbit.files.checkpoint import Checkpoint
+from fewbit.files.safetensors import TensorInfo
+from fewbit.quant.plan import Plan, Rule
+from fewbit.quant.qtensor import Quantized
+from fewbit.quant.spec import Format
+
+SURPLUS = ("rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias")  # tensors of old files that no model reads
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One quantized module, from the headers alone."""
+
+    format: Format
+    shape: tuple[int, ...]
+    tensors: tuple[str, ...]
+    nbytes: int
+    rule: Rule | None
+    read: Callable[[], Quantized] = field(repr=False)
+
+
+@dataclass(slots=True)
+class Source:
+    """modules, dense and kv are keyed by the names on disk (for GGUF: by the Hugging Face names they map to)."""
+
+    path: Path
+    dialect: str
+    evidence: str
+    config: dict[str, Any]
+    plan: Plan
+    checkpoint: Checkpoint
+    modules: dict[str, Entry] = field(default_factory=dict)
+    dense: dict[str, TensorInfo] = field(default_factory=dict)
+    kv: dict[str, dict[str, str]] = field(default_factory=dict)  # attention module -> {"k": tensor, "v": tensor}
+    surplus: dict[str, str] = field(default_factory=dict)  # tensor -> why nothing reads it
+    problems: list[tuple[str, str, str]] = field(default_factory=list)  # (finding, name, text), met while grouping
+    tokenizer: dict[str, bytes] | None = None  # files rebuilt from GGUF metadata; None = files of the folder
+    explicit: bool = True
+    reader: Callable[[str], Tensor] | None = None  # of dense tensors, when the dialect rewrites them
+
+    def read(self, name: str) -> Quantized | Tensor:
+        """A module by name, or a dense tensor by name."""
+        if name in self.modules:
+            try:
+                return self.modules[name].read()
+            except FewbitError as error:
+                raise CheckpointError(f"{self.path}: module {name}: {error}") from error
+        return self.reader(name) if self.reader else self.checkpoint.read(name)
+
+    def close(self) -> None:
+        self.checkpoint.close()
+
+    def __enter__(self) -> "Source":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def group(checkpoint: Checkpoint, codec: Codec, located: Located) -> Source:
+    """Sort the tensors of a safetensors checkpoint into modules, dense tensors, KV scales and surplus."""
+    plan = codec.plan(located.config)
+    source = Source(checkpoint.path, codec.name, "", checkpoint.config, plan, checkpoint, explicit=codec.explicit)
+    modules: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in checkpoint.tensors.items():
+        if of := kv_scale(name):
+            source.kv.setdefault(of[0], {})[of[1]] = name
+        elif name.endswith(SURPLUS):
+            source.surplus[name] = "computed from the config"
+        elif found := _split(name, codec):
+            modules.setdefault(found[0], {})[found[1]] = info
+        else:
+            source.dense[name] = info
+    for module, infos in modules.items():
+        _sort_module(source, codec, module, infos)
+    return source
+
+
+def _split(name: str, codec: Codec) -> tuple[str, str] | None:
+    for ending in sorted((*codec.endings, *codec.unused), key=len, reverse=True):
+        if name.endswith(ending):
+            return name[: -len(ending)], ending
+    return None
+
+
+def _sort_module(source: Source, codec: Codec, module: str, infos: dict[str, TensorInfo]) -> None:
+    marked = any(ending in codec.marker for ending in infos)
+    dense = infos.get(".weight")
+    is_float = dense is not None and dense.dtype in ("F32", "F16", "BF16", "F64")
+    form, rule = source.plan.for_module(module)
+    if not marked:
+        source.dense |= {info.name: info for info in infos.values()}
+    elif form is None and is_float:
+        assert dense is not None
+        source.dense[dense.name] = dense
+        reason = f"excluded by {rule.where} = {rule.pattern!r}" if rule else "no rule covers it"
+        source.surplus |= {info.name: reason for ending, info in infos.items() if ending != ".weight"}
+    elif form is None:
+        by = f"{rule.where} = {rule.pattern!r} excludes it" if rule else "no rule of the plan covers it"
+        source.problems.append(("stored-quantized", module, f"is stored quantized ({_list(infos)}), and {by}"))
+    else:
+        _add_module(source, codec, module, infos, form, rule)
+
+
+def _add_module(
+    source: Source, codec: Codec, module: str, infos: dict[str, TensorInfo], form: Format, rule: Rule | None
+) -> None:
+    unused = [infos.pop(ending).name for ending in codec.unused if ending in infos]
+    source.surplus |= dict.fromkeys(unused, f"{codec.name} writes it and nothing reads it")
+    parts = Parts(source.checkpoint, module, infos)
+    try:
+        shape = codec.shape(form, parts)
+    except FewbitError as error:
+        source.problems.append(("unreadable", module, str(error)))
+        return
+    names = tuple(info.name for info in infos.values())
+    nbytes = sum(info.nbytes for info in infos.values())
+    source.modules[module] = Entry(form, shape, names, nbytes, rule, lambda: codec.read(form, parts))
+
+
+def _list(infos: dict[str, TensorInfo]) -> str:
+    return ", ".join(sorted(infos))

@@ -1,0 +1,20 @@
+"""The only reader of environment variables."""
+
+import os
+from pathlib import Path
+
+
+def offline() -> bool:
+    """No network unless the user left the hub reachable."""
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+
+
+def cache() -> Path:
+    """Where downloads of ours go."""
+    base = os.environ.get("FEWBIT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewbit"
+    return Path(base)
+
+
+def test_checkpoints() -> list[Path]:
+    """Folders of checkpoints that a user wants tested, separated as in PATH."""
+    return [Path(part) for part in os.environ.get("FEWBIT_TEST_CHECKPOINTS", "").split(os.pathsep) if part]

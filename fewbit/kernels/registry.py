@@ -1,0 +1,86 @@
+"""KERNELS: every way to run an op, as a table. A kernel says what it can hold, or the reason why not.
+
+Ops: `linear` runs x [..., K] -> [..., N] on one Quantized; `experts` runs x [S, K], sorted by expert, with the number of
+rows of each expert, on a Quantized whose planes have a leading axis of experts. Others join through the entry-point
+group `fewbit.kernels`: a Kernel, or a function that returns several.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import SpecError
+from fewbit.kernels import torch_dequant
+from fewbit.quant.qtensor import Quantized
+from fewbit.quant.spec import Format
+
+Op = Literal["linear", "experts"]
+Supports = Callable[[Format, torch.device, torch.dtype], str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One way to run one op. The rules are data; `supports` adds what only code can tell: None, or the reason why not."""
+
+    name: str
+    op: Op
+    devices: tuple[str, ...]  # device types; empty = every device
+    dtypes: tuple[torch.dtype, ...]  # of the input and output
+    supports: Supports
+    prepack: Callable[[Quantized], Any]
+    run: Callable[..., Tensor]  # linear: (x, packed, bias); experts: (x, packed, rows of each expert)
+    capability: tuple[int, int] = (0, 0)  # least CUDA compute capability
+    note: str = ""
+
+    def refusal(self, format: Format, device: torch.device, dtype: torch.dtype) -> str | None:
+        """None when it can run, else the first reason why not."""
+        if self.devices and device.type not in self.devices:
+            return f"runs on {', '.join(self.devices)}, not on {device.type}"
+        if dtype not in self.dtypes:
+            return f"takes {', '.join(_short(d) for d in self.dtypes)}, not {_short(dtype)}"
+        if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < self.capability:
+            return f"needs compute capability {self.capability[0]}.{self.capability[1]}, found {found[0]}.{found[1]}"
+        return self.supports(format, device, dtype)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _anything(format: Format, device: torch.device, dtype: torch.dtype) -> None:
+    return None
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+REFERENCE = "reference"
+
+KERNELS: tuple[Kernel, ...] = (
+    Kernel(
+        REFERENCE, "linear", (), FLOATS, _anything, torch_dequant.prepack_linear, torch_dequant.run_linear,
+        note="the oracle: weights decoded at each call, activations rounded as the format says",
+    ),
+    Kernel(
+        REFERENCE, "experts", (), FLOATS, _anything, torch_dequant.prepack_experts, torch_dequant.run_experts,
+        note="the oracle, one expert at a time",
+    ),
+)  # fmt: skip
+
+
+@cache
+def kernels() -> tuple[Kernel, ...]:
+    """KERNELS and what entry points add to them, fastest first as far as known: the reference is last."""
+    return (*_extensions(), *KERNELS)
+
+
+def _extensions() -> Iterable[Kernel]:
+    for point in entry_points(group="fewbit.kernels"):
+        loaded = point.load()
+        for kernel in (loaded,) if isinstance(loaded, Kernel) else loaded():
+            if not isinstance(kernel, Kernel):
+                raise SpecError(f"entry point {point.name!r} of fewbit.kernels gives {type(kernel).__name__}, not Kernel")
+            yield kernel

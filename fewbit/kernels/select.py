@@ -1,0 +1,30 @@
+"""Which kernel runs an op on a format, and why the others do not."""
+
+import torch
+
+from fewbit.errors import SpecError, UnsupportedError
+from fewbit.kernels.registry import REFERENCE, Kernel, Op, kernels
+from fewbit.quant.spec import Format, describe
+
+Refusals = list[tuple[str, str]]  # (kernel, reason)
+
+
+def select(
+    op: Op, format: Format, device: torch.device, dtype: torch.dtype, mode: str = "auto"
+) -> tuple[Kernel, Refusals]:
+    """The first kernel that can. mode: "auto", or the name of the one kernel that may run."""
+    refused: Refusals = []
+    named = [k for k in kernels() if k.op == op and mode in ("auto", k.name)]
+    if not named:
+        known = sorted({k.name for k in kernels() if k.op == op} | {"auto"})
+        raise SpecError(f"kernels={mode!r}: no {op} kernel has that name; known: {', '.join(known)}")
+    for kernel in named:
+        reason = kernel.refusal(format, device, dtype)
+        if reason is None:
+            return kernel, refused
+        refused.append((kernel.name, reason))
+    asked = f"{op} with {describe(format.weight)} on {device}"
+    raise UnsupportedError(f"no kernel runs {asked}", [f"{name}: {why}" for name, why in refused])
+
+
+__all__ = ["REFERENCE", "Refusals", "select"]

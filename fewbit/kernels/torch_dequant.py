@@ -1,0 +1,117 @@
+"""The reference kernel: decode the weight at each call, round activations as the format says, multiply in x's dtype.
+
+On a CPU the weight is decoded in runs of rows small enough that the decoded values are still in cache when they are
+multiplied. Where that happens to whole tensors, it is quant.reference.linear.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import gcd, lcm
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from fewbit.quant.qtensor import QTensor, Quantized, Transform, slice
+from fewbit.quant.reference import decode, fake_quant, transformed
+from fewbit.quant.spec import FLAT, QuantSpec
+
+CHUNK = 1 << 18  # weights decoded at a time: 1 MB of float32
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A Quantized whose weight is cut in runs of rows."""
+
+    source: Quantized
+    runs: tuple[QTensor, ...]
+
+
+def prepack_linear(q: Quantized) -> Rows:
+    """Cut the weight; every plane stays a view of the original where its rows are whole bytes."""
+    step = run_length(q.weight)
+    n = q.weight.shape[-2]
+    if step >= n:
+        return Rows(q, (q.weight,))
+    return Rows(q, tuple(slice(q.weight, -2, i, min(i + step, n)) for i in range(0, n, step)))
+
+
+def run_linear(x: Tensor, packed: Rows, bias: Tensor | None = None) -> Tensor:
+    """x: [..., K] -> [..., N]."""
+    q = packed.source
+    x = transformed(x, q.transforms)
+    rounded = fake_quant(x, q.format.act, q.act) if q.format.act else x
+    if len(packed.runs) == 1:
+        y = linear(rounded, decode(packed.runs[0]).to(x.dtype), bias)
+    else:
+        y = _by_runs(rounded, packed.runs, q.weight.shape[-2])
+        y = y if bias is None else y.add_(bias)
+    return _low_rank(x, q.transforms, y)
+
+
+def _by_runs(x: Tensor, runs: Sequence[QTensor], n: int) -> Tensor:
+    y = x.new_empty(*x.shape[:-1], n)
+    start = 0
+    for run in runs:
+        stop = start + run.shape[-2]
+        y[..., start:stop] = linear(x, decode(run).to(x.dtype))
+        start = stop
+    return y
+
+
+def _low_rank(x: Tensor, transforms: Sequence[Transform], y: Tensor) -> Tensor:
+    for transform in transforms:
+        if transform.kind == "low_rank":
+            a, b = (transform.tensors[name].to(x.dtype) for name in ("a", "b"))
+            y = y + linear(linear(x, a), b)
+    return y
+
+
+def run_length(q: QTensor) -> int:
+    """Rows to decode at a time: about CHUNK weights, cut where no scale is shared."""
+    n, k = q.shape[-2:]
+    if q.device.type != "cpu":
+        return n
+    unit = row_unit(q.spec, k)
+    return max(unit, CHUNK // max(k, 1) // unit * unit)
+
+
+def row_unit(spec: QuantSpec, k: int) -> int:
+    """The least number of rows that ends on a block edge of every scale."""
+    unit = 1
+    for scale in (*spec.scales, *spec.zeros):
+        rows, cols = scale.block
+        if rows == FLAT:
+            unit = lcm(unit, cols // gcd(cols, k))
+        elif rows > 1:
+            unit = lcm(unit, rows)
+    return unit
+
+
+def prepack_experts(q: Quantized) -> Quantized:
+    return q
+
+
+def run_experts(x: Tensor, packed: Quantized, rows: Sequence[int]) -> Tensor:
+    """x: [S, K] sorted by expert, rows: how many belong to each -> [S, N]."""
+    y = x.new_empty(x.shape[0], packed.weight.shape[-2])
+    start = 0
+    for e, count in enumerate(rows):
+        if count:
+            stop = start + count
+            y[start:stop] = run_linear(x[start:stop], _whole(expert(packed, e)))
+            start = stop
+    return y
+
+
+def _whole(q: Quantized) -> Rows:
+    return Rows(q, (q.weight,))
+
+
+def expert(q: Quantized, e: int) -> Quantized:
+    """The Quantized of one expert: views of [E, ...] planes."""
+    weight = QTensor(q.weight.spec, q.weight.shape[1:], {name: plane[e] for name, plane in q.weight.planes.items()})
+    act = {name: plane[e] for name, plane in q.act.items()}
+    transforms = tuple(Transform(t.kind, {name: p[e] for name, p in t.tensors.items()}) for t in q.transforms)
+    return Quantized(q.format, weight, act, transforms)
+

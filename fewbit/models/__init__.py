@@ -1,0 +1,1 @@
+"""transformers' model definitions, filled from any checkpoint with plain or quantized weights."""

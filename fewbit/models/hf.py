@@ -1,0 +1,197 @@
+"""The only file that imports transformers: config, empty model, names, tokenizer, and our attention and experts in it."""
+
+import contextlib
+import copy
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, revert_weight_conversion
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from fewbit.errors import CheckpointError, UnsupportedError
+from fewbit.models.placement import Placement, Rules
+from fewbit.modules import attention, experts
+
+OURS = attention.NAME
+VERSION = transformers.__version__
+
+AttentionInterface.register(OURS, attention.forward)
+AttentionMaskInterface.register(OURS, eager_mask)
+ALL_EXPERTS_FUNCTIONS.register(OURS, experts.forward)
+
+
+def read_config(source: Mapping[str, Any] | str | Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """A config.json (as a dict, or the folder that holds it) -> the config object; imports nothing from the folder."""
+    if trust_remote_code and not isinstance(source, Mapping):
+        return AutoConfig.from_pretrained(source, trust_remote_code=True)
+    raw = dict(PreTrainedConfig.get_config_dict(str(source))[0] if isinstance(source, str | Path) else source)
+    model_type = raw.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise UnsupportedError(f"config.json: model_type {model_type!r} is not known", _unknown(raw))
+    for key in ("quantization_config", "auto_map", "compression_config"):
+        raw.pop(key, None)
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(raw)
+    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"config.json: not a config of {model_type}: {error}") from error
+
+
+def _unknown(raw: Mapping[str, Any]) -> list[str]:
+    near = [f"transformers {VERSION} knows {len(CONFIG_MAPPING)} types; architectures says {raw.get('architectures')}"]
+    if "auto_map" in raw:
+        near.append("auto_map names code in the checkpoint; trust_remote_code=True would import and run it")
+    return near
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The causal language model of a config."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    named = [getattr(transformers, name, None) for name in config.architectures or []]
+    for cls in named:
+        if isinstance(cls, type) and issubclass(cls, PreTrainedModel) and cls.can_generate():
+            return cls
+    asked = f"model_type {config.model_type!r}, architectures {config.architectures}"
+    raise UnsupportedError(f"config.json: {asked}: no causal language model", ["encoders and classifiers do not generate"])
+
+
+def causal_types() -> list[str]:
+    """Every model_type with a causal language model."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def default_config(model_type: str) -> PreTrainedConfig:
+    return CONFIG_MAPPING[model_type]()
+
+
+def build(config: PreTrainedConfig, dtype: torch.dtype, attention: str = OURS) -> PreTrainedModel:
+    """The model without weights: parameters on the meta device, buffers that no checkpoint stores computed."""
+    config = prepared(config, attention)
+    cls = model_class(config)
+    with contextlib.ExitStack() as stack:
+        for context in cls.get_init_context(dtype, False, False, False):
+            stack.enter_context(context)
+        model = cls(config)
+    _keep_in_float32(model, dtype)
+    _compute_buffers(model)
+    return model.eval()
+
+
+def prepared(config: PreTrainedConfig, attention: str) -> PreTrainedConfig:
+    """A copy that routes attention and experts, in every part of a composed config."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = attention
+    config._experts_implementation = "eager" if attention == "eager" else OURS
+    return config
+
+
+def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give the parameters that the class wants in float32 that dtype."""
+    plan = {p.replace("*", ".*"): d for p, d in model._get_dtype_plan(dtype).items()}
+    for name, parameter in model.named_parameters():
+        for pattern, wanted in plan.items():
+            if re.search(pattern, name):
+                parameter.data = parameter.data.to(wanted)
+
+
+def _compute_buffers(model: PreTrainedModel) -> None:
+    """Fill the non-persistent buffers through the model's own initialization; parameters are meta and stay so."""
+    found = list(_computed(model))
+    for _, module, name in found:
+        old = module._buffers[name]
+        new = torch.full_like(old, torch.nan if old.is_floating_point() else 0, device="cpu")
+        module._buffers[name] = new
+    model.initialize_weights()
+    unfilled = [p for p, m, n in found if m._buffers[n].is_floating_point() and m._buffers[n].isnan().any()]
+    if unfilled:
+        kind = type(model).__name__
+        raise UnsupportedError(f"{kind} does not say how to compute its buffers", [f"{path}" for path in unfilled])
+
+
+def _computed(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    for path, module in model.named_modules():
+        for name in module._non_persistent_buffers_set:
+            if module._buffers.get(name) is not None and module._buffers[name].is_meta:
+                yield f"{path}.{name}", module, name
+
+
+def rules(model: PreTrainedModel) -> Rules:
+    """What the model's class says about names on disk."""
+    mapping = get_model_conversion_mapping(model)
+    return Rules(
+        [m for m in mapping if isinstance(m, WeightRenaming)],
+        [m for m in mapping if isinstance(m, WeightConverter)],
+        {name: tuple(t.shape) for name, t in model.state_dict().items()},
+        model.base_model_prefix,
+        lambda converter, target, sources: _convert(model, converter, target, sources),
+    )
+
+
+def placements(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Placement | None]:
+    """Tensors on disk -> their places; a quantized module is asked for as `<module>.weight`."""
+    return rules(model).place(names)
+
+
+def _convert(model: PreTrainedModel, converter: Any, target: str, sources: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    """Run a converter's operations on gathered tensors (source pattern -> tensors in order)."""
+    converter = copy.deepcopy(converter)
+    for pattern, tensors in sources.items():
+        for tensor in tensors:
+            converter.add_tensor(target, target, pattern, tensor)
+    out = converter.convert(target, model=model, config=model.config)
+    return {name: value[0] if isinstance(value, list) else value for name, value in out.items()}
+
+
+def ties(model: PreTrainedModel) -> dict[str, str]:
+    """Parameter -> the parameter it shares memory with."""
+    return dict(model.all_tied_weights_keys)
+
+
+def optional(model: PreTrainedModel) -> tuple[re.Pattern[str] | None, re.Pattern[str] | None]:
+    """Parameters that may be missing, and disk names that may be left over, as the class says."""
+    surplus = {*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"}
+    return _any(model._keys_to_ignore_on_load_missing or ()), _any(surplus)
+
+
+def _any(patterns: Iterable[str]) -> re.Pattern[str] | None:
+    joined = "|".join(f"({p})" for p in patterns)
+    return re.compile(joined) if joined else None
+
+
+def disk_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state dict as transformers would save it: conversions reverted, tied parameters once."""
+    state = {k: v for k, v in model.state_dict().items() if k not in model.all_tied_weights_keys}
+    return revert_weight_conversion(model, state)
+
+
+def random_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model with weights of transformers' own choosing, on transformers' own paths, in float32."""
+    config = prepared(config, "eager")
+    return model_class(config)._from_config(config, dtype=torch.float32).eval()
+
+
+def output_head(model: PreTrainedModel) -> nn.Module | None:
+    return model.get_output_embeddings()
+
+
+def tokenizer(path: str | Path) -> Any:
+    return AutoTokenizer.from_pretrained(path)
+
+
+def generation_config(path: str | Path) -> GenerationConfig | None:
+    """The folder's generation_config.json, if it has one."""
+    file = Path(path) / "generation_config.json"
+    return GenerationConfig.from_pretrained(path) if file.is_file() else None
+
+

@@ -1,0 +1,119 @@
+"""Experts: the quantized projections of one mixture-of-experts module, each a list of parts [E, N_i, K] along N.
+
+The host is transformers' own experts module: its dense parameters, biases and gate are used as they are, and `forward`
+is what it is told to call. Gate and up stay separate parts, since each may have its own format and scales.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from fewbit.errors import UnsupportedError
+from fewbit.modules.linear import Options, Part, moved, part
+from fewbit.quant.qtensor import QTensor, Quantized, Transform
+
+ATTRIBUTE = "fewbit_experts"  # where a host holds its Experts
+
+
+class Host(Protocol):
+    """What transformers promises of a class under its experts decorator."""
+
+    num_experts: int
+    has_gate: bool
+    has_bias: bool
+    is_transposed: bool
+    act_fn: Callable[[Tensor], Tensor]
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor: ...
+
+
+class Experts(nn.Module):
+    """Projection name -> its parts. A projection without parts is dense and stays with the host."""
+
+    def __init__(self, options: Options):
+        super().__init__()
+        self.options = options
+        self.parts: dict[str, tuple[Part, ...]] = {}
+
+    def bind(self, projection: str, parts: Sequence[Quantized]) -> None:
+        """parts: planes with a leading axis of experts, in their order along N."""
+        self.parts[projection] = tuple(part(q, "experts", self.options) for q in parts)
+
+    def run(self, projection: str, x: Tensor, rows: Sequence[int]) -> Tensor:
+        """x: [S, K] sorted by expert -> [S, N]."""
+        outs = [p.kernel.run(x, p.packed, rows) for p in self.parts[projection]]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, -1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.parts = {name: moved(parts, "experts", fn, self.options) for name, parts in self.parts.items()}
+        return self
+
+
+def forward(host: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """hidden: [T, H], top_k_index and top_k_weights: [T, k] -> [T, H]; the function registered with transformers."""
+    choices = top_k_index.reshape(-1)
+    order = choices.argsort(stable=True)
+    # a choice of num_experts or above names no expert (padding under expert parallelism); it sorts last
+    rows = torch.bincount(choices, minlength=host.num_experts)[: host.num_experts].tolist()
+    order = order[: sum(rows)]
+    token = order // top_k_index.shape[-1]
+    up = "gate_up_proj" if host.has_gate else "up_proj"
+    x = project(host, up, hidden[token], rows)
+    x = host._apply_gate(x) if host.has_gate else host.act_fn(x)
+    x = project(host, "down_proj", x, rows)
+    if getattr(host, "has_post_expert_norm", False):
+        x = host.post_expert_norm(x)
+    x = x * top_k_weights.reshape(-1)[order, None]
+    return torch.zeros_like(hidden).index_add_(0, token, x.to(hidden.dtype))
+
+
+def project(host: Any, name: str, x: Tensor, rows: Sequence[int]) -> Tensor:
+    """One projection of all chosen experts, dense or quantized, with its bias."""
+    ours: Experts | None = getattr(host, ATTRIBUTE, None)
+    bias = getattr(host, f"{name}_bias") if host.has_bias else None
+    if ours is not None and name in ours.parts:
+        y = ours.run(name, x, rows)
+    else:
+        y = dense(x, getattr(host, name), host.is_transposed, rows)
+    if bias is None:
+        return y
+    return y + bias.repeat_interleave(torch.tensor(rows, device=x.device), dim=0, output_size=x.shape[0])
+
+
+def dense(x: Tensor, weight: Tensor, transposed: bool, rows: Sequence[int]) -> Tensor:
+    """weight: [E, N, K], or [E, K, N] where transformers stores it transposed."""
+    runs = x.split(list(rows))
+    used = [(run, weight[e]) for e, run in enumerate(runs) if len(run)]
+    if not used:
+        return x.new_empty(0, weight.shape[-1 if transposed else -2])
+    return torch.cat([run @ (w if transposed else w.mT) for run, w in used])
+
+
+def empty_stack(count: int, q: Quantized, device: torch.device) -> Quantized:
+    """Room for `count` experts like q."""
+
+    def wide(planes: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: torch.empty(count, *p.shape, dtype=p.dtype, device=device) for name, p in planes.items()}
+
+    weight = QTensor(q.weight.spec, (count, *q.weight.shape), wide(q.weight.planes))
+    return Quantized(q.format, weight, wide(q.act), tuple(Transform(t.kind, wide(t.tensors)) for t in q.transforms))
+
+
+def put(stack: Quantized, e: int, q: Quantized, name: str) -> None:
+    """Copy one expert into its place; all experts of a part share one format and shape."""
+    if q.weight.shape != stack.weight.shape[1:] or q.weight.spec.stored != stack.weight.spec.stored:
+        asked = f"{list(q.weight.shape)} {q.weight.spec.element.name}"
+        held = f"{list(stack.weight.shape[1:])} {stack.weight.spec.element.name}"
+        raise UnsupportedError(f"{name}: expert {e} is {asked}, the experts before it {held}")
+    for mine, theirs in zip(_groups(stack), _groups(q), strict=True):
+        if mine.keys() != theirs.keys():
+            raise UnsupportedError(f"{name}: expert {e} has planes {sorted(theirs)}, the others {sorted(mine)}")
+        for plane, value in theirs.items():
+            mine[plane][e].copy_(value)
+
+
+def _groups(q: Quantized) -> list[dict[str, Tensor]]:
+    return [q.weight.planes, q.act, *(t.tensors for t in q.transforms)]

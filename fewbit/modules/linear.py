@@ -1,0 +1,119 @@
+"""Linear: a weight that is a plain parameter, or Quantized parts that kernels run; several parts lie along N.
+
+A dense Linear keeps `.weight`, so model code that reads it goes on working; a quantized one decodes it when asked.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from fewbit.errors import UnsupportedError
+from fewbit.kernels.registry import Kernel, Op
+from fewbit.kernels.select import select
+from fewbit.quant.qtensor import Planes, QTensor, Quantized, Transform
+from fewbit.quant.reference import decode
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How quantized modules run: kernels "auto" or a kernel's name; activations "declared" or "off"."""
+
+    kernels: str = "auto"
+    activations: str = "declared"
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One Quantized with the kernel that runs it."""
+
+    quantized: Quantized
+    kernel: Kernel
+    packed: Any
+
+
+def part(quantized: Quantized, op: Op, options: Options) -> Part:
+    """Choose a kernel and bring the planes into its layout."""
+    if options.activations == "off" and quantized.format.act:
+        quantized = replace(quantized, format=replace(quantized.format, act=None), act={})
+    kernel, _ = select(op, quantized.format, quantized.weight.device, options.dtype, options.kernels)
+    return Part(quantized, kernel, kernel.prepack(quantized))
+
+
+class Linear(nn.Module):
+    """y = x W^T + bias."""
+
+    def __init__(self, in_features: int, out_features: int, weight: nn.Parameter | None, bias: nn.Parameter | None):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = weight
+        self.bias = bias
+        self.parts: tuple[Part, ...] = ()
+        self.options = Options()
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> Self:
+        """The same layer, its parameters shared."""
+        return cls(linear.in_features, linear.out_features, linear.weight, linear.bias)
+
+    def bind(self, parts: tuple[Quantized, ...], options: Options) -> None:
+        """Hold these along N instead of a dense weight."""
+        rows = sum(q.weight.shape[-2] for q in parts)
+        shapes = [list(q.weight.shape) for q in parts]
+        if rows != self.out_features or any(shape[-1] != self.in_features for shape in shapes):
+            raise UnsupportedError(f"a linear of [{self.out_features}, {self.in_features}] cannot hold {shapes}")
+        self._parameters.pop("weight", None)
+        self.options = options
+        self.parts = tuple(part(q, "linear", options) for q in parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.parts:
+            return linear(x, self.weight, self.bias)
+        if len(self.parts) == 1:
+            only = self.parts[0]
+            return only.kernel.run(x, only.packed, self.bias)
+        y = torch.cat([p.kernel.run(x, p.packed, None) for p in self.parts], -1)
+        return y if self.bias is None else y + self.bias
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            return decoded(self.__dict__["parts"]).to(self.options.dtype)
+        return super().__getattr__(name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.parts = moved(self.parts, "linear", fn, self.options)
+        return self
+
+    def extra_repr(self) -> str:
+        kinds = ", ".join(p.quantized.weight.spec.element.name for p in self.parts) or "dense"
+        return f"{self.in_features} -> {self.out_features}, {kinds}"
+
+
+def decoded(parts: tuple[Part, ...]) -> Tensor:
+    """-> [..., N, K] float32; refused where a transform makes the stored weight something else than the layer's."""
+    kinds = {t.kind for p in parts for t in p.quantized.transforms}
+    if kinds:
+        raise UnsupportedError(f"a weight with {', '.join(sorted(kinds))} beside it cannot be read as one matrix")
+    return torch.cat([decode(p.quantized.weight) for p in parts], -2)
+
+
+def moved(parts: tuple[Part, ...], op: Op, fn: Callable[[Tensor], Tensor], options: Options) -> tuple[Part, ...]:
+    """Follow Module.to: planes change their device, never their dtype."""
+    if not parts:
+        return parts
+    old = parts[0].quantized.weight.device
+    new = fn(torch.empty(0, dtype=torch.uint8, device=old)).device
+    return parts if new == old else tuple(part(on_device(p.quantized, new), op, options) for p in parts)
+
+
+def on_device(q: Quantized, device: str | torch.device) -> Quantized:
+    def there(planes: Planes) -> Planes:
+        return {name: plane.to(device) for name, plane in planes.items()}
+
+    weight = QTensor(q.weight.spec, q.weight.shape, there(q.weight.planes))
+    return Quantized(q.format, weight, there(q.act), tuple(Transform(t.kind, there(t.tensors)) for t in q.transforms))

@@ -1,0 +1,82 @@
+"""Plan: which module gets which format, as rules on the names found on disk. The first rule that matches wins."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from fewbit.errors import SpecError
+from fewbit.quant.spec import Format, QuantSpec
+
+Match = Literal["exact", "regex", "glob", "substring", "class", "any"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One line of a quantization config: what it matches, and the format it gives (None = leave dense)."""
+
+    pattern: str
+    match: Match
+    format: Format | None
+    where: str = ""  # the file and key it came from
+
+    def hits(self, name: str, kind: str) -> bool:
+        return MATCHERS[self.match](self.pattern, name, kind)
+
+
+MATCHERS: Mapping[Match, Callable[[str, str, str], bool]] = {
+    "exact": lambda pattern, name, kind: pattern == name,
+    "regex": lambda pattern, name, kind: re.match(pattern, name) is not None,
+    "glob": lambda pattern, name, kind: fnmatchcase(name, pattern),
+    "substring": lambda pattern, name, kind: pattern in name,
+    "class": lambda pattern, name, kind: pattern == kind,
+    "any": lambda pattern, name, kind: True,
+}
+
+# quant_method -> reader of its quantization_config; filled by fewbit.codecs, which imports this module
+PARSERS: dict[str, Callable[[dict[str, Any]], "Plan"]] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Ordered rules, and the format of the KV cache."""
+
+    rules: tuple[Rule, ...] = ()
+    kv: QuantSpec | None = None
+    dialect: str = ""
+
+    def __post_init__(self) -> None:
+        for rule in self.rules:
+            if rule.match == "regex":
+                _compile(rule)
+
+    def for_module(self, name: str, kind: str = "Linear") -> tuple[Format | None, Rule | None]:
+        """The format of a module and the rule that gave it; (None, None) when no rule speaks of it."""
+        for rule in self.rules:
+            if rule.hits(name, kind):
+                return rule.format, rule
+        return None, None
+
+    def idle(self, names: Iterable[str], kind: str = "Linear") -> list[Rule]:
+        """Rules that no name would hit even alone; what everything matches is never idle."""
+        names = list(names)
+        return [r for r in self.rules if r.match != "any" and not any(r.hits(name, kind) for name in names)]
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Plan":
+        """A quantization_config of any dialect (or a config.json that holds one) -> its plan."""
+        for key in ("quantization_config", "compression_config"):
+            if isinstance(config.get(key), dict):
+                config = config[key]
+        method = str(config.get("quant_method", "")).replace("_", "-").lower()
+        if method not in PARSERS:
+            raise SpecError(f"quant_method {method!r} is not known; known: {', '.join(sorted(PARSERS))}")
+        return PARSERS[method](config)
+
+
+def _compile(rule: Rule) -> None:
+    try:
+        re.compile(rule.pattern)
+    except re.error as error:
+        raise SpecError(f"{rule.where or 'rule'}: {rule.pattern!r} is not a regular expression: {error}") from None

@@ -1,0 +1,315 @@
+"""encode, decode, fake_quant, linear: what every format means, in plain torch. The oracle for every kernel.
+
+`choose` picks the planes a rule wants, `assign` rounds a tensor with planes given; encode is one after the other, and
+fake_quant is decode of encode by construction. Everything is computed in float32.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear as matmul
+
+from fewbit.errors import SpecError, UnsupportedError
+from fewbit.quant import elements
+from fewbit.quant.blocks import blocked, finite_or_raise, largest, per_block, regrid, unblocked
+from fewbit.quant.elements import Element
+from fewbit.quant.ggml import GGML_RULES
+from fewbit.quant.qtensor import Planes, QTensor, Quantized, Transform, empty, grid, load, scale_codes, store
+from fewbit.quant.runs import decode_run
+from fewbit.quant.spec import FLAT, QuantSpec, Scale
+
+CHUNK = 1 << 19  # elements worked on at a time: the temporaries stay in cache
+Rule = Callable[[Tensor, QuantSpec, Planes], Planes]
+
+
+def encode(w: Tensor, spec: QuantSpec) -> QTensor:
+    """w: [..., N, K] finite float -> the QTensor its rule chooses."""
+    if spec.element.kind == "run":
+        reason = "its codebook search is not part of this package; a file that holds it can be read"
+        raise UnsupportedError(f"cannot encode to {spec.element.name}", [reason])
+    w = w.float()
+    if spec.rule in GGML_RULES:
+        finite_or_raise(w, w.sum())
+        return GGML_RULES[spec.rule](w, spec)
+    planes = choose(w, spec, {})
+    finite_or_raise(w, _amax(w, spec))
+    return assign(w, spec, planes)
+
+
+def choose(w: Tensor, spec: QuantSpec, given: Planes) -> Planes:
+    """-> unpacked planes (scale0, zero0 ...) for w: those given, the others by the spec's rule."""
+    if spec.rule not in RULES:
+        raise SpecError(f"rule {spec.rule!r} is not known; known: {', '.join(sorted({*RULES, *GGML_RULES}))}")
+    return RULES[spec.rule](w, spec, given) if spec.scales else {}
+
+
+def assign(w: Tensor, spec: QuantSpec, planes: Planes) -> QTensor:
+    """Round w with the planes given (unpacked codes) -> QTensor."""
+    out = empty(spec, w.shape, w.device)
+    for name, plane in planes.items():
+        chain = spec.scales if name.startswith("scale") else spec.zeros
+        scale = chain[int(name[-1])]
+        shape = (*w.shape[:-2], *grid(w.shape, scale.block))
+        out.planes[name].copy_(store(plane.expand(shape), scale.element))
+    scale_value, zero = scale_values(out), zero_values(out)
+    for rows, part in _row_chunks(w, spec):
+        x = _spread(part, _inner(spec), _take(scale_value, rows, spec), torch.div) if spec.scales else part
+        if zero is not None:
+            z = _take(zero, rows, spec, zeros=True)
+            block = spec.zeros[0].block
+            if spec.zeros_in_codes:
+                x = _spread(x, block, z, torch.add)
+            else:
+                x = _spread(_spread(part, block, z, torch.add), _inner(spec), _take(scale_value, rows, spec), torch.div)
+        out.planes["codes"][..., rows, :] = store(elements.encode(x, spec.element), spec.element)
+    return out
+
+
+def decode(q: QTensor) -> Tensor:
+    """-> [..., N, K] float32."""
+    spec = q.spec
+    if spec.element.kind == "run":
+        return decode_run(q.planes["codes"], spec.element)
+    x = _values(q.planes["codes"], spec.element, q.shape[-1])
+    zero = zero_values(q)
+    if zero is not None and spec.zeros_in_codes:
+        x = _spread(x, spec.zeros[0].block, zero, torch.sub)
+    if spec.scales:
+        x = _spread(x, _inner(spec), scale_values(q), torch.mul)
+    if zero is not None and not spec.zeros_in_codes:
+        x = _spread(x, spec.zeros[0].block, zero, torch.sub)
+    return x
+
+
+def fake_quant(x: Tensor, spec: QuantSpec, planes: Planes | None = None) -> Tensor:
+    """x: [..., K] -> x rounded through the spec, same shape and dtype. planes: static scales, as stored."""
+    flat = x.reshape(-1, x.shape[-1]).float()
+    if spec.rule in GGML_RULES:
+        return decode(GGML_RULES[spec.rule](flat, spec)).view(x.shape).to(x.dtype)
+    given = {n: load_plane(p, spec, n, flat.shape) for n, p in (planes or {}).items()}
+    q = assign(flat, spec, choose(flat, spec, given))
+    return decode(q).view(x.shape).to(x.dtype)
+
+
+def linear(x: Tensor, q: Quantized, bias: Tensor | None = None, activations: bool = True) -> Tensor:
+    """y = x W^T + bias with everything the format says: transforms, activation rounding, weights decoded."""
+    x = transformed(x, q.transforms)
+    rounded = fake_quant(x, q.format.act, q.act) if activations and q.format.act else x
+    y = matmul(rounded, decode(q.weight).to(x.dtype), bias)
+    for transform in q.transforms:
+        if transform.kind == "low_rank":
+            a, b = (transform.tensors[n].to(x.dtype) for n in ("a", "b"))
+            y = y + matmul(matmul(x, a), b)
+    return y
+
+
+def transformed(x: Tensor, transforms: Iterable[Transform]) -> Tensor:
+    """x: [..., K] as the quantized weight wants to see it."""
+    for transform in transforms:
+        t = transform.tensors
+        if transform.kind == "permute":
+            x = x.index_select(-1, t["index"])
+        elif transform.kind == "input_scale":
+            x = x * t["scale"].to(x.dtype)
+        elif transform.kind == "rotate":
+            matrix = t["matrix"].to(x.dtype)
+            x = (x.unflatten(-1, (-1, matrix.shape[0])) @ matrix).flatten(-2)
+        elif transform.kind != "low_rank":
+            raise SpecError(f"transform {transform.kind!r} is not known")
+    return x
+
+
+def scale_values(q: QTensor) -> Tensor:
+    """-> [..., R, C] float32: the multiplier of each innermost block, the whole chain applied."""
+    return _chain(q, "scale", q.spec.scales)
+
+
+def zero_values(q: QTensor) -> Tensor | None:
+    """-> [..., R, C] float32: the offset of each innermost zero block."""
+    return _chain(q, "zero", q.spec.zeros) if q.spec.zeros else None
+
+
+def load_plane(plane: Tensor, spec: QuantSpec, name: str, shape: Iterable[int]) -> Tensor:
+    """A stored plane -> unpacked codes."""
+    scale = (spec.scales if name.startswith("scale") else spec.zeros)[int(name[-1])]
+    return load(plane, scale.element, grid(tuple(shape), scale.block)[1])
+
+
+def _chain(q: QTensor, stem: str, chain: tuple[Scale, ...]) -> Tensor:
+    if not chain:
+        return torch.ones(1, 1)
+    total = elements.decode(scale_codes(q, f"{stem}0"), chain[0].element)
+    if chain[0].op == "div":
+        total = 1 / total
+    for i, scale in enumerate(chain[1:], 1):
+        outer = elements.decode(scale_codes(q, f"{stem}{i}"), scale.element)
+        total = OPS[scale.op](total, regrid(outer, q.shape, scale.block, chain[0].block))
+    return total
+
+
+OPS = {"mul": torch.mul, "div": torch.div, "add": torch.add}
+
+
+def _inner(spec: QuantSpec) -> tuple[int, int]:
+    return spec.scales[0].block
+
+
+def _spread(x: Tensor, block: tuple[int, int], values: Tensor, op: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """op(x, the value of x's block)."""
+    if block == (0, 0):
+        return op(x, values)
+    return unblocked(op(blocked(x, block), per_block(values)), tuple(x.shape))
+
+
+def _values(plane: Tensor, element: Element, cols: int) -> Tensor:
+    """Packed codes -> float32 values; 4-bit bytes go through one table of pairs."""
+    if element.bits == 4:
+        table = elements.values(element)
+        pairs = torch.stack([table.repeat(16), table.repeat_interleave(16)], -1).to(plane.device)  # low nibble first
+        return pairs.index_select(0, plane.reshape(-1).int()).view(*plane.shape[:-1], -1)[..., :cols]
+    return elements.decode(load(plane, element, cols), element)
+
+
+def _row_chunks(w: Tensor, spec: QuantSpec) -> Iterable[tuple[slice, Tensor]]:
+    """Rows of w in pieces of about CHUNK elements that end on block edges; whole where blocks run over all rows."""
+    n = w.shape[-2]
+    step = max(1, CHUNK // max(1, w.numel() // n))
+    for scale in (*spec.scales[:1], *spec.zeros[:1]):
+        if scale.block[0] == FLAT:
+            step = n
+        elif scale.block[0] > 1:
+            step = -(-step // scale.block[0]) * scale.block[0]
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        yield rows, w[..., rows, :]
+
+
+def _take(values: Tensor, rows: slice, spec: QuantSpec, zeros: bool = False) -> Tensor:
+    """The rows of a grid that belong to some rows of the tensor."""
+    block = (spec.zeros if zeros else spec.scales)[0].block[0]
+    if block in (0, FLAT):
+        return values
+    return values[..., rows.start // block : -(-rows.stop // block), :]
+
+
+def _amax(w: Tensor, spec: QuantSpec) -> Tensor:
+    low, high = _extremes(w, _inner(spec)) if spec.scales else (w.amin(), w.amax())
+    return torch.maximum(-low, high)
+
+
+def _extremes(w: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    x = blocked(w, block)
+    return x.amin((-3, -1)), x.amax((-3, -1))
+
+
+def _rule_scaled(w: Tensor, spec: QuantSpec, given: Planes) -> Planes:
+    """Two-sided or asymmetric ranges, one or two levels: scale = extreme / what the element reaches."""
+    if spec.zeros and "zero0" not in given:
+        return _asymmetric(w, spec)
+    if not _missing(spec, given):
+        return given
+    amax = _amax(w, spec)
+    element = spec.element
+    reach = (element.max - element.min) / 2 if spec.rule == "range" else element.max
+    if len(spec.scales) == 1:
+        scale = amax / reach
+        return given | {"scale0": elements.encode(_nonzero(scale, spec), spec.scales[0].element)}
+    return _two_levels(amax, w.shape, spec, given, reach)
+
+
+def _missing(spec: QuantSpec, given: Planes) -> list[str]:
+    return [f"scale{i}" for i in range(len(spec.scales)) if f"scale{i}" not in given]
+
+
+def _nonzero(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """An all-zero block needs some scale: 1, or compressed-tensors' choice under its rule."""
+    return torch.where(scale == 0, torch.finfo(torch.float32).eps if spec.rule == "range" else 1.0, scale)
+
+
+def _two_levels(amax: Tensor, shape: torch.Size, spec: QuantSpec, given: Planes, reach: float) -> Planes:
+    """NVFP4: an outer float brings the inner scales into their element's range; stored as is or as its reciprocal."""
+    inner, outer = spec.scales
+    top = 256.0 if spec.rule == "four-over-six" else inner.element.max
+    if "scale1" not in given:
+        whole = largest(amax, tuple(shape), inner.block, outer.block)
+        tiny = torch.finfo(torch.float32).tiny
+        if outer.op == "div":
+            factor = torch.nan_to_num(top * reach / whole.clamp(min=tiny), posinf=1.0)
+        else:
+            factor = torch.where(whole > 0, whole / (reach * top), 1.0)
+        given = given | {"scale1": elements.encode(factor, outer.element)}
+    factor = regrid(elements.decode(given["scale1"], outer.element), tuple(shape), outer.block, inner.block)
+    if outer.op == "div":
+        ideal = factor * (amax / reach)
+        rounded = elements.encode(ideal, inner.element)
+        empty_block = elements.encode(torch.tensor(0.125), inner.element)
+        return given | {"scale0": torch.where(elements.decode(rounded, inner.element) == 0, empty_block, rounded)}
+    ideal = torch.where(amax > 0, (amax / (reach * factor)).clamp(2.0**-9, inner.element.max), 1.0)
+    return given | {"scale0": elements.encode(ideal, inner.element)}
+
+
+def _asymmetric(w: Tensor, spec: QuantSpec) -> Planes:
+    """The range of each block, zero included; the offset in codes (or, if stored as a float, in values)."""
+    element, scale = spec.element, spec.scales[0]
+    low, high = _extremes(w, scale.block)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    steps = element.max - element.min
+    s = elements.encode(_nonzero((high - low) / steps, spec), scale.element)
+    value = elements.decode(s, scale.element)
+    zero = element.min - low / value if spec.zeros_in_codes else -(low - element.min * value)
+    return {"scale0": s, "zero0": elements.encode(zero, spec.zeros[0].element)}
+
+
+def _rule_mx(w: Tensor, spec: QuantSpec, given: Planes) -> Planes:
+    """Shared exponents. Three conventions are in use; all start from the block's largest magnitude."""
+    if not _missing(spec, given):
+        return given
+    amax = _amax(w, spec)
+    top = spec.element.max
+    if spec.rule == "mx-ceil":
+        mantissa, power = torch.frexp(amax / top)  # amax / top = mantissa * 2**power, mantissa in [0.5, 1)
+        power = power - (mantissa == 0.5).int()
+    else:
+        bits = amax.view(torch.int32)
+        if spec.rule == "mx-round":
+            bits = bits + (1 << 21)  # half a unit at the mantissa bit that FP4 keeps
+        power = (bits >> 23) - 127 - int(torch.tensor(top).log2().floor())
+    code = torch.where(amax > 0, (power + 127).clamp(0, 254), 0 if spec.rule != "mx-ceil" else 127)
+    return given | {"scale0": code.to(torch.uint8)}
+
+
+def _rule_four_over_six(w: Tensor, spec: QuantSpec, given: Planes) -> Planes:
+    """NVFP4 whose blocks put their largest value on code 6 or on code 4, whichever loses less."""
+    six = _rule_scaled(w, spec, given)
+    inner, outer = spec.scales
+    factor = regrid(elements.decode(six["scale1"], outer.element), tuple(w.shape), outer.block, inner.block)
+    ideal = _amax(w, spec) / (4.0 * factor)
+    four = elements.encode(ideal.clamp(2.0**-9, inner.element.max), inner.element)
+    errors = []
+    for scale0 in (six["scale0"], four):
+        back = decode(assign(w, spec, six | {"scale0": scale0}))
+        errors.append(blocked((back - w).square_(), inner.block).sum((-3, -1)))
+    return six | {"scale0": torch.where(errors[1] < errors[0], four, six["scale0"])}
+
+
+def _rule_double(w: Tensor, spec: QuantSpec, given: Planes) -> Planes:
+    """bitsandbytes' double quantization: block maxima less their mean, themselves in blocks with an 8-bit table."""
+    first, second, mean = spec.scales
+    amax = _amax(w, spec) / spec.element.max
+    offset = elements.encode(amax.mean((-2, -1), keepdim=True), mean.element)
+    rest = amax - elements.decode(offset, mean.element)
+    nested = _nonzero(largest(rest.abs(), tuple(w.shape), first.block, second.block), spec)
+    codes = elements.encode(rest / regrid(nested, tuple(w.shape), second.block, first.block), first.element)
+    return {"scale0": codes, "scale1": elements.encode(nested, second.element), "scale2": offset}
+
+
+RULES: dict[str, Rule] = {
+    "amax": _rule_scaled,  # scale = amax / largest value: ModelOpt, AutoFP8, bitsandbytes
+    "range": _rule_scaled,  # scale = amax / half the range: compressed-tensors, GPTQ
+    "mx-ceil": _rule_mx,  # ModelOpt: never clips
+    "mx-floor": _rule_mx,  # OCP, ggml: clips the top quarter of an octave
+    "mx-round": _rule_mx,  # compressed-tensors: up from 1.75
+    "four-over-six": _rule_four_over_six,
+    "double": _rule_double,
+}
