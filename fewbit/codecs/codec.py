@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewbit.errors import CheckpointError, UnsupportedError
 from fewbit.files.checkpoint import Checkpoint
-from fewbit.files.safetensors import TensorInfo
+from fewbit.files.safetensors import TensorInfo, storage
 from fewbit.quant.elements import BF16, F16, F32, Element
 from fewbit.quant.plan import Plan
 from fewbit.quant.qtensor import Quantized
@@ -60,6 +60,12 @@ class Parts(Mapping[str, Tensor]):
             self[ending]  # raises
         return self.infos[ending]
 
+    def meta(self, ending: str) -> Tensor:
+        """The tensor without its data."""
+        info = self.info(ending)
+        dtype, shape = storage(info.dtype, info.shape, info.name)
+        return torch.empty(shape, dtype=dtype, device="meta")
+
 
 @dataclass(frozen=True, slots=True)
 class Codec:
@@ -70,7 +76,7 @@ class Codec:
     plan: Callable[[Config], Plan]
     endings: tuple[str, ...]  # of every tensor a quantized module may have
     marker: tuple[str, ...]  # endings that only a quantized module has
-    shape: Callable[[Format, Parts], tuple[int, ...]]  # [N, K] (or [E, N, K]) from the headers alone
+    shape: Callable[[Format, Parts], "tuple[int, ...] | Quantized"]  # [N, K] or [E, N, K], or see by_header
     read: Callable[[Format, Mapping[str, Tensor]], Quantized]
     fit: Callable[[Format], Format] | None = None  # the format as this dialect holds it, or UnsupportedError
     write: Callable[[Quantized], Tensors] | None = None
@@ -79,6 +85,20 @@ class Codec:
     unused: tuple[str, ...] = ()  # endings that are known and carry nothing
     explicit: bool = True  # a module the plan covers and the file holds dense is a lie, not a habit
     summary: str = ""
+
+
+def by_header(
+    read: Callable[[Format, Mapping[str, Tensor]], Quantized], *peek: str
+) -> Callable[[Format, Parts], Quantized]:
+    """`shape` of a codec whose read works on meta tensors: the whole module, and with it every check, without its data.
+
+    peek: endings of small tensors that are read all the same (a stored shape, a column order).
+    """
+
+    def shape(form: Format, parts: Parts) -> Quantized:
+        return read(form, {ending: parts[ending] if ending in peek else parts.meta(ending) for ending in parts})
+
+    return shape
 
 
 def quantization_config(checkpoint: Checkpoint) -> Located | None:

@@ -95,10 +95,11 @@ def _split(name: str, codec: Codec) -> tuple[str, str] | None:
 
 
 def _sort_module(source: Source, codec: Codec, module: str, infos: dict[str, TensorInfo]) -> None:
-    marked = any(ending in codec.marker for ending in infos)
     dense = infos.get(".weight")
     is_float = dense is not None and dense.dtype in ("F32", "F16", "BF16", "F64")
     form, rule = source.plan.for_module(module)
+    bare = form is not None and dense is not None and not is_float  # codes without a scale: the codec says what misses
+    marked = bare or any(ending in codec.marker for ending in infos)
     if not marked:
         source.dense |= {info.name: info for info in infos.values()}
     elif form is None and is_float:
@@ -120,13 +121,14 @@ def _add_module(
     source.surplus |= dict.fromkeys(unused, f"{codec.name} writes it and nothing reads it")
     parts = Parts(source.checkpoint, module, infos)
     try:
-        shape = codec.shape(form, parts)
+        found = codec.shape(form, parts)
     except FewbitError as error:
         source.problems.append(("unreadable", module, str(error)))
         return
+    stored, shape = (found.format, found.weight.shape) if isinstance(found, Quantized) else (form, found)
     names = tuple(info.name for info in infos.values())
     nbytes = sum(info.nbytes for info in infos.values())
-    source.modules[module] = Entry(form, shape, names, nbytes, rule, lambda: codec.read(form, parts))
+    source.modules[module] = Entry(stored, shape, names, nbytes, rule, lambda: codec.read(form, parts))
 
 
 def _list(infos: dict[str, TensorInfo]) -> str:

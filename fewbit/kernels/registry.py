@@ -1,7 +1,7 @@
 """KERNELS: every way to run an op, as a table. A kernel says what it can hold, or the reason why not.
 
-Ops: `linear` runs x [..., K] -> [..., N] on one Quantized; `experts` runs x [S, K], sorted by expert, with the number of
-rows of each expert, on a Quantized whose planes have a leading axis of experts. Others join through the entry-point
+Ops: `linear` runs x [..., K] -> [..., N] on one Quantized; `experts` runs x [S, K], sorted by expert, with the number
+of rows of each expert, on a Quantized whose planes have a leading axis of experts. Others join through the entry-point
 group `fewbit.kernels`: a Kernel, or a function that returns several.
 """
 
@@ -25,7 +25,7 @@ Supports = Callable[[Format, torch.device, torch.dtype], str | None]
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One way to run one op. The rules are data; `supports` adds what only code can tell: None, or the reason why not."""
+    """One way to run one op. The rules are data; `supports` adds what only code can tell: None, or why not."""
 
     name: str
     op: Op
@@ -82,5 +82,7 @@ def _extensions() -> Iterable[Kernel]:
         loaded = point.load()
         for kernel in (loaded,) if isinstance(loaded, Kernel) else loaded():
             if not isinstance(kernel, Kernel):
-                raise SpecError(f"entry point {point.name!r} of fewbit.kernels gives {type(kernel).__name__}, not Kernel")
+                raise SpecError(
+                    f"entry point {point.name!r} of fewbit.kernels gives {type(kernel).__name__}, not Kernel"
+                )
             yield kernel

@@ -5,7 +5,7 @@ Embedding or stack of experts. `online` may name a format for a parameter: then 
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Protocol
@@ -43,6 +43,7 @@ class Filler:
     options: Options
     device: torch.device
     online: Online = lambda path, module: None
+    watch: Callable[[str, Quantized], None] = lambda name, q: None  # sees every quantized module as it arrives
     filled: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # parameter -> values written
     parts: dict[str, dict[int, Quantized]] = field(default_factory=lambda: defaultdict(dict))
     offsets: dict[tuple[str, int], int] = field(default_factory=dict)  # (parameter, part) -> where it starts
@@ -50,7 +51,8 @@ class Filler:
 
     def fill(self, source: Tensors) -> dict[str, Placement | None]:
         """Read everything that has a place. -> all placements, by disk name."""
-        asked = {name: ask(name, self.rules) for name in source.modules} | {name: name for name in source.dense}
+        asked = {name: ask(name, entry.shape) for name, entry in source.modules.items()}
+        asked |= {name: name for name in source.dense}
         found = self.rules.place(asked.values())
         places = {name: found[query] for name, query in asked.items()}
         self._offsets(places, source)
@@ -77,6 +79,7 @@ class Filler:
             if place.group is not None:
                 self._gather(name, place.group, dense(value, self.options.dtype))
             elif isinstance(value, Quantized):
+                self.watch(name, value)
                 self._quantized(name, place, value)
             else:
                 self._dense(name, place, value)
@@ -100,24 +103,23 @@ class Filler:
         if place.swap:
             tensor = tensor.transpose(*place.swap)
         if len(place.targets) == 1:
-            return self._one(place, tensor)
-        shapes = [self.rules.parameters[t] for t in place.targets]
-        for target, piece in zip(place.targets, cut(tensor, shapes, place.axis), strict=True):
-            self._one(Placement((target,)), piece)
+            self._one(place, tensor)
+        else:
+            shapes = [self.rules.parameters[t] for t in place.targets]
+            for target, piece in zip(place.targets, cut(tensor, shapes, place.axis), strict=True):
+                self._one(Placement((target,)), piece)
 
     def _one(self, place: Placement, tensor: Tensor) -> None:
         module, leaf = owner(self.model, place.target)
         format = self.online(place.target, module) if tensor.is_floating_point() else None
         if format is None:
             self.filled[place.target] += tensor.numel()
-            return self._write(module, leaf, place, tensor)
-        if tensor.dim() - (place.expert is None and is_stack(module)) > 2:
-            raise UnsupportedError(f"a tensor of shape {list(tensor.shape)} cannot be quantized as a matrix")
-        if place.expert is not None or not is_stack(module):
-            return self._quantized(place.target, place, online(tensor, format))
-        for e, matrix in enumerate(tensor):
-            oriented = matrix.mT if module.is_transposed else matrix
-            self._stack(place.target, 0, e, online(oriented, format))
+            self._write(module, leaf, place, tensor)
+        elif is_stack(module) and place.expert is None:
+            for e, matrix in enumerate(tensor):
+                self._stack(place.target, 0, e, online(matrix.mT if module.is_transposed else matrix, format))
+        else:
+            self._quantized(place.target, place, online(tensor, format))
 
     def _write(self, module: nn.Module, leaf: str, place: Placement, tensor: Tensor) -> None:
         held = module._parameters.get(leaf)
@@ -125,7 +127,13 @@ class Filler:
         if place.expert is None and place.parts == 1:
             same_shape(tensor, held.shape)
             owned = tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-            return assign(module, leaf, owned.to(self.device, held.dtype).contiguous())
+            assign(module, leaf, owned.to(self.device, held.dtype).contiguous())
+        else:
+            self._write_slot(module, leaf, place, tensor)
+
+    def _write_slot(self, module: nn.Module, leaf: str, place: Placement, tensor: Tensor) -> None:
+        """One expert, or one part, of a parameter that several tensors fill."""
+        held = module._parameters[leaf]
         if held.is_meta:
             assign(module, leaf, torch.empty(held.shape, dtype=held.dtype, device=self.device))
             held = module._parameters[leaf]
@@ -137,15 +145,12 @@ class Filler:
         slot.copy_(tensor)
 
     def _quantized(self, name: str, place: Placement, q: Quantized) -> None:
+        module, _ = owner(self.model, place.target)
         if len(place.targets) > 1:
-            return self._cut(name, place, q)
-        module, leaf = owner(self.model, place.target)
-        if is_stack(module):
-            if place.expert is not None:
-                return self._stack(place.target, place.part, place.expert, q)
-            self.filled[place.target] += prod(q.weight.shape)
-            self.parts[place.target][place.part] = on_device(q, self.device)
-        elif type(module) is Linear or type(module) is nn.Linear or isinstance(module, nn.Embedding):
+            self._cut(name, place, q)
+        elif place.expert is not None and is_stack(module):
+            self._stack(place.target, place.part, place.expert, q)
+        elif is_stack(module) or isinstance(module, Linear | nn.Embedding):
             self.filled[place.target] += prod(q.weight.shape)
             self.parts[place.target][place.part] = on_device(q, self.device)
         else:
@@ -187,6 +192,8 @@ class Filler:
             if self.filled[target] != prod(self.rules.parameters[target]):
                 continue
             module, leaf = owner(self.model, target)
+            if not module._parameters[leaf].is_meta:
+                raise UnsupportedError(f"{target}: part of it is quantized on disk, and part is not")
             parts = tuple(held[i] for i in sorted(held))
             if is_stack(module):
                 bind_experts(module, leaf, parts, self.options)
@@ -194,12 +201,19 @@ class Filler:
                 table = Embedding(module, parts[0].weight, self.options.dtype)
                 replace(self.model, target.rpartition(".")[0], table)
             else:
-                linear(self.model, target).bind(parts, self.options)
+                module.bind(parts, self.options)
 
 
-def ask(name: str, rules: Rules) -> str:
+def prepare(model: nn.Module) -> None:
+    """Put our Linear in the place of every plain one."""
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Linear:
+            replace(model, path, Linear.of(module))
+
+
+def ask(name: str, shape: Sequence[int]) -> str:
     """A quantized module's name as the tensor to look for: `<module>.weight`, or stacked experts' own name."""
-    return f"{name}.weight"
+    return name if len(shape) > 2 else f"{name}.weight"
 
 
 def dense(value: Quantized | Tensor, dtype: torch.dtype) -> Tensor:
@@ -236,16 +250,6 @@ def assign(module: nn.Module, leaf: str, tensor: Tensor) -> None:
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
-
-
-def linear(model: nn.Module, target: str) -> Linear:
-    """The Linear of a weight, put in the place of transformers' own."""
-    path = target.rpartition(".")[0]
-    module = model.get_submodule(path)
-    if not isinstance(module, Linear):
-        module = Linear.of(module)
-        replace(model, path, module)
-    return module
 
 
 def bind_experts(host: nn.Module, projection: str, parts: tuple[Quantized, ...], options: Options) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, revert_weight_conversion
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
@@ -20,6 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fewbit.errors import CheckpointError, UnsupportedError
+from fewbit.files.text import load_json
 from fewbit.models.placement import Placement, Rules
 from fewbit.modules import attention, experts
 
@@ -32,19 +35,30 @@ ALL_EXPERTS_FUNCTIONS.register(OURS, experts.forward)
 
 
 def read_config(source: Mapping[str, Any] | str | Path, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """A config.json (as a dict, or the folder that holds it) -> the config object; imports nothing from the folder."""
-    if trust_remote_code and not isinstance(source, Mapping):
-        return AutoConfig.from_pretrained(source, trust_remote_code=True)
-    raw = dict(PreTrainedConfig.get_config_dict(str(source))[0] if isinstance(source, str | Path) else source)
+    """A config.json (as a dict, or the folder that holds it) -> the config object.
+
+    Nothing is imported from the folder unless it is trusted, given as a path, and of a type transformers does not have.
+    """
+    folder = None if isinstance(source, Mapping) else Path(source)
+    raw = dict(source) if isinstance(source, Mapping) else _read_json(Path(source) / "config.json")
     model_type = raw.get("model_type")
     if model_type not in CONFIG_MAPPING:
+        if trust_remote_code and folder and "auto_map" in raw:
+            return AutoConfig.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
         raise UnsupportedError(f"config.json: model_type {model_type!r} is not known", _unknown(raw))
     for key in ("quantization_config", "auto_map", "compression_config"):
         raw.pop(key, None)
     try:
         return CONFIG_MAPPING[model_type].from_dict(raw)
-    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
+    except Exception as error:  # config classes validate in ways of their own
         raise CheckpointError(f"config.json: not a config of {model_type}: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    found = load_json(path.read_bytes(), str(path))
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: not an object")
+    return found
 
 
 def _unknown(raw: Mapping[str, Any]) -> list[str]:
@@ -58,12 +72,16 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The causal language model of a config."""
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    named = [getattr(transformers, name, None) for name in config.architectures or []]
-    for cls in named:
+    if code := getattr(config, "auto_map", {}).get("AutoModelForCausalLM"):  # read_config keeps it where it is trusted
+        return get_class_from_dynamic_module(code, config.name_or_path, local_files_only=True)
+    for name in config.architectures or []:
+        cls = getattr(transformers, name, None)
         if isinstance(cls, type) and issubclass(cls, PreTrainedModel) and cls.can_generate():
             return cls
     asked = f"model_type {config.model_type!r}, architectures {config.architectures}"
-    raise UnsupportedError(f"config.json: {asked}: no causal language model", ["encoders and classifiers do not generate"])
+    raise UnsupportedError(
+        f"config.json: {asked}: no causal language model", ["encoders and classifiers do not generate"]
+    )
 
 
 def causal_types() -> list[str]:
@@ -77,8 +95,7 @@ def default_config(model_type: str) -> PreTrainedConfig:
 
 def build(config: PreTrainedConfig, dtype: torch.dtype, attention: str = OURS) -> PreTrainedModel:
     """The model without weights: parameters on the meta device, buffers that no checkpoint stores computed."""
-    config = prepared(config, attention)
-    cls = model_class(config)
+    cls, config = prepared(config, attention)
     with contextlib.ExitStack() as stack:
         for context in cls.get_init_context(dtype, False, False, False):
             stack.enter_context(context)
@@ -88,12 +105,15 @@ def build(config: PreTrainedConfig, dtype: torch.dtype, attention: str = OURS) -
     return model.eval()
 
 
-def prepared(config: PreTrainedConfig, attention: str) -> PreTrainedConfig:
-    """A copy that routes attention and experts, in every part of a composed config."""
+def prepared(config: PreTrainedConfig, attention: str) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """The class, and a copy of the config that routes attention and experts; its text part where the class takes that."""
+    cls = model_class(config)
+    if cls.config_class is config.sub_configs.get("text_config"):
+        config = config.get_text_config()
     config = copy.deepcopy(config)
     config._attn_implementation = attention
     config._experts_implementation = "eager" if attention == "eager" else OURS
-    return config
+    return cls, config
 
 
 def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -143,7 +163,9 @@ def placements(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Placem
     return rules(model).place(names)
 
 
-def _convert(model: PreTrainedModel, converter: Any, target: str, sources: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+def _convert(
+    model: PreTrainedModel, converter: Any, target: str, sources: dict[str, list[Tensor]]
+) -> dict[str, Tensor]:
     """Run a converter's operations on gathered tensors (source pattern -> tensors in order)."""
     converter = copy.deepcopy(converter)
     for pattern, tensors in sources.items():
@@ -177,21 +199,35 @@ def disk_state(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def random_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A model with weights of transformers' own choosing, on transformers' own paths, in float32."""
-    config = prepared(config, "eager")
-    return model_class(config)._from_config(config, dtype=torch.float32).eval()
+    cls, config = prepared(config, "eager")
+    return cls._from_config(config, dtype=torch.float32).eval()
+
+
+def layer_overrides(config: PreTrainedConfig) -> dict[int, dict[str, Any]]:
+    """What single layers change of a config that is not the same for all."""
+    spec = vars(config).get("_heterogeneity_spec")
+    return copy.deepcopy(spec.per_layer_overrides) if spec is not None else {}
+
+
+def attention_of(model: PreTrainedModel) -> str:
+    return str(model.config._attn_implementation)
 
 
 def output_head(model: PreTrainedModel) -> nn.Module | None:
     return model.get_output_embeddings()
 
 
-def tokenizer(path: str | Path) -> Any:
-    return AutoTokenizer.from_pretrained(path)
+def tokenizer(source: str | Path | Mapping[str, bytes]) -> Any:
+    """The tokenizer of a folder, or of files in memory (a GGUF's, rebuilt)."""
+    if not isinstance(source, Mapping):
+        return AutoTokenizer.from_pretrained(source, local_files_only=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in source.items():
+            (Path(folder) / name).write_bytes(content)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def generation_config(path: str | Path) -> GenerationConfig | None:
     """The folder's generation_config.json, if it has one."""
     file = Path(path) / "generation_config.json"
-    return GenerationConfig.from_pretrained(path) if file.is_file() else None
-
-
+    return GenerationConfig.from_pretrained(path, local_files_only=True) if file.is_file() else None

@@ -104,7 +104,9 @@ class Rules:
         return Placement(targets, part=part, parts=parts, group=group)
 
 
-def structure(ops: Sequence[Any], targets: tuple[str, ...], part: int, parts: int, expert: int | None) -> Placement | None:
+def structure(
+    ops: Sequence[Any], targets: tuple[str, ...], part: int, parts: int, expert: int | None
+) -> Placement | None:
     """A chain of operations as a Placement, or None when it is not plain structure."""
     kinds = tuple(type(op).__name__ for op in ops)
     dims = [getattr(op, "dim", None) for op in ops]

@@ -30,7 +30,7 @@ def forward(
     position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """query: [B, H, Q, D], key: [B, Hkv, T, D], value: [B, Hkv, T, Dv], mask: additive [B, 1, Q, T] -> [B, Q, H, Dv]."""
+    """query: [B, H, Q, D], key: [B, G, T, D], value: [B, G, T, Dv], mask: additive [B, 1, Q, T] -> [B, Q, H, Dv]."""
     if (kv := getattr(module, KV, None)) is not None:
         key, value = rounded(key, value, *kv)
     mask = attention_mask[..., : key.shape[-2]] if attention_mask is not None else None
@@ -45,9 +45,15 @@ def forward(
 
 
 def explicit(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None, sinks: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """Scores written out: soft-capped before the mask, and with one more score per head that takes weight and gives nothing."""
+    """Scores written out: soft-capped before the mask; a sink is one more score per head that only takes weight."""
     groups = query.shape[1] // key.shape[1]
     scores = query @ key.repeat_interleave(groups, 1).mT * scaling  # [B, H, Q, T]
     if softcap is not None:

@@ -29,8 +29,8 @@ class Embedding(nn.Module):
             del self.host.weight
 
     def __getattr__(self, name: str) -> Any:
-        if name == "weight":
-            return decode(self.__dict__["table"]).to(self.dtype)
+        if name == "weight" and "table" in self.__dict__:
+            return decode(self.table).to(self.dtype)
         return super().__getattr__(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -50,10 +50,10 @@ class Linear(nn.Module):
     def __init__(self, in_features: int, out_features: int, weight: nn.Parameter | None, bias: nn.Parameter | None):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.weight = weight
-        self.bias = bias
         self.parts: tuple[Part, ...] = ()
         self.options = Options()
+        self.weight = weight
+        self.bias = bias
 
     @classmethod
     def of(cls, linear: nn.Linear) -> Self:
@@ -80,8 +80,8 @@ class Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def __getattr__(self, name: str) -> Any:
-        if name == "weight":
-            return decoded(self.__dict__["parts"]).to(self.options.dtype)
+        if name == "weight" and self.__dict__.get("parts"):
+            return decoded(self.parts).to(self.options.dtype)
         return super().__getattr__(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -1,5 +1,9 @@
 """Blocks: seeing a matrix as a grid of rectangles, and spreading one value per rectangle back over it."""
 
+from collections.abc import Iterable, Sequence
+from itertools import product
+from math import gcd, lcm
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -9,6 +13,7 @@ from fewbit.quant.qtensor import grid
 from fewbit.quant.spec import FLAT
 
 Block = tuple[int, int]
+At = tuple[int | slice, ...]  # an index of every leading axis, then a range of rows
 
 
 def blocked(x: Tensor, block: Block) -> Tensor:
@@ -19,7 +24,7 @@ def blocked(x: Tensor, block: Block) -> Tensor:
     rows, cols = block[0] or n, block[1] or k
     if n % rows or k % cols:
         x = pad(x, (0, -k % cols, 0, -n % rows))
-    return x.unflatten(-1, (-1, cols)).unflatten(-3, (-1, rows))
+    return torch.unflatten(torch.unflatten(x, -1, (-1, cols)), -3, (-1, rows))
 
 
 def unblocked(x: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -27,13 +32,40 @@ def unblocked(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     n, k = shape[-2:]
     flat = x.flatten(-4, -3).flatten(-2)
     if flat.shape[-2] == 1 and n > 1:  # FLAT
-        return flat[..., 0, : n * k].unflatten(-1, (n, k))
+        return torch.unflatten(flat[..., 0, : n * k], -1, (n, k))
     return flat[..., :n, :k]
 
 
 def per_block(values: Tensor) -> Tensor:
     """values: [..., R, C] -> [..., R, 1, C, 1], which broadcasts over `blocked`."""
     return values.unsqueeze(-1).unsqueeze(-3)
+
+
+def row_unit(blocks: Iterable[Block], k: int) -> int:
+    """The least number of rows of k columns that ends on an edge of every block that has one."""
+    rows = [cols // gcd(cols, k) if rows == FLAT else rows for rows, cols in blocks]
+    return lcm(*(r for r in rows if r))
+
+
+def pieces(shape: Sequence[int], blocks: Iterable[Block], size: int) -> list[At]:
+    """Cut [*leading, N, K] into runs of rows of about `size` values that end on block edges."""
+    *leading, n, k = shape
+    unit = row_unit(blocks, k)
+    step = max(1, size // max(1, k) // unit) * unit
+    runs = [slice(start, min(start + step, n)) for start in range(0, n, step)]
+    return [(*index, run) for index in product(*map(range, leading)) for run in runs]
+
+
+def part(values: Tensor, at: At, block: Block, shape: Sequence[int]) -> Tensor:
+    """The values of a grid [*leading, R, C] that belong to one of `pieces`."""
+    run, values = at[-1], values[at[:-1]]
+    rows, cols = block
+    if rows == 0 or not isinstance(run, slice):
+        return values
+    if rows == FLAT:
+        k = shape[-1]
+        return values[:, run.start * k // cols : -(-run.stop * k // cols)]
+    return values[run.start // rows : -(-run.stop // rows)]
 
 
 def regrid(values: Tensor, shape: tuple[int, ...], outer: Block, inner: Block) -> Tensor:
@@ -67,15 +99,14 @@ def largest(x: Tensor, shape: tuple[int, ...], inner: Block, outer: Block) -> Te
     return blocked(x, (step[0], step[1])).amax((-3, -1))
 
 
-def finite_or_raise(w: Tensor, stats: Tensor) -> None:
-    """stats: anything a NaN or Inf of w would show up in."""
-    if bool(torch.isfinite(stats).all()):
+def finite_or_raise(w: Tensor) -> None:
+    """NaN, Inf, and values so large that rounding up could overflow float32, are errors that name the element."""
+    low, high = torch.aminmax(w)
+    if bool(torch.isfinite(torch.stack([2 * low, 2 * high])).all()):
         return
-    bad = (~torch.isfinite(w)).nonzero()
-    if len(bad):
-        where = bad[0].tolist()
-        raise SpecError(
-            f"cannot encode: element {where} of {list(w.shape)} is {w[tuple(where)].item()}"
-            f" ({len(bad)} such elements); weights must be finite"
-        )
-    raise SpecError(f"cannot encode: values of {list(w.shape)} are too large for their scale")
+    bad = (~torch.isfinite(2 * w)).nonzero()
+    where = bad[0].tolist()
+    raise SpecError(
+        f"cannot encode: element {where} of {list(w.shape)} is {w[tuple(where)].item()}"
+        f" ({len(bad)} such elements); weights must be finite, and below half of what float32 holds"
+    )

@@ -1,6 +1,12 @@
-"""FORMATS: one row each. A row is what the bytes mean and how `encode` chooses them; nothing else knows its name."""
+"""FORMATS: one row each. A row is what the bytes mean and how `encode` chooses them; nothing else knows its name.
 
+Other packages add rows through the entry-point group `fewbit.formats`: the name of the row = a Format.
+"""
+
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import cache
+from importlib.metadata import entry_points
 
 from fewbit.errors import SpecError
 from fewbit.quant.elements import (
@@ -20,7 +26,7 @@ INT_BLOCKS = {"tensor": (0, 0), "channel": (1, 0), "g32": (1, 32), "g64": (1, 64
 
 
 def _ints() -> dict[str, Format]:
-    rows = {}
+    rows: dict[str, Format] = {}
     for bits in (8, 7, 6, 5, 4, 3, 2):
         signed, unsigned = ELEMENTS[f"int{bits}"], ELEMENTS[f"uint{bits}"]
         for label, block in INT_BLOCKS.items():
@@ -31,7 +37,7 @@ def _ints() -> dict[str, Format]:
 
 
 def _mx() -> dict[str, Format]:
-    rows = {}
+    rows: dict[str, Format] = {}
     for name, element in MX_ELEMENTS.items():
         weight = spec(element, (E8M0, 1, 32), rule="mx-ceil")
         act = spec(element, (E8M0, 1, 32), rule="mx-ceil", dynamic=1)
@@ -71,7 +77,7 @@ def _four_bit() -> dict[str, Format]:
     }
 
 
-FORMATS: dict[str, Format] = {
+ROWS: dict[str, Format] = {
     **_ints(),
     **_fp8(),
     **_mx(),
@@ -80,13 +86,50 @@ FORMATS: dict[str, Format] = {
 }
 
 
+class Formats(Mapping[str, Format]):
+    """ROWS and those of other packages, which are imported when a row is first asked for."""
+
+    def __getitem__(self, name: str) -> Format:
+        return _more()[name] if name in origins() else ROWS[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*ROWS, *_more()))
+
+    def __len__(self) -> int:
+        return len(ROWS) + len(_more())
+
+
+FORMATS: Mapping[str, Format] = Formats()
+
+
+@cache
+def origins() -> dict[str, str]:
+    """Row -> the object that another package gives for it."""
+    found: dict[str, str] = {}
+    for point in entry_points(group="fewbit.formats"):
+        first = "fewbit's own" if point.name in ROWS else found.get(point.name)
+        if first:
+            raise SpecError(f"two formats are called {point.name!r}: {first} and {point.value}")
+        found[point.name] = point.value
+    return found
+
+
+@cache
+def _more() -> dict[str, Format]:
+    rows = {name: entry_points(group="fewbit.formats", name=name)[name].load() for name in origins()}
+    for name, row in rows.items():
+        if not isinstance(row, Format):
+            raise SpecError(f"entry point {name!r} of fewbit.formats gives {type(row).__name__}, not a Format")
+    return rows
+
+
 def get(name: str) -> Format:
     """The row called `name`, or an error with the nearest names."""
     if name in FORMATS:
         return FORMATS[name]
     from difflib import get_close_matches
 
-    near = get_close_matches(name, FORMATS, 5, 0.4)
+    near = [row for row in FORMATS if row.startswith(name)][:5] or get_close_matches(name, FORMATS, 5, 0.4)
     raise SpecError(f"format {name!r} is not known; near: {', '.join(near) or 'none'}; all: fewbit.formats()")
 
 
@@ -99,12 +142,15 @@ def _shape(s: QuantSpec | None) -> tuple[object, ...] | None:
     return (s.element, len(s.scales), chain)
 
 
-_NAMES: dict[object, str] = {}
-for _name, _format in FORMATS.items():
-    _NAMES.setdefault((_shape(_format.weight), _shape(_format.act)), _name)
+@cache
+def _names() -> dict[object, str]:
+    names: dict[object, str] = {}
+    for name, row in FORMATS.items():
+        names.setdefault((_shape(row.weight), _shape(row.act)), name)
+    return names
 
 
 def name_of(f: Format) -> str | None:
     """The row that a format read from a checkpoint is an instance of: scale types and reciprocals aside."""
-    exact = _NAMES.get((_shape(f.weight), _shape(f.act)))
-    return exact or _NAMES.get((_shape(f.weight), None))
+    exact = _names().get((_shape(f.weight), _shape(f.act)))
+    return exact or _names().get((_shape(f.weight), None))

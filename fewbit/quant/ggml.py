@@ -13,12 +13,27 @@ from torch import Tensor
 
 from fewbit.errors import SpecError
 from fewbit.quant.elements import (
-    E2M1, E4M3, E8M0, F16, F32, INT3, INT4, INT5, INT6, INT8, IQ4, UINT2, UINT4, UINT5, UINT6, Element,
+    E2M1,
+    E4M3,
+    E8M0,
+    F16,
+    F32,
+    INT3,
+    INT4,
+    INT5,
+    INT6,
+    INT8,
+    IQ4,
+    UINT2,
+    UINT4,
+    UINT5,
+    UINT6,
+    Element,
 )  # fmt: skip
 from fewbit.quant.ggml_rules import GGML_RULES as GGML_RULES
-from fewbit.quant.qtensor import Planes, QTensor, code_shape, empty, load, make, scale_of, store
+from fewbit.quant.qtensor import Planes, QTensor, empty, load, make, scale_of, store
 from fewbit.quant.runs import RUNS
-from fewbit.quant.spec import QuantSpec, spec
+from fewbit.quant.spec import QuantSpec, describe, spec
 
 CHUNK = 1 << 20  # weights moved at a time: the temporaries stay in cache
 SIGN = Element("sign", "table", 1, table=(-1.0, 1.0), note="ggml's Q1_0")
@@ -201,7 +216,7 @@ def to_blocks(q: QTensor, name: str | None = None) -> Tensor:
     """The inverse: -> [..., N, row bytes] uint8, without the side planes."""
     name = name or type_of(q.spec) or ""
     if name not in TYPES or TYPES[name].spec.stored != q.spec.stored:
-        raise SpecError(f"{q.spec} is not the spec of a ggml type{' ' + name if name else ''}; known: {', '.join(TYPES)}")
+        raise SpecError(f"{describe(q.spec)} is not {name or 'a ggml type'}; known: {', '.join(TYPES)}")
     t = TYPES[name]
     if t.spec.element.kind == "run":
         return q.planes["codes"]
@@ -251,8 +266,8 @@ def _gather(blocks: Tensor, t: BlockType, plane: str) -> Tensor:
 
 def _spread(blocks: Tensor, codes: Tensor, b: Bits) -> None:
     outer, lanes, inner = b.shape
-    source = blocks[..., b.start : b.start + outer * inner].unflatten(-1, (outer, inner))
-    target = codes[..., b.first : b.first + outer * lanes * inner].unflatten(-1, (outer, lanes, inner))
+    source = torch.unflatten(blocks[..., b.start : b.start + outer * inner], -1, (outer, inner))
+    target = torch.unflatten(codes[..., b.first : b.first + outer * lanes * inner], -1, (outer, lanes, inner))
     for lane in range(lanes):
         part = source if b.width == 8 else (source >> (b.at + lane * b.width)) & (2**b.width - 1)
         if b.to:
@@ -270,12 +285,12 @@ def _scatter(packed: Tensor, t: BlockType, plane: str, blocks: Tensor) -> None:
         blocks[..., start : start + 2] = half.unsqueeze(-1).view(torch.uint8)
         return
     count = t.count(plane)
-    codes = load(packed, _element(t, plane), blocks.shape[1] * count).unflatten(-1, (-1, count))
+    codes = torch.unflatten(load(packed, _element(t, plane), blocks.shape[1] * count), -1, (-1, count))
     codes = codes ^ flip if flip else codes
     for b in (b for b in t.bits if b.plane == plane):
         outer, lanes, inner = b.shape
-        source = codes[..., b.first : b.first + outer * lanes * inner].unflatten(-1, (outer, lanes, inner))
-        target = blocks[..., b.start : b.start + outer * inner].unflatten(-1, (outer, inner))
+        source = torch.unflatten(codes[..., b.first : b.first + outer * lanes * inner], -1, (outer, lanes, inner))
+        target = torch.unflatten(blocks[..., b.start : b.start + outer * inner], -1, (outer, inner))
         for lane in range(lanes):
             target |= ((source[..., lane, :] >> b.to) & (2**b.width - 1)) << (b.at + lane * b.width)
 

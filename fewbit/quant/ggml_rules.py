@@ -27,13 +27,15 @@ def encode_blocks(fit: Fit, w: Tensor, spec: QuantSpec, importance: Tensor | Non
     importance: [K], the weight of each column's squared error.
     """
     outer = max(scale.block[1] for scale in spec.scales)
+    if w.shape[-1] % outer:
+        raise SpecError(f"{spec.rule} holds rows in blocks of {outer}; a row of {w.shape[-1]} does not divide")
     out = empty(spec, w.shape, w.device)
     rows = w.reshape(-1, w.shape[-1])
     weight = None if importance is None else importance.float().view(1, -1, outer)
     step = max(1, CHUNK // w.shape[-1])
     for start in range(0, rows.shape[0], step):
         part = rows[start : start + step]
-        for name, codes in fit(part.unflatten(-1, (-1, outer)), weight, spec).items():
+        for name, codes in fit(torch.unflatten(part, -1, (-1, outer)), weight, spec).items():
             element = spec.element if name == "codes" else scale_of(spec, name).element
             out.planes[name].flatten(0, -2)[start : start + step] = store(codes.flatten(1), element)
     return out
@@ -113,7 +115,7 @@ def _two_level_offset(x: Tensor, weight: Tensor | None, spec: QuantSpec) -> Plan
 
 
 def _sub_blocks(x: Tensor, weight: Tensor | None, step: int) -> tuple[Tensor, Tensor | None]:
-    return x.unflatten(-1, (-1, step)), None if weight is None else weight.unflatten(-1, (-1, step))
+    return torch.unflatten(x, -1, (-1, step)), None if weight is None else torch.unflatten(weight, -1, (-1, step))
 
 
 FITS: dict[str, Fit] = {

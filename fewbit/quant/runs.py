@@ -73,7 +73,7 @@ def _signs7(index: Tensor) -> Tensor:
 
 def _scaled(scale: Tensor, values: Tensor, signs: Tensor) -> Tensor:
     """scale: [..., n] each over an equal share of values [..., 256]."""
-    return (scale.unsqueeze(-1) * values.unflatten(-1, (scale.shape[-1], -1))).flatten(-2) * signs
+    return (scale.unsqueeze(-1) * torch.unflatten(values, -1, (scale.shape[-1], -1))).flatten(-2) * signs
 
 
 def _iq2_xxs(blocks: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def _iq1_s(blocks: Tensor) -> Tensor:
     scale = _half(blocks, 0) * (2 * ((high >> 12) & 7) + 1).float()
     index = blocks[..., 2:34].int() | (_fields(high, (0, 3, 6, 9), 7) << 8)
     delta = torch.where((high & 0x8000) == 0, 0.125, -0.125).unsqueeze(-1)
-    values = _look_up(grid("iq1"), index).unflatten(-1, (8, 32)) + delta
+    values = torch.unflatten(_look_up(grid("iq1"), index), -1, (8, 32)) + delta
     return (scale.unsqueeze(-1) * values).flatten(-2)
 
 
@@ -127,8 +127,8 @@ def _iq1_m(blocks: Tensor) -> Tensor:
     high = _fields(blocks[..., 32:48], (0, 4), 15).int()
     index = blocks[..., :32].int() | ((high & 7) << 8)
     delta = torch.where((high & 8) == 0, 0.125, -0.125).unsqueeze(-1)
-    values = _look_up(grid("iq1"), index).unflatten(-1, (32, 8)) + delta
-    return (scale.unsqueeze(-1) * values.flatten(-2).unflatten(-1, (16, 16))).flatten(-2)
+    values = torch.unflatten(_look_up(grid("iq1"), index), -1, (32, 8)) + delta
+    return (scale.unsqueeze(-1) * torch.unflatten(values.flatten(-2), -1, (16, 16))).flatten(-2)
 
 
 def _tq1_0(blocks: Tensor) -> Tensor:

@@ -1,0 +1,5 @@
+"""python -m fewbit"""
+
+from fewbit.cli import main
+
+main()

@@ -1,0 +1,186 @@
+"""The command line: one verb per workflow. Heavy imports happen inside the verbs, so --help answers at once."""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fewbit.errors import FewbitError
+
+app = typer.Typer(
+    name="fewbit",
+    help="Quantize any Hugging Face language model to any common low-bit format, prove what that cost, and serve it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder, or one .gguf or .safetensors file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+
+
+def main() -> None:
+    """Run the command line; expected errors become one message and exit code 1."""
+    try:
+        app(standalone_mode=False)
+    except FewbitError as error:
+        sys.exit(f"fewbit: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # a usage error of typer's has one
+            raise
+        print(f"fewbit: {error.format_message()}\nTry: fewbit --help", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    all: Annotated[bool, typer.Option("--all", help="One line for every module, not one for each format.")] = False,
+    kernels: Annotated[bool, typer.Option("--kernels", help="Show refused kernels and why.")] = False,
+    device: Annotated[str, typer.Option(help="Choose kernels for this device.")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Show what a checkpoint is: dialect, formats, sizes, what is left dense and which rule says so."""
+    from fewbit.workflows.inspect import inspect as run
+    from fewbit.workflows.inspect import size, summary
+
+    info = run(model, device)
+    if as_json:
+        return print(json.dumps(info.to_json(), indent=2))
+    print(f"{info.path}: {info.architecture} ({info.model_type}), {info.parameters / 1e6:.1f}M parameters")
+    print(f"dialect {info.dialect}  [{info.evidence}]")
+    print(f"{size(info.bytes)}, {info.bits_per_weight:.2f} bits per weight over everything"
+          f", {info.quantized_bits_per_weight:.2f} over the quantized modules")  # fmt: skip
+    print(f"KV cache: {info.kv}" + (f", scales for {info.kv_modules} attention modules" if info.kv_modules else ""))
+    table("Formats", ["format", "activations", "modules", "bytes"], summary(info))
+    if all:
+        rows = [(m.name, m.format, m.activations, "x".join(map(str, m.shape)), f"{m.bits_per_weight:.3f}", m.kernel)
+                for m in info.modules]  # fmt: skip
+        table("Modules", ["module", "format", "activations", "shape", "bits", "kernel"], rows)
+    dense = [(d.name, d.dtype, "x".join(map(str, d.shape)), size(d.bytes), d.rule) for d in info.dense]
+    table("Left dense", ["tensor", "type", "shape", "bytes", "rule"], dense if all else dense[:12])
+    if len(dense) > 12 and not all:
+        print(f"... and {len(dense) - 12} more: --all")
+    for name, why in list(info.surplus.items())[: None if all else 4]:
+        print(f"not used: {name}: {why}")
+    chosen = {(m.kernel, m.refused) for m in info.modules}
+    for kernel, refused in sorted(chosen):
+        print(f"kernel on {device}: {kernel}")
+        for reason in refused if kernels else ():
+            print(f"  not {reason}")
+
+
+@app.command()
+def verify(model: Model, as_json: Json = False) -> None:
+    """Prove a checkpoint whole without running it; exit code 1 when it is not."""
+    from fewbit.models.verify import verify as run
+
+    findings = run(model)
+    errors = sum(f.severity == "error" for f in findings)
+    if as_json:
+        print(json.dumps({"path": model, "errors": errors, "findings": [asdict(f) for f in findings]}, indent=2))
+    else:
+        for finding in findings:
+            print(finding)
+        print(f"{model}: " + (f"{errors} errors, {len(findings) - errors} warnings" if findings else "sound"))
+    raise typer.Exit(1 if errors else 0)
+
+
+@app.command()
+def convert(
+    src: Model,
+    to: Annotated[str, typer.Option("--to", help="A dialect: gptq, awq, fp8, compressed-tensors, gguf ... or dense.")],
+    out: Annotated[Path, typer.Option("-o", "--output", help="The folder (or .gguf file) to write.")],
+    requantize: Annotated[bool, typer.Option(help="Choose new codes where the old do not carry over.")] = False,
+    format: Annotated[str | None, typer.Option(help="With --requantize: the format to encode everything in.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="With --to dense: bf16, f16 or f32.")] = None,
+    max_shard: Annotated[int, typer.Option(help="Largest shard, in bytes.")] = 5_000_000_000,
+    overwrite: Annotated[bool, typer.Option(help="Replace a model that is already in OUTPUT.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Rewrite a checkpoint in another dialect, with proof that nothing changed (or by how much)."""
+    from fewbit.errors import RequestError
+    from fewbit.workflows.convert import convert as run
+
+    if format and not requantize:
+        raise RequestError("--format chooses new codes: say --requantize as well")
+    done = run(src, out, to, requantize=format or requantize, dtype=dtype, max_shard=max_shard, overwrite=overwrite,
+               progress=progress)  # fmt: skip
+    if as_json:
+        report = asdict(done) | {"codes_equal": done.codes_equal, "difference": done.difference}
+        return print(json.dumps(report, indent=2, default=str))
+    if requantize:
+        rows = [(m.name, m.source, m.target, f"{m.error:.5f}", f"{m.difference:.5f}") for m in done.modules]
+        table("Requantized", ["module", "from", "to", "error", "largest"], rows)
+    same = sum(m.codes_equal for m in done.modules)
+    print(f"{done.out}: {done.dialect}, {len(done.modules)} quantized modules, {done.dense} dense tensors")
+    print(f"codes equal in {same} of {len(done.modules)} modules; largest difference of a decoded weight"
+          f" {done.difference:.3g} of its tensor's largest")  # fmt: skip
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Show what this machine can do: devices, what is installed, which formats run fast, slow or emulated, and why."""
+    from fewbit.workflows.doctor import doctor as run
+    from fewbit.workflows.doctor import render
+
+    report = run()
+    print(json.dumps(report, indent=2) if as_json else render(report))
+
+
+@app.command()
+def demo(
+    model: Annotated[str | None, typer.Argument(help="A checkpoint of your own instead of the demo model.")] = None,
+    prompt: Annotated[str, typer.Option(help="What to ask.")] = "What is a quantized language model? One sentence.",
+    tokens: Annotated[int, typer.Option(help="How many tokens to generate.")] = 48,
+) -> None:
+    """Fetch a small real model, show what it is, prove it whole, and let it speak."""
+    from fewbit.workflows.demo import demo as run
+
+    for line in run(model, prompt, tokens):
+        print(line, end="", flush=True)
+
+
+def table(title: str, columns: list[str], rows: Iterable[tuple[Any, ...]]) -> None:
+    """A table on a terminal, tab-separated lines otherwise."""
+    rows = list(rows)
+    if not rows:
+        return
+    if not sys.stdout.isatty():
+        print(f"\n{title}")
+        return print("\n".join("\t".join(map(str, row)) for row in [tuple(columns), *rows]))
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table(*columns, title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for row in rows:
+        drawn.add_row(*map(str, row))
+    return Console().print(drawn)
+
+
+def progress(names: Iterable[str], label: str) -> Iterator[str]:
+    """A live bar on a terminal, a line now and then otherwise."""
+    names = list(names)
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import track
+
+        yield from track(names, label, console=Console(stderr=True))
+        return
+    for i, name in enumerate(names):
+        if i % max(1, len(names) // 4) == 0:
+            print(f"{label}: {i}/{len(names)} {name}", file=sys.stderr)
+        yield name
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,430 @@
+"""verify: a static proof that a checkpoint is whole and means what it says. The model is never run.
+
+Every rule is a function from what is known to findings; all findings come at once. `load` runs the same rules and
+refuses on an error, unless that finding is skipped by name.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fewbit import codecs
+from fewbit.codecs.source import Source
+from fewbit.errors import CheckpointError, FewbitError
+from fewbit.files.manifest import verify_manifest
+from fewbit.quant import elements
+from fewbit.quant.blocks import regrid
+from fewbit.quant.qtensor import QTensor, Quantized, codes, scale_codes
+from fewbit.quant.reference import decode
+from fewbit.quant.spec import FLAT
+
+Severity = Literal["error", "warning"]
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
+FLOATS = ("F32", "F16", "BF16", "F64")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong (error) or worth knowing (warning). `name` is what --unsafe-skip-verify takes."""
+
+    severity: Severity
+    name: str
+    where: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.severity}: {self.name}: {self.where}: {self.text}"
+
+
+@dataclass(slots=False)
+class Known:
+    """What the rules look at: the source, the empty model, and where each tensor goes in it."""
+
+    source: Source
+    model: Any  # a transformers model on the meta device
+
+    @cached_property
+    def rules(self) -> Any:
+        from fewbit.models import hf
+
+        return hf.rules(self.model)
+
+    @cached_property
+    def places(self) -> dict[str, Any]:
+        """Module or dense tensor -> Placement or None."""
+        asked = {name: f"{name}.weight" for name in self.source.modules} | {n: n for n in self.source.dense}
+        found = self.rules.place(asked.values())
+        return {name: found[query] for name, query in asked.items()}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        held: Any = self.source.modules.get(name) or self.source.dense[name]
+        return tuple(held.shape)
+
+    @cached_property
+    def linears(self) -> frozenset[str]:
+        """Paths of the model's nn.Linear weights."""
+        return frozenset(f"{n}.weight" for n, m in self.model.named_modules() if isinstance(m, torch.nn.Linear))
+
+
+def verify(path: str | Path) -> list[Finding]:
+    """Every finding about a checkpoint; an empty list means sound. Errors make `load` refuse."""
+    try:
+        with codecs.open(path) as source:
+            return [*_manifest(source), *verify_source(source), *value_findings(source)]
+    except FewbitError as error:
+        return [Finding("error", "unreadable", str(path), str(error))]
+
+
+def verify_source(source: Source, model: Any = None) -> list[Finding]:
+    """What headers and config alone can say; reads no weights."""
+    try:
+        known = Known(source, model if model is not None else _skeleton(source))
+    except FewbitError as error:
+        return [*_grouping(source), Finding("error", "no-model", "config.json", str(error))]
+    return [finding for rule in HEADER_RULES for finding in rule(known)]
+
+
+def _skeleton(source: Source) -> Any:
+    from fewbit.models import hf
+
+    return hf.build(hf.read_config(source.config), torch.bfloat16)
+
+
+def dense_linears(source: Source, heads: bool = False) -> list[str]:
+    """Dense tensors that are the weight of an nn.Linear or of one expert; the output head only when asked for."""
+    from fewbit.models import hf
+
+    known = Known(source, _skeleton(source))
+    head = hf.output_head(known.model)
+    named = {f"{n}.weight": m for n, m in known.model.named_modules()}
+    found = []
+    for name, place in known.places.items():
+        if place is None or name in source.modules or len(known.shape(name)) != 2 or not name.endswith(".weight"):
+            continue
+        linear = place.target in known.linears and (heads or named[place.target] is not head)
+        if linear or place.expert is not None:
+            found.append(name)
+    return found
+
+
+def value_findings(source: Source) -> Iterator[Finding]:
+    """What reading every quantized module and KV scale says."""
+    globals_: dict[str, dict[str, Tensor]] = {}
+    for name in source.modules:
+        try:
+            q = source.read(name)
+        except FewbitError as error:
+            yield Finding("error", "unreadable", name, str(error))
+            continue
+        assert isinstance(q, Quantized)
+        yield from module_findings(name, q, source.dialect)
+        outer = {n: p for n, p in q.weight.planes.items() if n[:5] == "scale" and n != "scale0"}
+        if len(q.format.weight.scales) == 2 and q.format.weight.scales[1].block == (0, 0):
+            globals_[name] = outer
+    yield from _sibling_scales(globals_)
+    yield from _kv_values(source)
+    yield from _nibble_order(source)
+
+
+def refuse_on_errors(path: Path, findings: Iterable[Finding], skip: Collection[str] = ()) -> None:
+    """Raise one CheckpointError with every error whose name is not skipped."""
+    errors = [f for f in findings if f.severity == "error" and f.name not in skip]
+    if errors:
+        shown = [f"  {f.name}: {f.where}: {f.text}" for f in errors[:40]]
+        more = [f"  ... and {len(errors) - 40} more: fewbit verify {path}"] if len(errors) > 40 else []
+        raise CheckpointError("\n".join([f"{path}: {len(errors)} errors", *shown, *more]))
+
+
+def _manifest(source: Source) -> Iterator[Finding]:
+    if source.path.is_dir():
+        for problem in verify_manifest(source.path):
+            yield Finding("error", "digest", str(source.path), problem)
+
+
+def _grouping(source: Source) -> Iterator[Finding]:
+    for name, where, text in source.problems:
+        yield Finding("error", name, where, text)
+    for name in source.checkpoint.unindexed:
+        yield Finding("warning", "not-in-index", name, "a shard holds it, and the index does not list it")
+
+
+def _problems(known: Known) -> Iterator[Finding]:
+    yield from _grouping(known.source)
+
+
+def _unknown(known: Known) -> Iterator[Finding]:
+    from fewbit.models import hf
+
+    _, surplus = hf.optional(known.model)
+    ties = hf.ties(known.model)
+    for name, place in known.places.items():
+        if place is None and not (surplus and surplus.search(name)) and name not in ties:
+            kind = type(known.model).__name__
+            yield Finding("error", "unknown-tensor", name, f"{kind} has no place for it, and no dialect knows it")
+
+
+def _missing(known: Known) -> Iterator[Finding]:
+    from fewbit.models import hf
+
+    may_miss, _ = hf.optional(known.model)
+    ties = hf.ties(known.model)
+    have: dict[str, int] = defaultdict(int)
+    for name, place in known.places.items():
+        if place is not None:
+            for target in place.targets:
+                have[target] += prod(known.shape(name)) // len(place.targets)
+            if place.group is not None:
+                have[place.group.target] += 1
+    for path, parameter in known.model.named_parameters():
+        if path in have or path in ties or (may_miss and may_miss.search(path)):
+            continue
+        if path in ties.values() and any(tied in have for tied, to in ties.items() if to == path):
+            continue
+        yield Finding("error", "missing-tensor", path, f"no tensor fills it (shape {list(parameter.shape)})")
+
+
+def _shapes(known: Known) -> Iterator[Finding]:
+    parts: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+    for name, place in known.places.items():
+        if place is None or place.group is not None:
+            continue
+        shape, target = known.shape(name), place.targets[0]
+        if place.swap:
+            shape = tuple(torch.empty(shape, device="meta").transpose(*place.swap).shape)
+        want = tuple(known.rules.parameters[target])
+        if place.parts > 1 or len(place.targets) > 1:
+            parts[target][name] = shape
+            continue
+        slot = want[1:] if place.expert is not None else want
+        if shape != slot and shape != tuple(reversed(slot)) and not _stack_of(shape, slot):
+            yield Finding(
+                "error", "shape", name, f"{list(shape)} on disk, config.json asks for {list(slot)} ({target})"
+            )
+        elif place.expert is not None and place.expert >= want[0]:
+            yield Finding("error", "shape", name, f"expert {place.expert}, config.json has {want[0]}")
+
+
+def _stack_of(shape: tuple[int, ...], slot: tuple[int, ...]) -> bool:
+    """Stacked experts may be stored [E, N, K] or [E, K, N]."""
+    return len(shape) == 3 and (shape[0], shape[2], shape[1]) == slot
+
+
+def _counts(known: Known) -> Iterator[Finding]:
+    """A stack of experts or a joined parameter must be filled to the last value."""
+    have: dict[str, int] = defaultdict(int)
+    for name, place in known.places.items():
+        if (
+            place is not None
+            and place.group is None
+            and len(place.targets) == 1
+            and (place.parts > 1 or place.expert is not None)
+        ):
+            have[place.target] += prod(known.shape(name))
+    for target, count in have.items():
+        want = prod(known.rules.parameters[target])
+        if count != want:
+            yield Finding(
+                "error", "missing-tensor", target, f"{count} of {want} values are on disk: parts or experts are missing"
+            )
+
+
+def _idle_rules(known: Known) -> Iterator[Finding]:
+    source = known.source
+    names = {*source.modules, *(n.rpartition(".")[0] for n in source.dense), *source.surplus, *source.kv}
+    names |= {n for n, _ in known.model.named_modules()}
+    for rule in source.plan.idle(names):
+        text = f"the {rule.match} rule {rule.pattern!r} matches no module of this checkpoint"
+        yield Finding("warning", "idle-rule", rule.where or rule.pattern, text)
+
+
+def _dense_but_covered(known: Known) -> Iterator[Finding]:
+    for name, info in known.source.dense.items():
+        place = known.places[name]
+        module = name.removesuffix(".weight")
+        if place is None or place.target not in known.linears or info.dtype not in FLOATS or module == name:
+            continue
+        form, rule = known.source.plan.for_module(module)
+        if form is not None and known.source.explicit:
+            by = f"{rule.where} = {rule.pattern!r}" if rule else "the plan"
+            yield Finding("error", "stored-dense", module, f"{by} says it is quantized; it is stored as {info.dtype}")
+
+
+def _bare_codes(known: Known) -> Iterator[Finding]:
+    for name, info in known.source.dense.items():
+        place = known.places[name]
+        if place is not None and info.dtype not in FLOATS and _is_float(known, place.target):
+            text = f"holds {info.dtype} codes and nothing says how to read them (no scale, or no quantization_config)"
+            yield Finding("error", "bare-codes", name, text)
+
+
+def _is_float(known: Known, target: str) -> bool:
+    state = known.model.state_dict()
+    return target in state and state[target].is_floating_point()
+
+
+def _sibling_formats(known: Known) -> Iterator[Finding]:
+    for parent, found in _sibling_groups(known.source.modules).items():
+        formats = {known.source.modules[name].format for name in found}
+        if len(formats) > 1:
+            text = "siblings hold different formats; engines that fuse them refuse the file, here each runs as it is"
+            yield Finding("warning", "sibling-formats", parent, f"{', '.join(found)}: {text}")
+
+
+def _sibling_groups(names: Iterable[str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        for i, group in enumerate(SIBLINGS):
+            if leaf in group:
+                groups[f"{parent}.{i}"].append(name)
+    return {key.rpartition(".")[0] + f".{{{','.join(n.rpartition('.')[2] for n in found)}}}": found
+            for key, found in groups.items() if len(found) > 1}  # fmt: skip
+
+
+def _tokenizer(known: Known) -> Iterator[Finding]:
+    source = known.source
+    folder = source.path if source.path.is_dir() else source.path.parent
+    if source.tokenizer is None and not any((folder / name).exists() for name in TOKENIZERS):
+        yield Finding("warning", "no-tokenizer", str(source.path), "no tokenizer file: ids work, text does not")
+
+
+def _remote_code(known: Known) -> Iterator[Finding]:
+    for text in known.source.checkpoint.remote_code:
+        yield Finding("warning", "remote-code", text, "nothing of it is imported; transformers' own class is used")
+
+
+def _kv_declared(known: Known) -> Iterator[Finding]:
+    source = known.source
+    if source.plan.kv is None or source.plan.kv.dynamic:
+        return
+    attentions = {n for n, _ in known.model.named_modules() if n.endswith(("self_attn", "attention", ".attn", "mixer"))}
+    if not source.kv:
+        yield Finding("error", "kv-scale-missing", "quantization_config", "declares KV scales, and no tensor holds any")
+        return
+    for module in sorted(attentions - source.kv.keys()) if attentions & source.kv.keys() else ():
+        yield Finding("error", "kv-scale-missing", module, "declared, and no k_scale or v_scale is in the file")
+    for module, scales in source.kv.items():
+        lacking = [of for of in "kv" if of not in scales and "kv" not in scales]
+        if lacking:
+            yield Finding("error", "kv-scale-missing", module, f"no {' and '.join(f'{of}_scale' for of in lacking)}")
+
+
+HEADER_RULES: tuple[Callable[[Known], Iterable[Finding]], ...] = (
+    _problems, _unknown, _missing, _shapes, _counts, _idle_rules, _dense_but_covered, _bare_codes, _sibling_formats,
+    _tokenizer, _remote_code, _kv_declared,
+)  # fmt: skip
+
+
+def module_findings(name: str, q: Quantized, dialect: str = "") -> Iterator[Finding]:
+    """What the planes of one module say."""
+    spec = q.weight.spec
+    for plane in q.weight.planes:
+        if plane == "codes" or (dialect == "gguf" and plane.startswith("zero")):
+            continue
+        yield from _plane(name, plane, q.weight, signed=dialect == "gguf" or plane.startswith("zero"))
+    bad = elements.values(spec.element).isfinite().logical_not() if spec.element.bits in (4, 6, 8) else torch.zeros(1)
+    if bool(bad.any()) and spec.element.kind != "run":
+        count = int(bad[codes(q.weight).long()].sum())
+        if count:
+            yield Finding(
+                "error", "code-not-finite", name, f"{count} codes of {spec.element.name} mean NaN or infinity"
+            )
+    for plane, value in q.act.items():
+        v = value.float()
+        if not bool(v.isfinite().all()) or (plane.startswith("scale") and bool((v <= 0).any())):
+            yield Finding(
+                "error", "act-scale", name, f"activation {plane} must be finite and above 0, found {_show(v)}"
+            )
+    for transform in q.transforms:
+        yield from _transform(name, transform.kind, transform.tensors, q.weight.shape[-1])
+
+
+def _plane(name: str, plane: str, q: QTensor, signed: bool) -> Iterator[Finding]:
+    chain = q.spec.scales if plane.startswith("scale") else q.spec.zeros
+    scale = chain[int(plane[-1])]
+    value = elements.decode(scale_codes(q, plane), scale.element)
+    if not bool(value.isfinite().all()):
+        count = int((~value.isfinite()).sum())
+        yield Finding("error", "scale-not-finite", name, f"{plane}: {count} of {value.numel()} are NaN or infinite")
+    if signed or scale.op == "add" or scale.element.kind == "table":
+        return
+    if bool((value < 0).any()):
+        yield Finding("error", "scale-not-positive", name, f"{plane}: {int((value < 0).sum())} are below 0")
+    if bool((value == 0).any()) and _zero_matters(q, plane, value):
+        text = f"{plane}: {int((value == 0).sum())} are 0 where codes are not: those weights are lost"
+        yield Finding("error", "scale-not-positive", name, text)
+
+
+def _zero_matters(q: QTensor, plane: str, value: Tensor) -> bool:
+    """True when a zero scale stands over codes that mean something else than zero."""
+    block = (q.spec.scales if plane.startswith("scale") else q.spec.zeros)[int(plane[-1])].block
+    table = elements.values(q.spec.element)
+    if block[0] == FLAT:
+        return True
+    meant = table[codes(q).long()] != 0
+    zero = regrid((value == 0).float(), q.shape, block, (1, 1)) if block != (0, 0) else (value == 0).float()
+    return bool((meant & (zero > 0)).any())
+
+
+def _transform(name: str, kind: str, tensors: Mapping[str, Tensor], k: int) -> Iterator[Finding]:
+    for label, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            yield Finding("error", "transform", name, f"{kind} {label} holds NaN or infinity")
+        if kind == "permute" and not torch.equal(tensor.sort().values.cpu().long(), torch.arange(k)):
+            yield Finding("error", "transform", name, f"{kind} {label} is not a permutation of {k} inputs")
+
+
+def _sibling_scales(outer: Mapping[str, Mapping[str, Tensor]]) -> Iterator[Finding]:
+    """Tools make one outer scale for siblings that engines fuse; where they differ, a fused engine is silently wrong."""
+    for parent, found in _sibling_groups(outer).items():
+        values = {name.rpartition(".")[2]: float(outer[name]["scale1"].float().max()) for name in found}
+        if len(set(values.values())) > 1:
+            shown = ", ".join(f"{leaf} {value:.6g}" for leaf, value in values.items())
+            text = f"outer scales differ ({shown}): a fused engine would apply one of them to all"
+            yield Finding("error", "sibling-scales", parent, text)
+
+
+def _kv_values(source: Source) -> Iterator[Finding]:
+    for module, scales in source.kv.items():
+        for of, tensor in scales.items():
+            value = source.checkpoint.read(tensor).float()
+            if of.endswith("_zero"):
+                continue
+            if not bool(value.isfinite().all()) or bool((value <= 0).any()):
+                text = f"{tensor} must be finite and above 0, found {_show(value)}"
+                yield Finding("error", "kv-scale", module, text)
+
+
+def _nibble_order(source: Source) -> Iterator[Finding]:
+    """Siblings read the same input, so their column norms go together; a pair-swapped one betrays itself."""
+    for found in list(_sibling_groups(source.modules).values())[:2]:
+        norms = {}
+        for name in found:
+            q = source.modules[name].read()
+            if q.format.weight.element.bits == 4 and not q.transforms and len(q.weight.shape) == 2:
+                norms[name] = decode(q.weight).norm(dim=0)
+        for name, norm in list(norms.items())[1:]:
+            first = next(iter(norms.values()))
+            if len(norm) != len(first) or len(norm) % 2:
+                continue
+            straight, swapped = _correlation(first, norm), _correlation(first, norm.view(-1, 2).flip(1).flatten())
+            if swapped > 0.5 and straight < swapped - 0.3:
+                text = f"column norms go with those of {next(iter(norms))} only when nibbles are swapped ({swapped:.2f} against {straight:.2f})"
+                yield Finding("error", "nibble-order", name, text)
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:
+    return float(torch.corrcoef(torch.stack([a, b]))[0, 1])
+
+
+def _show(value: Tensor) -> str:
+    flat = value.flatten()[:4].tolist()
+    return ", ".join(f"{v:g}" for v in flat) + (" ..." if value.numel() > 4 else "")
