@@ -5,14 +5,23 @@ order, one row of codes, zeros and scales per output. gemv_fast shuffles K withi
 each zero as a float, already times its scale.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from fewbit.codecs import int_packing as ints
-from fewbit.codecs.codec import FLOATS, Codec, Config, Located, Parts, Tensors, refuse, want
+from fewbit.codecs.codec import FLOATS, Codec, Config, Located, by_header, refuse, want
+from fewbit.codecs.int_config import fit_int, flag, group_size, int_format, integer, names
+from fewbit.codecs.int_packing import (
+    FLOAT_DTYPES,
+    as_bytes,
+    assemble,
+    one_group,
+    read_awq,
+    unpack_words,
+    write_awq,
+)
 from fewbit.errors import CheckpointError, UnsupportedError
 from fewbit.quant.elements import UINT4
 from fewbit.quant.pack import pack, unpack
@@ -21,8 +30,6 @@ from fewbit.quant.qtensor import Quantized, make
 from fewbit.quant.spec import Format, QuantSpec, Scale
 
 ENDINGS = (".qweight", ".qzeros", ".scales")
-ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column of each nibble of a word
-INVERSE = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble of each column
 VERSIONS = {"gemm": "awq", "gemv": "awq-gemv", "gemv-fast": "awq-gemv-fast"}
 ROWS, STEP = 4, 64  # gemv_fast: rows that interleave, and the columns of each before the next row's
 
@@ -49,11 +56,11 @@ def _plan(config: Config) -> Plan:
     if version not in VERSIONS:
         reason = "its tensors have no published layout" if version == "llm-awq" else f"known: {', '.join(VERSIONS)}"
         raise UnsupportedError(f"AWQ version {version!r} cannot be read; gemm can", [reason])
-    bits = ints.integer(config, "w_bit" if "w_bit" in config else "bits", 4)
+    bits = integer(config, "w_bit" if "w_bit" in config else "bits", 4)
     if bits != 4:
         raise UnsupportedError(f"AWQ of {bits} bits cannot be read", ["only 4 bits have a layout"])
-    group = ints.group_size(config, "q_group_size" if "q_group_size" in config else "group_size", 128)
-    form = ints.int_format(4, group, not ints.flag(config, "zero_point", True))
+    group = group_size(config, "q_group_size" if "q_group_size" in config else "group_size", 128)
+    form = int_format(4, group, not flag(config, "zero_point", True))
     if version == "gemv-fast":
         form = _float_zeros(form)
     return Plan(
@@ -68,65 +75,40 @@ def _float_zeros(form: Format) -> Format:
 
 def _skipped(config: Config) -> Iterator[Rule]:
     key = "modules_to_not_convert"
-    names = config.get(key) or []
-    if not isinstance(names, list):
-        raise CheckpointError(f"quantization_config.{key}: want a list, found {type(names).__name__}")
-    for i, name in enumerate(names):
+    for i, name in enumerate(names(config, key)):
         yield Rule(name, "substring", None, f"quantization_config.{key}[{i}]")
 
 
-def _shape(form: Format, parts: Parts, version: str) -> tuple[int, ...]:
-    return _matrix(tuple(parts.info(".qweight").shape), version)
-
-
-def _matrix(words: tuple[int, ...], version: str) -> tuple[int, int]:
-    if len(words) != 2:
-        raise CheckpointError(f".qweight: want two axes, found {list(words)}")
-    rows, cols = words
-    return {"gemm": (cols * 8, rows), "gemv": (rows, cols * 8), "gemv-fast": (rows * ROWS, cols)}[version]
-
-
-def read_gemm(form: Format, tensors: Mapping[str, Tensor]) -> Quantized:
-    n, k = _matrix(tuple(tensors[".qweight"].shape), "gemm")
-    groups = -(-k // ints.one_group(form.weight, k))
-    qweight = want(".qweight", tensors[".qweight"], torch.int32, (k, n // 8))
-    scales = want(".scales", tensors[".scales"], ints.FLOAT_DTYPES, (groups, n)).T
-    zeros = None
-    if ".qzeros" in tensors or form.weight.zeros:
-        zeros = _columns(want(".qzeros", tensors[".qzeros"], torch.int32, (groups, n // 8))).T.contiguous()
-    weight = ints.assemble(form, pack(_columns(qweight).T, 4), scales, zeros, (n, k))
-    return Quantized(Format(weight.spec), weight)
-
-
-def _columns(words: Tensor) -> Tensor:
-    """[r, n / 8] int32 -> [r, n] uint8, columns in their order."""
-    nibbles = ints.unpack_words(words, 4)
-    return nibbles.reshape(words.shape[0], -1, 8)[..., list(INVERSE)].flatten(1)
+def _matrix(qweight: Tensor, rows: int, cols: int) -> tuple[int, int]:
+    """[N, K], where an element of qweight stands for so many rows and columns."""
+    if qweight.dim() != 2:
+        raise CheckpointError(f".qweight: want two axes, found {list(qweight.shape)}")
+    return qweight.shape[0] * rows, qweight.shape[1] * cols
 
 
 def read_gemv(form: Format, tensors: Mapping[str, Tensor]) -> Quantized:
-    n, k = _matrix(tuple(tensors[".qweight"].shape), "gemv")
-    groups = -(-k // ints.one_group(form.weight, k))
+    n, k = _matrix(tensors[".qweight"], 1, 8)
+    groups = -(-k // one_group(form.weight, k))
     qweight = want(".qweight", tensors[".qweight"], torch.int32, (n, k // 8))
     scales, qzeros = tensors[".scales"], tensors[".qzeros"]
     padded = scales.shape[-1]  # up to a multiple of 8, 16 or 32 groups
     if padded < groups:
         raise CheckpointError(f".scales: want at least {groups} groups a row, found {list(scales.shape)}")
-    want(".scales", scales, ints.FLOAT_DTYPES, (n, padded))
-    zeros = ints.unpack_words(want(".qzeros", qzeros, torch.int32, (n, padded // 8)), 4)
+    want(".scales", scales, FLOAT_DTYPES, (n, padded))
+    zeros = unpack_words(want(".qzeros", qzeros, torch.int32, (n, padded // 8)), 4)
     kept = zeros[:, :groups].contiguous()
-    weight = ints.assemble(form, ints.as_bytes(qweight), scales[:, :groups], kept, (n, k))
+    weight = assemble(form.weight, as_bytes(qweight), scales[:, :groups], kept, (n, k))
     return Quantized(Format(weight.spec), weight)
 
 
 def read_gemv_fast(form: Format, tensors: Mapping[str, Tensor]) -> Quantized:
-    n, k = _matrix(tuple(tensors[".qweight"].shape), "gemv-fast")
-    groups = -(-k // ints.one_group(form.weight, k))
+    n, k = _matrix(tensors[".qweight"], ROWS, 1)
+    groups = -(-k // one_group(form.weight, k))
     qweight = want(".qweight", tensors[".qweight"], torch.int16, (n // ROWS, k))
     if k % STEP:
         raise CheckpointError(f".qweight: gemv_fast interleaves runs of {STEP} columns, found {k} columns")
     padded = tensors[".scales"].shape[0]
-    scales = want(".scales", tensors[".scales"], ints.FLOAT_DTYPES, (padded, n))[:groups].T.contiguous()
+    scales = want(".scales", tensors[".scales"], FLOAT_DTYPES, (padded, n))[:groups].T.contiguous()
     offsets = want(".qzeros", tensors[".qzeros"], scales.dtype, (padded, n))[:groups].T
     element, block = FLOATS[scales.dtype], form.weight.scales[0].block
     spec = QuantSpec(UINT4, (Scale(element, block),), (Scale(element, block),), form.weight.rule)
@@ -148,30 +130,13 @@ def _within_32() -> Tensor:
     return pairs.transpose(1, 2).reshape(32)
 
 
-def write(q: Quantized) -> Tensors:
-    """The gemm layout, with zeros also where the tensor is symmetric."""
-    n, _ = ints.matrix("awq", q)
-    if n % 8:
-        raise refuse("awq", f"{n} rows", "it packs eight to a word")
-    return {
-        ".qweight": _words(ints.offset_binary(q.weight).T),
-        ".qzeros": _words(ints.zeros_of(q.weight).T),
-        ".scales": q.weight.planes["scale0"].T.contiguous(),
-    }
-
-
-def _words(columns: Tensor) -> Tensor:
-    nibbles = columns.reshape(columns.shape[0], -1, 8)[..., list(ORDER)].flatten(1)
-    return ints.pack_words(nibbles, 4)
-
-
-def fit(form: Format) -> Format:
+def _fit(form: Format) -> Format:
     if form.transforms:
         raise refuse("awq", f"the transforms {', '.join(form.transforms)}", "it stores nothing beside codes and scales")
-    return ints.fit_int("awq", form, (4,), asym=True)
+    return fit_int("awq", form, (4,), asym=True)
 
 
-def config(formats: Mapping[str, Format], dense: list[str], kv: QuantSpec | None) -> dict[str, Config]:
+def _config(formats: Mapping[str, Format], dense: list[str], kv: QuantSpec | None) -> dict[str, Config]:
     groups = {form.weight.scales[0].block[1] or -1 for form in formats.values()}
     if len(groups) != 1:
         raise refuse("awq", f"groups of {sorted(groups)} side by side", "one group size serves the whole checkpoint")
@@ -182,18 +147,17 @@ def config(formats: Mapping[str, Format], dense: list[str], kv: QuantSpec | None
     return {"quantization_config": whole | {"modules_to_not_convert": sorted(dense) or None}}
 
 
-def _codec(version: str, name: str, summary: str) -> Codec:
-    readers = {"gemm": read_gemm, "gemv": read_gemv, "gemv-fast": read_gemv_fast}
-    writes = version == "gemm"
+def _codec(name: str, read: Callable[[Format, Mapping[str, Tensor]], Quantized], summary: str) -> Codec:
+    writes = name == "awq"
     return Codec(
-        name, partial(_claims, name=name), _plan, ENDINGS, (".qweight", ".qzeros"), partial(_shape, version=version),
-        readers[version], fit if writes else None, write if writes else None, config if writes else None,
+        name, partial(_claims, name=name), _plan, ENDINGS, (".qweight", ".qzeros"), by_header(read), read,
+        _fit if writes else None, partial(write_awq, dialect=name) if writes else None, _config if writes else None,
         explicit=False, summary=summary,
     )  # fmt: skip
 
 
 CODECS = (
-    _codec("gemm", "awq", "AWQ, packed along N (the layout other engines read)"),
-    _codec("gemv", "awq-gemv", "AWQ, packed along K; read only"),
-    _codec("gemv-fast", "awq-gemv-fast", "AWQ, rows interleaved, float zeros; read only"),
+    _codec("awq", read_awq, "AWQ, packed along N: the layout other engines read"),
+    _codec("awq-gemv", read_gemv, "AWQ, packed along K; read only"),
+    _codec("awq-gemv-fast", read_gemv_fast, "AWQ, rows interleaved, float zeros; read only"),
 )

@@ -5,6 +5,7 @@ leaves here describes the file.
 """
 
 import math
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +37,12 @@ WINDOW = {"attention.sliding_window": "sliding_window"}
 CAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
 
 
+def shortest(value: float) -> float:
+    """The decimal with the fewest digits that is this float32: what was meant before it was stored as one."""
+    digits = (float(f"{value:.{n}g}") for n in range(1, 10))
+    return next(d for d in digits if struct.pack("<f", d) == struct.pack("<f", value))
+
+
 class Metadata:
     """The metadata of one file, read with types; every complaint names the file and the key."""
 
@@ -53,20 +60,16 @@ class Metadata:
         return CheckpointError(f"{self.file.path}: key {self.key(name)!r}: {why}")
 
     def number(self, name: str) -> int | float:
-        """A count above 0, or a finite real above 0; one value where a file repeats it per layer."""
-        value = self.file.kv_value(self.key(name), *SIZES, *REALS, "bool", *(f"[{kind}]" for kind in (*SIZES, *REALS)))
-        if isinstance(value, list):
-            if len(set(value)) != 1:
-                raise UnsupportedError(
-                    f"{self.file.path}: key {self.key(name)!r}: {value[:8]} differs from layer to layer",
-                    ["models whose layers are of one size are read"],
-                )
-            value = value[0]
-        if isinstance(value, bool):
-            return value
-        if not math.isfinite(value) or value < 0:
-            raise self.refuse(name, f"{value} is not a finite number from 0")
-        return value
+        """A finite number from 0, or a bool; the one value of a list that repeats it for each layer."""
+        plain = (*SIZES, *REALS, "bool")
+        held = self.file.kv_value(self.key(name), *plain, *(f"[{kind}]" for kind in plain))
+        values: list[int | float] = held if isinstance(held, list) else [held]
+        if len(set(values)) > 1:
+            why = f"{self.file.path}: key {self.key(name)!r}: {values[:8]} differs from layer to layer"
+            raise UnsupportedError(why, ["models whose layers are all of one size are read"])
+        if not values or not math.isfinite(values[0]) or values[0] < 0:
+            raise self.refuse(name, f"{held} is not a finite number from 0")
+        return shortest(values[0]) if "f32" in self.file.kinds[self.key(name)] else values[0]
 
     def size(self, name: str) -> int:
         value = self.number(name)
@@ -268,6 +271,8 @@ def config_of(file: GGUFFile) -> Config:
     config["vocab_size"] = _vocabulary(meta)
     config |= _special_tokens(meta, config["vocab_size"])
     config |= _rope_scaling(config, meta)
+    if file.info("token_embd.weight").type_name == "BF16":
+        config["dtype"] = "bfloat16"
     row.finish(config, meta)
     _check(config, meta)
     return config
@@ -329,11 +334,11 @@ def _floats(meta: Metadata, tensor: str) -> list[float] | None:
 
 def llama3_factors(count: int, theta: float, scaling: Mapping[str, Any]) -> torch.Tensor:
     """What Llama 3 divides each rotary frequency by: 1 for short waves, `factor` for long ones, smooth between."""
-    frequency = theta ** -(torch.arange(count, dtype=torch.float64) / count)
+    frequency = torch.exp(torch.arange(count, dtype=torch.float64) * (-math.log(theta) / count))
     turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
     low, high, factor = (float(scaling[k]) for k in ("low_freq_factor", "high_freq_factor", "factor"))
     smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return 1 / ((1 - smooth) / factor + smooth)
+    return torch.reciprocal((1 - smooth) / factor + smooth)
 
 
 def llama3_scaling(factors: list[float], theta: float, meta: Metadata) -> Config:
@@ -375,7 +380,10 @@ def _check_layers(count: int, meta: Metadata) -> None:
 
 
 def _check_shape(name: str, leaf: str, shape: tuple[int, ...], config: Config, meta: Metadata) -> None:
-    hidden, size = config["hidden_size"], config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    hidden, size = (
+        config["hidden_size"],
+        config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+    )
     heads, kv = config["num_attention_heads"] * size, config["num_key_value_heads"] * size
     mla = meta.arch == "deepseek2"
     experts = config.get("num_experts") or config.get("num_local_experts") or config.get("n_routed_experts")

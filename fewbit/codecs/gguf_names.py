@@ -81,6 +81,11 @@ class Names:
 _LLAMA = Names({**ATTENTION, **MLP, **MIXTRAL}, pairs=True)
 _QWEN = Names({**ATTENTION, **MLP, **QK_NORMS, **EXPERTS, **SHARED})
 _GEMMA = Names({**ATTENTION, **MLP}, plus_one=True)
+_OLMO2 = {  # norms after attention and after the MLP, none before
+    **{leaf: hf for leaf, hf in {**ATTENTION, **MLP, **QK_NORMS}.items() if leaf not in ("attn_norm", "ffn_norm")},
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 NAMES: dict[str, Names] = {
     "llama": _LLAMA,
     "granite": _LLAMA,
@@ -101,15 +106,7 @@ NAMES: dict[str, Names] = {
             "attn_k_norm": "self_attn.k_layernorm.norms.{}",
         }
     ),
-    "olmo2": Names(
-        {
-            **ATTENTION,
-            **MLP,
-            **QK_NORMS,
-            "post_attention_norm": "post_attention_layernorm",
-            "post_ffw_norm": "post_feedforward_layernorm",
-        }
-    ),
+    "olmo2": Names(_OLMO2),
     "glm4": Names(
         {
             **ATTENTION,

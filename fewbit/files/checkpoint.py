@@ -8,12 +8,12 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 import torch
 
 from fewbit.errors import CheckpointError
-from fewbit.files.disk import unknown_tensor
+from fewbit.files.disk import short, unknown_tensor
 from fewbit.files.gguf import SPLIT_NAME, GGUFFile, open_gguf
 from fewbit.files.safetensors import SafetensorsFile, TensorInfo, open_safetensors
 from fewbit.files.text import load_json
@@ -58,12 +58,13 @@ class Checkpoint:
         elif self.path.suffix == ".safetensors" and self.path.exists():
             self._open_shards([self.path])
         else:
-            _refuse_path(self.path)
+            raise _no_file(self.path)
 
     def _open_folder(self, names: list[str]) -> None:
         files = _weight_files(self.path, names)
         if files[0].endswith(".gguf"):
-            return self._open_gguf(_inside(self.path, files[0]))
+            self._open_gguf(_inside(self.path, files[0]))
+            return
         self._read_configs(names)
         if files == [INDEX]:
             self.index = _read_index(self.path)
@@ -87,7 +88,7 @@ class Checkpoint:
             for name, info in shard.tensors.items():
                 if name in self.tensors:
                     other = self.tensors[name].file.name
-                    raise CheckpointError(f"{path}: tensor {name!r} is also in {other}; a tensor has one place")
+                    raise CheckpointError(f"{path}: tensor {short(name)} is also in {other}; a tensor has one place")
                 self.tensors[name] = info
 
     def _check_index(self, index: dict[str, str]) -> None:
@@ -95,7 +96,7 @@ class Checkpoint:
             found = self.tensors.get(name)
             if found is None or found.file.name != file:
                 where = f"it is in {found.file.name}" if found else "no shard has it"
-                raise CheckpointError(f"{self.path / INDEX}: tensor {name!r} is listed in {file}, and {where}")
+                raise CheckpointError(f"{self.path / INDEX}: tensor {short(name)} is listed in {file}, and {where}")
         self.unindexed = {name: info for name, info in self.tensors.items() if name not in index}
         for name in self.unindexed:
             del self.tensors[name]
@@ -111,14 +112,12 @@ class Checkpoint:
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor in memory of its own; a GGUF tensor as its raw bytes, uint8 [*leading, row_bytes]."""
-        if self.gguf is not None:
-            return self.gguf.read(name)
-        return self._shard(name).read(name)
+        source = self.gguf if self.gguf is not None else self._shard(name)
+        return source.read(name)
 
     def read_into(self, name: str, out: torch.Tensor) -> None:
-        if self.gguf is not None:
-            return self.gguf.read_into(name, out)
-        self._shard(name).read_into(name, out)
+        source = self.gguf if self.gguf is not None else self._shard(name)
+        source.read_into(name, out)
 
     def _shard(self, name: str) -> SafetensorsFile:
         info = self.tensors.get(name) or self.unindexed.get(name)
@@ -170,9 +169,7 @@ def _weight_files(folder: Path, names: list[str]) -> list[str]:
         others = []
     if len(found := ggufs + others) == 1:
         return found
-    if found:
-        raise CheckpointError(f"{folder}: holds several models: {', '.join(found)}; give the path of one file")
-    _refuse_folder(folder, names)
+    raise _no_model(folder, names, found)
 
 
 def _later_part(name: str) -> bool:
@@ -180,32 +177,34 @@ def _later_part(name: str) -> bool:
     return match is not None and int(match[2]) != 1
 
 
-def _refuse_folder(folder: Path, names: list[str]) -> NoReturn:
+def _no_model(folder: Path, names: list[str], weights: list[str]) -> CheckpointError:
+    if weights:
+        return CheckpointError(f"{folder}: holds several models: {', '.join(weights)}; give the path of one file")
     pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles:
-        _refuse_pickle(folder, pickles)
+        return _only_pickles(folder, pickles)
     found = f"found {', '.join(names[:8])}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    raise CheckpointError(
+    return CheckpointError(
         f"{folder}: no checkpoint here: {found if names else 'the folder is empty'}; "
         f"a folder with config.json and {SINGLE} (or {INDEX} and its shards), or with one .gguf, would work"
     )
 
 
-def _refuse_pickle(path: Path, pickles: list[str]) -> NoReturn:
-    raise CheckpointError(
+def _only_pickles(path: Path, pickles: list[str]) -> CheckpointError:
+    return CheckpointError(
         f"{path}: only pickles ({', '.join(pickles[:3])}), which can run code when they are loaded, so they are not; "
         "ask the owner for safetensors, or convert once: tensors = torch.load(file, weights_only=True), "
         f"then safetensors.torch.save_file(tensors, {SINGLE!r})"
     )
 
 
-def _refuse_path(path: Path) -> NoReturn:
+def _no_file(path: Path) -> CheckpointError:
     if path.suffix in PICKLES and path.exists():
-        _refuse_pickle(path, [path.name])
+        return _only_pickles(path, [path.name])
     if path.exists():
-        raise CheckpointError(f"{path}: is no folder, .safetensors or .gguf file, and nothing else is read")
+        return CheckpointError(f"{path}: is no folder, .safetensors or .gguf file, and nothing else is read")
     parent = next(p for p in [*path.parents, Path("/")] if p.exists())
-    raise CheckpointError(
+    return CheckpointError(
         f"{path}: no such file or folder ({parent.absolute()} exists); give the path of a local folder, "
         ".safetensors or .gguf file; a hub id must be downloaded first"
     )
@@ -214,12 +213,12 @@ def _refuse_path(path: Path) -> NoReturn:
 def _inside(folder: Path, name: str) -> Path:
     """Path of a file directly in the folder, which must not lead out of it through a link."""
     if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise CheckpointError(f"{folder}: {name!r} is not the plain name of a file in this folder")
+        raise CheckpointError(f"{folder}: {short(name)} is not the plain name of a file in this folder")
     path = folder / name
     try:
         real = path.resolve(strict=True)
     except (OSError, ValueError, RuntimeError) as e:  # RuntimeError: links in a circle
-        raise CheckpointError(f"{folder}: {name!r} is missing") from e
+        raise CheckpointError(f"{folder}: {short(name)} is missing") from e
     if not real.is_relative_to(_root(folder)):
         raise CheckpointError(f"{path}: is a symlink that leaves the folder (to {real})")
     return path
@@ -246,7 +245,9 @@ def _read_index(folder: Path) -> dict[str, str]:
         raise CheckpointError(f"{folder / INDEX}: weight_map is missing, empty or not an object")
     for name, file in weight_map.items():
         if not isinstance(file, str) or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{folder / INDEX}: tensor {name!r}: {file!r} is not the name of a safetensors file")
+            raise CheckpointError(
+                f"{folder / INDEX}: tensor {short(name)}: {short(file)} is not the name of a safetensors file"
+            )
     return weight_map
 
 

@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
 from pathlib import Path
+from reprlib import Repr
 
 import torch
 
@@ -53,25 +54,23 @@ class DiskFile:
                 f"{self.path}: {what}: bytes {start} to {start + nbytes} are asked for, and the file has {self.size}"
             )
 
-    def read(self, start: int, nbytes: int, what: str) -> bytes:
+    def read(self, start: int, nbytes: int, what: str) -> bytearray:
         self.check(start, nbytes, what)
         data = bytearray(nbytes)
         self._fill(memoryview(data), start, what)
-        return bytes(data)
+        return data
 
     def read_into(self, start: int, out: torch.Tensor, what: str) -> None:
         """Fill `out` (contiguous, on the CPU) with the bytes at `start`."""
         nbytes = out.nbytes
         self.check(start, nbytes, what)
-        if nbytes == 0:
-            return
         view = bytes_of(out)
         if nbytes < 2 * CHUNK:
-            return self._fill(view, start, what)
+            self._fill(view, start, what)
+            return
         _advise_huge_pages(out.data_ptr(), nbytes)
         with ThreadPoolExecutor(THREADS) as pool:
-            pieces = range(0, nbytes, CHUNK)
-            for _ in pool.map(lambda at: self._fill(view[at : at + CHUNK], start + at, what), pieces):
+            for _ in pool.map(lambda at: self._fill(view[at : at + CHUNK], start + at, what), range(0, nbytes, CHUNK)):
                 pass
 
     def _fill(self, view: memoryview, start: int, what: str) -> None:
@@ -86,6 +85,12 @@ class DiskFile:
             if got == 0:
                 raise CheckpointError(f"{self.path}: {what}: the file became shorter while it was read")
             done += got
+
+
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
+_SHORT.maxlist = _SHORT.maxdict = 16
+short = _SHORT.repr  # a value from a file, cut to what fits in a message
 
 
 def reason(error: Exception) -> str:
@@ -108,7 +113,7 @@ def checked_bits(shape: Sequence[int], bits: int, what: str) -> int:
     product = bits
     for size in shape:
         if type(size) is not int or not 0 <= size <= LIMIT:
-            raise CheckpointError(f"{what}: dimension {size!r} is not a size from 0 to 2^63-1")
+            raise CheckpointError(f"{what}: dimension {short(size)} is not a size from 0 to 2^63-1")
         product *= max(size, 1)
         if product > LIMIT * 8:
             raise CheckpointError(f"{what}: the product of shape {list(shape)} overflows 64 bits")
@@ -127,7 +132,7 @@ def check_name(name: str, what: str) -> None:
 
 def unknown_tensor(path: Path, name: str, known: Collection[str]) -> CheckpointError:
     near = get_close_matches(name, known, 3)
-    return CheckpointError(f"{path}: no tensor {name!r}" + (f"; near are {', '.join(near)}" if near else ""))
+    return CheckpointError(f"{path}: no tensor {short(name)}" + (f"; near are {', '.join(near)}" if near else ""))
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fewbit.errors import CheckpointError
-from fewbit.files.disk import LIMIT, DiskFile, checked_bits
+from fewbit.files.disk import LIMIT, DiskFile, checked_bits, short
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -116,14 +116,14 @@ class _Cursor:
     def __init__(self, disk: DiskFile):
         self.disk = disk
         self.at = 0
-        self._window = b""
+        self._window = bytearray()
         self._base = 0
 
     @property
     def left(self) -> int:
         return self.disk.size - self.at
 
-    def take(self, count: int, what: str) -> bytes:
+    def take(self, count: int, what: str) -> bytearray:
         first = self.at - self._base
         if first + count > len(self._window):
             self._fill(count, what)
@@ -170,7 +170,7 @@ def read_header(disk: DiskFile) -> Header:
     kinds: dict[str, str] = {}
     for _ in range(n_kv):
         key = _key(cursor, kv)
-        kinds[key], kv[key] = _typed_value(cursor, f"key {key!r}")
+        kinds[key], kv[key] = _typed_value(cursor, f"key {short(key)}")
     alignment = _alignment(cursor, kv, kinds)
     tensors: dict[str, GGUFTensor] = {}
     for _ in range(n_tensors):
@@ -182,7 +182,7 @@ def read_header(disk: DiskFile) -> Header:
 def _version(cursor: _Cursor) -> int:
     magic = cursor.take(4, "magic")
     if magic != MAGIC:
-        cursor.refuse(f"magic is {magic!r}, a GGUF file starts with {MAGIC!r}")
+        cursor.refuse(f"magic is {bytes(magic)!r}, a GGUF file starts with {MAGIC!r}")
     version = cursor.u32("version")
     if version not in VERSIONS:
         big = version & 0xFFFF == 0 and version != 0
@@ -198,9 +198,9 @@ def _key(cursor: _Cursor, seen: dict[str, Any]) -> str:
     if not key:
         cursor.refuse(f"metadata entry {len(seen)} has an empty key")
     if len(key.encode()) > MAX_KEY:
-        cursor.refuse(f"key {key[:40]!r}... is longer than {MAX_KEY} bytes")
+        cursor.refuse(f"key {short(key)} is longer than {MAX_KEY} bytes")
     if key in seen:
-        cursor.refuse(f"duplicate key {key!r}")
+        cursor.refuse(f"duplicate key {short(key)}")
     return key
 
 
@@ -241,16 +241,16 @@ def _alignment(cursor: _Cursor, kv: dict[str, Any], kinds: dict[str, str]) -> in
         return DEFAULT_ALIGNMENT
     value = kv[key]
     if kinds[key] != "u32":
-        cursor.refuse(f"key {key!r}: is stored as {kinds[key]}, expected u32")
+        cursor.refuse(f"key {short(key)}: is stored as {kinds[key]}, expected u32")
     if value <= 0 or value & (value - 1):
-        cursor.refuse(f"key {key!r}: {value} is not a power of two")
+        cursor.refuse(f"key {short(key)}: {value} is not a power of two")
     return int(value)
 
 
 def _tensor(cursor: _Cursor, seen: dict[str, GGUFTensor]) -> GGUFTensor:
     """One entry of the tensor list; its `start` is still relative to the data section."""
     name = cursor.string(f"name of tensor {len(seen)}")
-    what = f"tensor {name[:80]!r}"
+    what = f"tensor {short(name)}"
     if not name or len(name.encode()) > MAX_NAME:
         cursor.refuse(f"{what}: a name has 1 to {MAX_NAME} bytes, this one {len(name.encode())}")
     if name in seen:
@@ -285,7 +285,7 @@ def _place(tensors: dict[str, GGUFTensor], cursor: _Cursor, alignment: int) -> d
     expected = 0
     placed = {}
     for name, t in tensors.items():
-        what = f"tensor {name!r}"
+        what = f"tensor {short(name)}"
         if t.start != expected:
             cursor.refuse(f"{what}: bad offset {t.start}, expected {expected} (alignment {alignment})")
         cursor.disk.check(data_start + expected, t.nbytes, what)

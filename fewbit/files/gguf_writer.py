@@ -47,10 +47,21 @@ class GGUFWriter:
             raise CheckpointError(f"{self.out}: exists already; choose another name or overwrite=True")
         if self.out.suffix != ".gguf" or SPLIT_NAME.fullmatch(self.out.name):
             raise CheckpointError(f"{self.out}: the name must end in .gguf and not be that of a part of a split set")
-        header, self._places = _lay_out(self.out, kv, tensors)
+        header, self._places, size = _lay_out(self.out, kv, tensors)
         self._done: set[str] = set()
         self._staging = Staging(self.out.parent)
         self._staging.put(self.out.name, header)
+        if size > len(header):
+            self._staging.write(self.out.name, size - 1, b"\0")
+        self._check_header()
+
+    def _check_header(self) -> None:
+        """Read the header back before hours of work are put behind it."""
+        try:
+            open_gguf(self._staging.partial(self.out.name)).close()
+        except CheckpointError:
+            self.abort()
+            raise
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
         """Write one tensor: its raw bytes (uint8 of any shape), or the plain dtype of an F or I type."""
@@ -63,11 +74,17 @@ class GGUFWriter:
         self._done.add(name)
 
     def close(self) -> None:
-        """Check that every tensor was put and that the file reads back, then give it its name."""
+        """Check that every tensor was put, then give it its name."""
+        try:
+            self._publish()
+        except BaseException:
+            self.abort()
+            raise
+
+    def _publish(self) -> None:
         self._staging.check_complete(self._places, self._done)
         name = self.out.name
         entry = self._staging.seal(name)
-        open_gguf(self._staging.partial(name)).close()
         known = read_manifest(self.out.parent) if (self.out.parent / MANIFEST).exists() else {}
         self._staging.put(MANIFEST, manifest_bytes({**known, name: entry}))
         self._staging.seal(MANIFEST)
@@ -80,19 +97,16 @@ class GGUFWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is not None:
-            return self.abort()
-        try:
+        if kind is None:
             self.close()
-        except BaseException:
+        else:
             self.abort()
-            raise
 
 
 def _lay_out(
     out: Path, kv: Mapping[str, tuple[str, Any]], tensors: Mapping[str, tuple[int, Sequence[int]]]
-) -> tuple[bytes, dict[str, Place]]:
-    """The header, padded to where the data starts, and the place of every tensor."""
+) -> tuple[bytes, dict[str, Place], int]:
+    """The header, padded to where the data starts, the place of every tensor, and the size of the file."""
     kind, alignment = kv.get("general.alignment", ("u32", DEFAULT_ALIGNMENT))
     if kind != "u32" or alignment <= 0 or alignment & (alignment - 1):
         raise CheckpointError(f"{out}: general.alignment {alignment!r} ({kind}) is not a u32 power of two")
@@ -106,7 +120,8 @@ def _lay_out(
         at = align(at + nbytes, alignment)
     raw = b"".join(header)
     raw += b"\0" * (-len(raw) % alignment)
-    return raw, {name: _place(out.name, len(raw) + at, n, *tensors[name]) for name, (at, n) in offsets.items()}
+    places = {name: _place(out.name, len(raw) + start, n, *tensors[name]) for name, (start, n) in offsets.items()}
+    return raw, places, len(raw) + at
 
 
 def _place(file: str, start: int, nbytes: int, number: int, shape: Sequence[int]) -> Place:

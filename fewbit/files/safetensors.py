@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 
 from fewbit.errors import CheckpointError
-from fewbit.files.disk import DiskFile, check_name, checked_bits, empty, unknown_tensor
+from fewbit.files.disk import DiskFile, check_name, checked_bits, empty, short, unknown_tensor
 from fewbit.files.text import load_json
 
 MAX_HEADER = 100_000_000
@@ -61,7 +61,7 @@ class TensorInfo:
 def storage(dtype: str, shape: tuple[int, ...], what: str) -> tuple[torch.dtype, tuple[int, ...]]:
     """Dtype and shape of the tensor in memory: elements under a byte are packed along the last axis."""
     if dtype not in DTYPES:
-        raise CheckpointError(f"{what}: dtype {dtype!r} is unknown; known are {', '.join(DTYPES)}")
+        raise CheckpointError(f"{what}: dtype {short(dtype)} is unknown; known are {', '.join(DTYPES)}")
     torch_dtype, bits = DTYPES[dtype]
     if bits >= 8:
         return torch_dtype, shape
@@ -93,16 +93,16 @@ class SafetensorsFile:
     def read(self, name: str) -> torch.Tensor:
         """The tensor in memory of its own, in the dtype of the file (packed uint8 under 8 bits)."""
         info = self.info(name)
-        what = f"{self.path}: tensor {name!r}"
+        what = f"{self.path}: tensor {short(name)}"
         dtype, shape = storage(info.dtype, info.shape, what)
         out = empty(shape, dtype, what)
-        self._disk.read_into(info.start, out, f"tensor {name!r}")
+        self._disk.read_into(info.start, out, f"tensor {short(name)}")
         return out
 
     def read_into(self, name: str, out: torch.Tensor) -> None:
         """Fill `out`, which has the dtype and shape of `read(name)`, or is uint8 of as many bytes."""
         info = self.info(name)
-        what = f"{self.path}: tensor {name!r}"
+        what = f"{self.path}: tensor {short(name)}"
         dtype, shape = storage(info.dtype, info.shape, what)
         raw = out.dtype is torch.uint8 and out.nbytes == info.nbytes and out.is_contiguous()
         if not raw and (out.dtype is not dtype or tuple(out.shape) != shape):
@@ -111,7 +111,7 @@ class SafetensorsFile:
             staged = self.read(name)
             out.copy_(staged.view(-1).view(torch.uint8).view(out.shape) if raw else staged)
             return
-        self._disk.read_into(info.start, out, f"tensor {name!r}")
+        self._disk.read_into(info.start, out, f"tensor {short(name)}")
 
     def close(self) -> None:
         self._disk.close()
@@ -147,15 +147,15 @@ def _metadata(value: Any, path: Path) -> dict[str, str]:
 
 
 def _tensor(name: str, entry: Any, path: Path, data_start: int) -> TensorInfo:
-    what = f"{path}: tensor {name!r}"
+    what = f"{path}: tensor {short(name)}"
     check_name(name, what)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{what}: its entry is not an object of exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"{what}: dtype {dtype!r} is unknown; known are {', '.join(DTYPES)}")
+        raise CheckpointError(f"{what}: dtype {short(dtype)} is unknown; known are {', '.join(DTYPES)}")
     if not isinstance(shape, list):
-        raise CheckpointError(f"{what}: shape {shape!r} is not a list of sizes")
+        raise CheckpointError(f"{what}: shape {short(shape)} is not a list of sizes")
     start, end = _offsets(offsets, what)
     bits = checked_bits(shape, DTYPES[dtype][1], what)
     storage(dtype, tuple(shape), what)
@@ -168,7 +168,7 @@ def _tensor(name: str, entry: Any, path: Path, data_start: int) -> TensorInfo:
 
 def _offsets(value: Any, what: str) -> tuple[int, int]:
     if not isinstance(value, list) or len(value) != 2 or not all(type(v) is int for v in value):
-        raise CheckpointError(f"{what}: data_offsets {value!r} is not a pair of integers")
+        raise CheckpointError(f"{what}: data_offsets {short(value)} is not a pair of integers")
     start, end = value
     if not 0 <= start <= end:
         raise CheckpointError(f"{what}: data_offsets {value} do not run forward from 0")
@@ -183,11 +183,13 @@ def _check_tiling(tensors: dict[str, TensorInfo], disk: DiskFile, data_start: in
         if after.start != expected:
             fault = "overlaps the one before it" if after.start < expected else "leaves a gap before it"
             raise CheckpointError(
-                f"{disk.path}: tensor {after.name!r}: data_offsets start at {after.start - data_start}, "
+                f"{disk.path}: tensor {short(after.name)}: data_offsets start at {after.start - data_start}, "
                 f"expected {expected - data_start}: it {fault}"
             )
     end = order[-1].start + order[-1].nbytes if order else data_start
     if end > disk.size:
-        raise CheckpointError(f"{disk.path}: tensor {order[-1].name!r}: data_offsets end at {end}, file at {disk.size}")
+        raise CheckpointError(
+            f"{disk.path}: tensor {short(order[-1].name)}: data_offsets end at {end}, file at {disk.size}"
+        )
     if end < disk.size:
         raise CheckpointError(f"{disk.path}: {disk.size - end} trailing bytes belong to no tensor")

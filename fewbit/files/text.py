@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fewbit.errors import CheckpointError
-from fewbit.files.disk import DiskFile
+from fewbit.files.disk import DiskFile, short
 
 MAX_DEPTH = 64
 
-# the closing quote is optional: an unterminated string must not be rescanned from each quote inside it
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+# the closing quote is optional, so that a string without one ends the search
+_STRING = re.compile(rb'"[^"]*"?')
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _SQUARE = bytes.maketrans(b"{}", b"[]")
-_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_OTHERS = bytes(set(range(256)) - set(b'[]{}"'))
 
 
-def load_json(source: Path | str | bytes, where: str, max_bytes: int = 100 << 20) -> Any:
+def load_json(source: Path | str | bytes | bytearray, where: str, max_bytes: int = 100 << 20) -> Any:
     """The value in a file (a path) or in bytes; `where` names it in errors."""
-    data = source if isinstance(source, bytes) else _read(Path(source), where, max_bytes)
+    data = source if isinstance(source, (bytes, bytearray)) else _read(Path(source), where, max_bytes)
     _check_size(len(data), where, max_bytes)
     _check_depth(data, where)
     value = _parse(_decode(data, where), where)
@@ -32,7 +32,7 @@ def load_json(source: Path | str | bytes, where: str, max_bytes: int = 100 << 20
     return value
 
 
-def _read(path: Path, where: str, max_bytes: int) -> bytes:
+def _read(path: Path, where: str, max_bytes: int) -> bytearray:
     disk = DiskFile(path)
     try:
         _check_size(disk.size, where, max_bytes)
@@ -46,9 +46,11 @@ def _check_size(size: int, where: str, max_bytes: int) -> None:
         raise CheckpointError(f"{where}: {size} bytes of JSON, at most {max_bytes} are read")
 
 
-def _check_depth(data: bytes, where: str) -> None:
+def _check_depth(data: bytes | bytearray, where: str) -> None:
     """Peel one level of brackets per pass: what is left after MAX_DEPTH passes is too deep or unbalanced."""
-    brackets = _STRING.sub(b"", data).translate(_SQUARE, _NOT_BRACKETS)
+    plain = data.replace(b"\\\\", b"").replace(b'\\"', b"")  # without escapes
+    marks = plain.translate(_SQUARE, _OTHERS).replace(b'""', b"")  # each quote still opens or closes what it did
+    brackets = _STRING.sub(b"", marks)
     for _ in range(MAX_DEPTH):
         if not brackets:
             return
@@ -57,7 +59,7 @@ def _check_depth(data: bytes, where: str) -> None:
         raise CheckpointError(f"{where}: JSON nested deeper than {MAX_DEPTH} levels, or its brackets do not match")
 
 
-def _decode(data: bytes, where: str) -> str:
+def _decode(data: bytes | bytearray, where: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as e:
@@ -68,7 +70,7 @@ def _parse(text: str, where: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            raise CheckpointError(f"{where}: duplicate key {_first_repeated([key for key, _ in pairs])!r}")
+            raise CheckpointError(f"{where}: duplicate key {short(_first_repeated([key for key, _ in pairs]))}")
         return found
 
     def constant(word: str) -> NoReturn:

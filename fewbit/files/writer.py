@@ -111,6 +111,13 @@ class SafetensorsWriter:
 
     def close(self) -> None:
         """Check that every tensor was put, then let the files appear, index last."""
+        try:
+            self._publish()
+        except BaseException:
+            self.abort()
+            raise
+
+    def _publish(self) -> None:
         self._staging.check_complete(self._places, self._done)
         others = [name for name in self._manifest if name not in self._shards]
         last = list(self._shards)
@@ -136,13 +143,10 @@ class SafetensorsWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is not None:
-            return self.abort()
-        try:
+        if kind is None:
             self.close()
-        except BaseException:
+        else:
             self.abort()
-            raise
 
 
 def _declared_bytes(name: str, dtype: str, shape: Sequence[int]) -> int:

@@ -1,14 +1,14 @@
 """Accounting: what the config says is one parameter becomes one; every parameter and every tensor is answered for."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from fewbit.errors import CheckpointError, UnsupportedError
 from fewbit.models import hf
-from fewbit.models.fill import Filler, Tensors, owner
+from fewbit.models.fill import Filler, Tensors, assign, owner
 from fewbit.models.placement import Placement
 from fewbit.modules.embedding import Embedding
 from fewbit.modules.linear import Linear
@@ -18,22 +18,37 @@ from fewbit.quant.spec import Format
 SHOWN = 12  # names listed in one error
 
 
-def finish(filler: Filler, places: Mapping[str, Placement | None], source: Tensors) -> None:
-    """Tie what shares memory, then account for every parameter and every tensor; all findings at once."""
+def finish(filler: Filler, places: Mapping[str, Placement | None], source: Tensors, skip: Collection[str] = ()) -> None:
+    """Tie what shares memory, then account for every parameter and every tensor; all findings at once.
+
+    skip: names of findings of verify to let pass: missing-tensor (zeros stand in), unknown-tensor (not read).
+    """
     tie(filler)
-    missing, surplus = hf.optional(filler.model)
-    faults = [
-        f"{path}: {filled_text(filler, path, shape)}"
-        for path, shape in filler.rules.parameters.items()
-        if filler.filled[path] != size(shape) and not (matches(missing, path) and not filler.filled[path])
-    ]
-    asked = {name: f"{name}.weight" if name in source.modules else name for name, p in places.items() if p is None}
-    faults += [f"{n}: the model has no place for it" for n, query in asked.items() if not matches(surplus, query)]
-    faults += [f"{', '.join(held)}: waits for tensors that did not come" for held in filler.waiting.values()]
+    faults = [f"{', '.join(held)}: waits for tensors that did not come" for held in filler.waiting.values()]
+    faults += list(unfilled(filler, skip))
+    if "unknown-tensor" not in skip:
+        faults += list(left_over(filler, places, source))
     if faults:
         shown = faults[:SHOWN] + ([f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else [])
         raise CheckpointError("\n".join(["the checkpoint does not fill the model:", *(f"  - {f}" for f in shown)]))
-    initialize_rest(filler)
+    zero_rest(filler)
+
+
+def unfilled(filler: Filler, skip: Collection[str]) -> Iterator[str]:
+    missing, _ = hf.optional(filler.model)
+    for path, shape in filler.rules.parameters.items():
+        got = filler.filled[path]
+        if not got and not matches(missing, path) and "missing-tensor" not in skip:
+            yield f"{path}: missing, the model holds {list(shape)}"
+        elif got and got != size(shape):
+            yield f"{path}: {got} of {size(shape)} values on disk"
+
+
+def left_over(filler: Filler, places: Mapping[str, Placement | None], source: Tensors) -> Iterator[str]:
+    _, surplus = hf.optional(filler.model)
+    for name, place in places.items():
+        if place is None and not matches(surplus, f"{name}.weight" if name in source.modules else name):
+            yield f"{name}: the model has no place for it"
 
 
 def matches(pattern: re.Pattern[str] | None, name: str) -> bool:
@@ -42,11 +57,6 @@ def matches(pattern: re.Pattern[str] | None, name: str) -> bool:
 
 def size(shape: Sequence[int]) -> int:
     return int(torch.Size(shape).numel())
-
-
-def filled_text(filler: Filler, path: str, shape: Sequence[int]) -> str:
-    got = filler.filled[path]
-    return f"missing, the model holds {list(shape)}" if not got else f"{got} of {size(shape)} values on disk"
 
 
 def tie(filler: Filler) -> None:
@@ -83,11 +93,10 @@ def share(filler: Filler, origin: str, target: str) -> None:
         raise UnsupportedError(f"{target} shares memory with {origin}, which is quantized in a way it cannot use")
 
 
-def initialize_rest(filler: Filler) -> None:
-    """Parameters that may be missing and are: transformers' own starting value."""
-    rest = [path for path in filler.rules.parameters if not filler.filled[path]]
-    for path in rest:
+def zero_rest(filler: Filler) -> None:
+    """What may be missing and is."""
+    for path in [path for path in filler.rules.parameters if not filler.filled[path]]:
         module, leaf = owner(filler.model, path)
-        held = module._parameters if leaf in module._parameters else module._buffers
-        value = torch.zeros(held[leaf].shape, dtype=held[leaf].dtype, device=filler.device)
-        held[leaf] = nn.Parameter(value, requires_grad=False) if held is module._parameters else value
+        held = module._parameters.get(leaf)
+        held = module._buffers[leaf] if held is None else held
+        assign(module, leaf, torch.zeros(held.shape, dtype=held.dtype, device=filler.device))

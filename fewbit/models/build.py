@@ -60,7 +60,7 @@ def load(
         filler.watch = lambda name, q: found.extend(module_findings(name, q, source.dialect))
         places = filler.fill(source)
         refuse_on_errors(source.path, found, unsafe_skip_verify)
-        finish(filler, places, source)
+        finish(filler, places, source, unsafe_skip_verify)
         round_cache(model, source, filler)
     model.to(device)
     if (generation := hf.generation_config(path)) is not None:
@@ -151,5 +151,9 @@ def kv_planes(source: codecs.Source, name: str, spec: QuantSpec) -> tuple[Planes
         if tensor is None:
             raise CheckpointError(f"{name}: no {of} scale of the KV cache; found {', '.join(held.values())}")
         scale = torch.as_tensor(source.checkpoint.read(tensor)).to(spec.scales[level].element.dtype)
+        if not bool((scale.isfinite() & (scale > 0)).all()):
+            raise CheckpointError(
+                f"{tensor}: a KV scale must be finite and above 0, found {scale.flatten()[:4].tolist()}"
+            )
         out.append({f"scale{level}": scale.reshape(1, 1) if scale.numel() == 1 else scale.reshape(-1, 1, 1)})
     return out[0], out[1]

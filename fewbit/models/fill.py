@@ -22,14 +22,20 @@ from fewbit.quant.qtensor import Quantized, slice
 from fewbit.quant.reference import decode, encode
 from fewbit.quant.spec import Format
 
+MIXED = "part of what it belongs to is quantized on disk, and part is not"
 Online = Callable[[str, nn.Module], Format | None]
 
 
 class Tensors(Protocol):
     """Where weights come from: a codec's Source, or a dict of tensors."""
 
-    modules: Mapping[str, Any]  # quantized modules: entries with a shape
-    dense: Mapping[str, Any]  # plain tensors: entries with a shape
+    @property
+    def modules(self) -> Mapping[str, Any]:
+        """Quantized modules: entries with a shape."""
+
+    @property
+    def dense(self) -> Mapping[str, Any]:
+        """Plain tensors: entries with a shape."""
 
     def read(self, name: str) -> Any: ...
 
@@ -59,7 +65,6 @@ class Filler:
         for name, place in places.items():
             if place is not None:
                 self._arrive(name, place, source.read(name))
-        self._bind()
         return places
 
     def _offsets(self, places: Mapping[str, Placement | None], source: Tensors) -> None:
@@ -113,6 +118,8 @@ class Filler:
         module, leaf = owner(self.model, place.target)
         format = self.online(place.target, module) if tensor.is_floating_point() else None
         if format is None:
+            if place.target in self.parts:
+                raise UnsupportedError(MIXED)
             self.filled[place.target] += tensor.numel()
             self._write(module, leaf, place, tensor)
         elif is_stack(module) and place.expert is None:
@@ -151,8 +158,8 @@ class Filler:
         elif place.expert is not None and is_stack(module):
             self._stack(place.target, place.part, place.expert, q)
         elif is_stack(module) or isinstance(module, Linear | nn.Embedding):
-            self.filled[place.target] += prod(q.weight.shape)
             self.parts[place.target][place.part] = on_device(q, self.device)
+            self._bind(place.target, q)
         else:
             self._loose(module, place, q)
 
@@ -167,11 +174,11 @@ class Filler:
 
     def _cut(self, name: str, place: Placement, q: Quantized) -> None:
         """One quantized matrix that the model holds as several, along N."""
-        if place.axis != 0 or any(t.kind == "low_rank" for t in q.transforms):
+        if place.axis != len(q.weight.shape) - 2 or any(t.kind == "low_rank" for t in q.transforms):
             raise UnsupportedError("a quantized tensor can only be cut along its outputs, without a low-rank branch")
         start = 0
         for target in place.targets:
-            stop = start + self.rules.parameters[target][0]
+            stop = start + self.rules.parameters[target][place.axis]
             piece = Quantized(q.format, slice(q.weight, -2, start, stop), q.act, q.transforms)
             self._quantized(name, Placement((target,)), piece)
             start = stop
@@ -184,24 +191,25 @@ class Filler:
         if e >= count:
             raise CheckpointError(f"expert {e} of {count}")
         put(held[part], e, q, target)
-        self.filled[target] += prod(q.weight.shape)
+        self._bind(target, q)
 
-    def _bind(self) -> None:
-        """Hand the collected parts to the modules that run them."""
-        for target, held in self.parts.items():
-            if self.filled[target] != prod(self.rules.parameters[target]):
-                continue
-            module, leaf = owner(self.model, target)
-            if not module._parameters[leaf].is_meta:
-                raise UnsupportedError(f"{target}: part of it is quantized on disk, and part is not")
-            parts = tuple(held[i] for i in sorted(held))
-            if is_stack(module):
-                bind_experts(module, leaf, parts, self.options)
-            elif isinstance(module, nn.Embedding):
-                table = Embedding(module, parts[0].weight, self.options.dtype)
-                replace(self.model, target.rpartition(".")[0], table)
-            else:
-                module.bind(parts, self.options)
+    def _bind(self, target: str, q: Quantized) -> None:
+        """Count q in; when the parameter is whole, hand its parts to the module that runs them."""
+        module, leaf = owner(self.model, target)
+        if not module._parameters[leaf].is_meta:
+            raise UnsupportedError(MIXED)
+        self.filled[target] += prod(q.weight.shape)
+        if self.filled[target] != prod(self.rules.parameters[target]):
+            return
+        held = self.parts.pop(target)
+        parts = tuple(held[i] for i in sorted(held))
+        if is_stack(module):
+            bind_experts(module, leaf, parts, self.options)
+        elif isinstance(module, nn.Embedding):
+            table = Embedding(module, parts[0].weight, self.options.dtype)
+            replace(self.model, target.rpartition(".")[0], table)
+        else:
+            module.bind(parts, self.options)
 
 
 def prepare(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The only file that imports transformers: config, empty model, names, tokenizer, and our attention and experts in it."""
+"""The only file that imports transformers: config, empty model, names, tokenizer; our attention and experts in it."""
 
 import contextlib
 import copy
@@ -106,7 +106,7 @@ def build(config: PreTrainedConfig, dtype: torch.dtype, attention: str = OURS) -
 
 
 def prepared(config: PreTrainedConfig, attention: str) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
-    """The class, and a copy of the config that routes attention and experts; its text part where the class takes that."""
+    """The class, and a copy of the config (its text part where the class takes that) that routes to our functions."""
     cls = model_class(config)
     if cls.config_class is config.sub_configs.get("text_config"):
         config = config.get_text_config()

@@ -12,50 +12,92 @@ from fewbit.models import hf
 
 HIDDEN, HEADS, HEAD, ROPE, VOCAB, WINDOW = 64, 4, 16, 8, 160, 8
 
-SIZES: dict[str, int] = {
-    name: size
-    for size, names in (
-        (HIDDEN, """hidden_size n_embd d_model emb_dim embedding_dim attention_hidden_size word_embed_proj_dim input_size
-            hidden_size_global embedding_size lru_width out_hidden_size backbone_hidden_size adapter_out_dim
-            conv_output_size projector_input_dim projector_output_dim attention_size dim projection_dim"""),
-        (96, """intermediate_size ffn_dim n_inner d_ff dff dim_ff ffn_hidden_size decoder_ffn_dim encoder_ffn_dim d_inner
-            feed_forward_size dense_intermediate_size intermediate_size_mlp mlp_dim adapter_input_size"""),
-        (48, """moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size
-            shared_intermediate_size expert_ffn_hidden_size moe_shared_expert_intermediate_size router_hidden_size
-            prompt_mid_dim ple_embed_dim"""),
-        (HEADS, """num_attention_heads n_head n_heads attention_heads decoder_attention_heads encoder_attention_heads
-            num_heads swa_num_attention_heads num_decoder_attention_heads num_encoder_attention_heads linear_num_heads
-            linear_num_value_heads conf_num_attention_heads index_n_heads num_attention_heads_per_layer"""),
-        (HEAD, """head_dim kv_channels dim_head d_kv d_head attention_head_size v_head_dim qk_nope_head_dim swa_head_dim
-            global_head_dim linear_head_dim linear_key_head_dim linear_value_head_dim index_head_dim d_rel
-            mamba_d_state mamba_d_head ssm_state_size mamba_head_dim mamba_headdim lightning_head_dim"""),
-        (ROPE, "qk_rope_head_dim rotary_dim laurel_rank gated_norm_rank hc_lowrank adapter_rank"),
-        (HEAD + ROPE, "qk_head_dim"),
-        (2 * HEADS, "mamba_n_heads mamba_num_heads n_mamba_heads_"),
-        (2 * HIDDEN, "mamba_d_ssm"),
-        (32, "attention_head_dim kv_lora_rank q_lora_rank o_lora_rank hidden_size_per_layer_input time_step_rank mamba_dt_rank"),
-        (VOCAB, """vocab_size vocab_size_per_layer_input audio_vocab_size encoder_hash_byte_group_vocab unpadded_vocab_size
-            decoder_vocab_size shape_vocab_size pronunciation_vocab_size ngram_vocab_size_base"""),
-        (WINDOW, """sliding_window sliding_window_size attention_window_size window_size local_attention
-            attention_chunk_size index_topk rel_extent"""),
-        (8, "num_experts num_local_experts n_routed_experts moe_num_experts zero_expert_num split_ngram_parts"),
-        (2, """num_experts_per_tok num_experts_per_token moe_topk moe_k moe_top_k top_k_experts n_group num_expert_group
-            n_shared_experts num_shared_experts moe_num_shared_experts linear_num_key_heads o_groups n_groups
-            num_codebooks hc_sinkhorn_iters_"""),
-        (1, "topk_group first_k_dense_replace num_dense_layers moe_layer_start_index num_nextn_predict_layers"),
-    )
-    for name in names.split()
-}  # fmt: skip
-LAYERS = ["num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "depth", "num_decoder_layers", "num_blocks", "num_encoder_layers", "conf_num_hidden_layers", "num_layers_per_stack"]  # fmt: skip
-KV = [
-    "num_key_value_heads",
-    "num_kv_heads",
-    "kv_n_heads",
-    "num_query_groups",
-    "swa_num_key_value_heads",
-    "num_global_key_value_heads",
-]
-PERIODS = ["attn_layer_period", "attn_layer_offset", "expert_layer_period", "sliding_window_pattern", "layer_group_size", "interleave_moe_layer_step", "global_attn_every_n_layers", "no_rope_layer_interval", "full_attention_interval", "n_layers_per_attn_res_block", "decoder_sparse_step"]  # fmt: skip
+TABLE: tuple[tuple[int, str], ...] = (
+    (
+        HIDDEN,
+        """hidden_size n_embd d_model emb_dim embedding_dim attention_hidden_size word_embed_proj_dim input_size dim
+        hidden_size_global embedding_size lru_width out_hidden_size backbone_hidden_size adapter_out_dim attention_size
+        conv_output_size projector_input_dim projector_output_dim projection_dim""",
+    ),
+    (
+        96,
+        """intermediate_size ffn_dim n_inner d_ff dff dim_ff ffn_hidden_size decoder_ffn_dim encoder_ffn_dim d_inner
+        feed_forward_size dense_intermediate_size intermediate_size_mlp mlp_dim adapter_input_size""",
+    ),
+    (
+        48,
+        """moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size ple_embed_dim
+        shared_intermediate_size expert_ffn_hidden_size moe_shared_expert_intermediate_size router_hidden_size
+        prompt_mid_dim""",
+    ),
+    (
+        HEADS,
+        """num_attention_heads n_head n_heads attention_heads decoder_attention_heads encoder_attention_heads num_heads
+        swa_num_attention_heads num_decoder_attention_heads num_encoder_attention_heads linear_num_heads index_n_heads
+        linear_num_value_heads conf_num_attention_heads num_attention_heads_per_layer""",
+    ),
+    (
+        HEAD,
+        """head_dim kv_channels dim_head d_kv d_head attention_head_size v_head_dim qk_nope_head_dim swa_head_dim d_rel
+        global_head_dim linear_head_dim linear_key_head_dim linear_value_head_dim index_head_dim mamba_d_state
+        mamba_d_head ssm_state_size mamba_head_dim mamba_headdim lightning_head_dim""",
+    ),
+    (ROPE, "qk_rope_head_dim rotary_dim laurel_rank gated_norm_rank hc_lowrank adapter_rank"),
+    (HEAD + ROPE, "qk_head_dim"),
+    (2 * HEADS, "mamba_n_heads mamba_num_heads"),
+    (2 * HIDDEN, "mamba_d_ssm"),
+    (4, "index_block_size"),
+    (
+        32,
+        """attention_head_dim kv_lora_rank q_lora_rank o_lora_rank hidden_size_per_layer_input time_step_rank
+        mamba_dt_rank""",
+    ),
+    (
+        VOCAB,
+        """vocab_size vocab_size_per_layer_input audio_vocab_size encoder_hash_byte_group_vocab unpadded_vocab_size
+        decoder_vocab_size shape_vocab_size pronunciation_vocab_size ngram_vocab_size_base""",
+    ),
+    (
+        WINDOW,
+        """sliding_window sliding_window_size attention_window_size window_size local_attention attention_chunk_size
+        index_topk rel_extent token_budget""",
+    ),
+    (8, "num_experts num_local_experts n_routed_experts moe_num_experts zero_expert_num split_ngram_parts"),
+    (
+        2,
+        """num_experts_per_tok num_experts_per_token moe_topk moe_k moe_top_k top_k_experts n_group num_expert_group
+        n_shared_experts num_shared_experts moe_num_shared_experts linear_num_key_heads o_groups n_groups
+        num_codebooks index_topk_blocks""",
+    ),
+    (1, "topk_group first_k_dense_replace num_dense_layers moe_layer_start_index num_nextn_predict_layers"),
+)
+SIZES: dict[str, int] = {name: size for size, names in TABLE for name in names.split()}
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+LAYERS = _words(
+    """num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers depth num_decoder_layers num_blocks
+    num_encoder_layers conf_num_hidden_layers num_layers_per_stack"""
+)
+KV = _words(
+    """num_key_value_heads num_kv_heads kv_n_heads num_query_groups swa_num_key_value_heads
+    num_global_key_value_heads"""
+)
+PERIODS = _words(
+    """attn_layer_period attn_layer_offset expert_layer_period sliding_window_pattern layer_group_size
+    interleave_moe_layer_step global_attn_every_n_layers no_rope_layer_interval full_attention_interval
+    n_layers_per_attn_res_block decoder_sparse_step"""
+)
+SAME = (  # sizes that follow another where they equal it
+    ("head_dim", "qk_rope_head_dim"),
+    ("linear_num_key_heads", "linear_num_value_heads"),
+    ("shared_intermediate_size", "intermediate_size"),
+    ("moe_intermediate_size", "intermediate_size"),
+)
+STATES = (("num_heads", "head_dim"), ("mamba_n_heads", "mamba_d_head"), ("mamba_num_heads", "mamba_head_dim"))
 FACTORS = ("short_factor", "long_factor")  # of rotary embeddings: one number per frequency
 MOST_LAYERS = 12
 
@@ -167,18 +209,15 @@ def consistent(new: dict[str, Any], old: Mapping[str, Any], wide: int) -> None:
     """Relations between sizes that the table cannot know."""
     if wide <= HIDDEN:
         return
-    inner = new.get("mamba_d_ssm") or HIDDEN * (old.get("expand") or old.get("mamba_expand") or 1)
-    for heads, dim in (
-        ("num_heads", "head_dim"),
-        ("mamba_n_heads", "mamba_d_head"),
-        ("mamba_num_heads", "mamba_head_dim"),
-    ):
-        if heads in new and dim in new and ("expand" in old or "mamba_expand" in old):
-            new[heads] = inner // new[dim]
-    for name, like in (("head_dim", "qk_rope_head_dim"), ("linear_num_key_heads", "linear_num_value_heads"),
-                       ("shared_intermediate_size", "intermediate_size"), ("moe_intermediate_size", "intermediate_size")):  # fmt: skip
+    expand = old.get("expand") or old.get("mamba_expand")
+    for heads, dim in STATES:
+        if heads in new and dim in new and expand:
+            new[heads] = (new.get("mamba_d_ssm") or HIDDEN * expand) // new[dim]
+    for name, like in SAME:
         if name in new and like in new and old[name] and old[name] == old[like]:
             new[name] = new[like]
+    if isinstance(old.get("num_layers_per_stack"), int) and "H_cycles" in old:
+        new["num_hidden_layers"] = new["num_layers_per_stack"] * old["H_cycles"] * (old["L_cycles"] + 1)
     if isinstance(old.get("attention_hidden_size"), int):
         new["attention_hidden_size"] = old["attention_hidden_size"] * HIDDEN // wide
     if old.get("num_kv_shared_layers"):

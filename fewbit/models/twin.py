@@ -8,7 +8,6 @@ batch and a cached step. `load` refuses an architecture that differs, with the f
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -138,21 +137,22 @@ def relative(got: Tensor, wanted: Tensor) -> float:
     return float((got - wanted).abs().max() / wanted.abs().max())
 
 
-@cache
-def _verdict(key: tuple[str, str]) -> Verdict:
-    return check(_CONFIGS[key])
-
-
-_CONFIGS: dict[tuple[str, str], Any] = {}
+_VERDICTS: dict[str, Verdict] = {}  # by class and shrunk config
 
 
 def require(config: Any) -> str:
     """The attention implementation under which this architecture is exact, or UnsupportedError with the figure."""
-    key = (type(config).__name__, shrink(config).to_json_string(use_diff=False))
-    _CONFIGS[key] = config
-    verdict = _verdict(key)
+    key = type(config).__name__ + shrink(config).to_json_string(use_diff=False)
+    if key not in _VERDICTS:
+        _VERDICTS[key] = check(config)
+    verdict = _VERDICTS[key]
     if verdict.exact:
         return verdict.attention
     asked = f"model_type {config.model_type!r} does not compute here what eager transformers {hf.VERSION} computes"
     detail = verdict.why or f"relative error of a tiny twin's logits {verdict.error:.2g}, allowed {LIMIT:.0e}"
     raise UnsupportedError(asked, [detail])
+
+
+def forget() -> None:
+    """Check again what was checked in this process."""
+    _VERDICTS.clear()

@@ -18,7 +18,7 @@ from torch import Tensor
 from fewbit import codecs
 from fewbit.codecs.source import Source
 from fewbit.errors import CheckpointError, FewbitError
-from fewbit.files.manifest import verify_manifest
+from fewbit.files.manifest import MANIFEST, verify_manifest
 from fewbit.quant import elements
 from fewbit.quant.blocks import regrid
 from fewbit.quant.qtensor import QTensor, Quantized, codes, scale_codes
@@ -28,6 +28,7 @@ from fewbit.quant.spec import FLAT
 Severity = Literal["error", "warning"]
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
+SIGN_IS_FREE = 0.9  # of the scales of a module: about half are negative where a tool chooses the sign, never nearly all
 FLOATS = ("F32", "F16", "BF16", "F64")
 
 
@@ -144,7 +145,7 @@ def refuse_on_errors(path: Path, findings: Iterable[Finding], skip: Collection[s
 
 
 def _manifest(source: Source) -> Iterator[Finding]:
-    if source.path.is_dir():
+    if (source.path / MANIFEST).is_file():
         for problem in verify_manifest(source.path):
             yield Finding("error", "digest", str(source.path), problem)
 
@@ -356,11 +357,19 @@ def _plane(name: str, plane: str, q: QTensor, signed: bool) -> Iterator[Finding]
         yield Finding("error", "scale-not-finite", name, f"{plane}: {count} of {value.numel()} are NaN or infinite")
     if signed or scale.op == "add" or scale.element.kind == "table":
         return
-    if bool((value < 0).any()):
-        yield Finding("error", "scale-not-positive", name, f"{plane}: {int((value < 0).sum())} are below 0")
+    below = int((value < 0).sum())
+    if below > (SIGN_IS_FREE * value.numel() if _sign_is_free(q, plane) else 0):
+        yield Finding("error", "scale-not-positive", name, f"{plane}: {below} of {value.numel()} are below 0")
     if bool((value == 0).any()) and _zero_matters(q, plane, value):
         text = f"{plane}: {int((value == 0).sum())} are 0 where codes are not: those weights are lost"
         yield Finding("error", "scale-not-positive", name, text)
+
+
+def _sign_is_free(q: QTensor, plane: str) -> bool:
+    """auto-round and ggml give a symmetric integer block the sign that puts its extreme on the lowest code."""
+    return (
+        plane == "scale0" and q.spec.element.kind == "int" and q.spec.element.signed and q.spec.scales[0].block[0] == 1
+    )
 
 
 def _zero_matters(q: QTensor, plane: str, value: Tensor) -> bool:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from fewbit.errors import UnsupportedError
 from fewbit.quant.qtensor import Planes
 from fewbit.quant.reference import fake_quant
 from fewbit.quant.spec import QuantSpec
 
 NAME = "fewbit"
+HARMLESS = ("position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k")  # what the mask says already
 KV = "fewbit_kv"  # attribute of an attention module: (spec, planes of k, planes of v)
 
 
@@ -28,20 +30,40 @@ def forward(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
-    **_: Any,
+    indices: Tensor | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """query: [B, H, Q, D], key: [B, G, T, D], value: [B, G, T, Dv], mask: additive [B, 1, Q, T] -> [B, Q, H, Dv]."""
+    known_or_raise(module, others)
     if (kv := getattr(module, KV, None)) is not None:
         key, value = rounded(key, value, *kv)
     mask = attention_mask[..., : key.shape[-2]] if attention_mask is not None else None
-    if position_bias is not None:
-        mask = position_bias if mask is None else mask + position_bias
+    for more in (position_bias, chosen(indices, key)):
+        mask = more if mask is None else mask if more is None else mask + more
     if softcap is None and s_aux is None:
         gqa = query.shape[1] != key.shape[1]
         out = scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=gqa)
     else:
         out = explicit(query, key, value, mask, scaling or query.shape[-1] ** -0.5, softcap, s_aux)
     return out.transpose(1, 2).contiguous(), None
+
+
+def known_or_raise(module: nn.Module, others: dict[str, Any]) -> None:
+    """A tensor that we do not know may change the result: say so, and do not drop it."""
+    unknown = [name for name, value in others.items() if isinstance(value, Tensor) and name not in HARMLESS]
+    if unknown:
+        raise UnsupportedError(
+            f"{type(module).__name__} passes {', '.join(unknown)} to attention, which ours cannot use"
+        )
+
+
+def chosen(indices: Tensor | None, key: Tensor) -> Tensor | None:
+    """indices: [B, Q, k], the keys an indexer chose for each query -> additive mask [B, 1, Q, T]."""
+    if indices is None:
+        return None
+    lowest = torch.finfo(key.dtype).min
+    mask = torch.full((*indices.shape[:2], key.shape[-2]), lowest, dtype=key.dtype, device=key.device)
+    return mask.scatter_(-1, indices.long(), 0.0).unsqueeze(1)
 
 
 def explicit(

@@ -103,15 +103,22 @@ IQ4 = _table(
 )  # fmt: skip
 
 
+def _single(x: Tensor | float) -> Tensor:
+    """Rounded to float32, held in float64."""
+    return torch.as_tensor(x, dtype=torch.float64).float().double()
+
+
 def _dynamic_table() -> tuple[float, ...]:
-    """bitsandbytes' 8-bit dynamic map: a sign, a run of zeros for the decade, a linear fraction."""
-    values = [0.0, 1.0]
+    """bitsandbytes' 8-bit dynamic map: a sign, a run of zeros for the decade, a linear fraction; all in float32."""
+    low, values = _single(0.1), [torch.tensor([0.0, 1.0], dtype=torch.float64)]
     for zeros in range(7):
         steps = 2**zeros
-        edges = [0.1 + 0.9 * i / steps for i in range(steps + 1)]
-        for low, high in zip(edges, edges[1:], strict=False):
-            values += [sign * 10.0 ** (zeros - 6) * (low + high) / 2 for sign in (1.0, -1.0)]
-    return tuple(torch.tensor(sorted(values), dtype=torch.float64).float().tolist())
+        i = torch.arange(steps + 1, dtype=torch.float64)
+        step = _single(1 - low) / steps
+        edges = _single(torch.where(i < (steps + 1) // 2, low + step * i, 1 - step * (steps - i)))
+        means = _single((edges[1:] + edges[:-1]) / 2) * _single(10.0 ** (zeros - 6))
+        values += [_single(means), _single(-means)]
+    return tuple(torch.cat(values).sort().values.tolist())
 
 
 DYNAMIC8 = _table("dynamic8", _dynamic_table(), "bitsandbytes' signed dynamic 8-bit map, used on block scales")
@@ -219,4 +226,4 @@ def _sorted_table(element: Element) -> tuple[Tensor, Tensor]:
 
 def _encode_table(x: Tensor, element: Element) -> Tensor:
     middles, codes = _sorted_table(element)
-    return codes.to(x.device)[torch.bucketize(x, middles.to(x.device))]
+    return codes.to(x.device)[torch.bucketize(x.contiguous(), middles.to(x.device))]

@@ -32,15 +32,17 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """codes: [..., n] uint8, each below 2**bits -> [..., ceil(n * bits / 8)] uint8."""
     if bits == 8:
         return codes
-    n = codes.shape[-1]
-    whole, size = pad(codes, (0, -n % 8)), packed_size(n, bits)
+    *leading, n = codes.shape
+    size = packed_size(n, bits)
+    whole = codes.new_zeros(*leading, n + -n % 8)
+    whole[..., :n] = codes
     if bits in (1, 2, 4):
         lanes = _groups(whole, 8 // bits)
         out = lanes[..., 0].clone()
         for i in range(1, 8 // bits):
             out |= lanes[..., i] << (i * bits)
         return out[..., :size].contiguous()
-    wide = whole.reshape(-1).view(torch.int64)
+    wide = whole.view(-1).view(torch.int64)
     for lane, field, mask in reversed(_halvings(bits)):
         wide = (wide & mask) | ((wide >> lane & mask) << field)
     return _groups(wide.view(torch.uint8).view(whole.shape), 8)[..., :bits].flatten(-2)[..., :size].contiguous()

@@ -74,7 +74,7 @@ def _in_codes(x: Tensor, spec: QuantSpec, scale: Tensor | None, zero: Tensor | N
 
 
 def _middle(element: Element) -> float:
-    return 2.0 ** (element.bits - 1)
+    return float(2 ** (int(element.bits) - 1))
 
 
 def decode(q: QTensor) -> Tensor:

@@ -131,7 +131,6 @@ def _to_codec(
                 writer.put(name + ending, tensor)
         for old_name, new_name in renamed.items():
             writer.put(new_name, _plain(source, old_name))
-        writer.close()
     return Conversion(source.path, out, codec.name, tuple(proofs), len(dense), tuple(files))
 
 
@@ -176,7 +175,6 @@ def _to_dense(
                 proofs.append(_rounding(name, value, weight, target))
             else:
                 writer.put(name, value.to(target) if value.is_floating_point() else value)
-        writer.close()
     return Conversion(source.path, out, "dense", tuple(proofs), len(source.dense), tuple(files))
 
 
@@ -200,7 +198,6 @@ def _to_gguf(source: Source, out: Path, requantize: bool | str, overwrite: bool,
             sink.put(name, _refit(name, source.read(items[name]), gguf, requantize))
         for name in dense:
             sink.put(name, _plain(source, name))
-        sink.close()
     return Conversion(source.path, out, "gguf", tuple(proofs), len(dense))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fewbit import env
-from fewbit.errors import CapacityError, UnsupportedError
+from fewbit.errors import CapacityError
 from fewbit.models.build import load
 from fewbit.models.verify import verify
 from fewbit.workflows.inspect import inspect, size, summary
@@ -64,13 +64,11 @@ def demo(model: str | None, prompt: str, tokens: int) -> Iterator[str]:
 def _speak(path: Path, prompt: str, tokens: int) -> Iterator[str]:
     import torch
 
-    from fewbit.models import hf
+    from fewbit.models.text import tokenizer as read_tokenizer
 
     start = time.perf_counter()
     model = load(path, dtype=torch.float32)
-    tokenizer = hf.tokenizer(path)
-    if tokenizer is None:
-        raise UnsupportedError(f"{path} has no tokenizer", ["text cannot be made without one"])
+    tokenizer = read_tokenizer(path)
     yield f"\nloaded in {time.perf_counter() - start:.1f} s, reference kernel\n\n> {prompt}\n"
     if tokenizer.chat_template:
         ids = tokenizer.apply_chat_template(

@@ -36,7 +36,11 @@ def integer_args(bits: int, symmetric: bool, strategy: str) -> QuantizationArgs:
 
 
 INTS = [
-    (f"int{bits}-{strategy}{'' if symmetric else '-asym'}", integer(bits, symmetric, block), integer_args(bits, symmetric, strategy))
+    (
+        f"int{bits}-{strategy}{'' if symmetric else '-asym'}",
+        integer(bits, symmetric, block),
+        integer_args(bits, symmetric, strategy),
+    )
     for bits in range(2, 9)
     for symmetric in (True, False)
     for strategy, block in BLOCKS.items()
