@@ -27,13 +27,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 def main() -> None:
     """Run the command line; expected errors become one message and exit code 1."""
     try:
-        app(standalone_mode=False)
+        sys.exit(app(standalone_mode=False) or 0)  # what typer.Exit carries comes back as the value
     except FewbitError as error:
         sys.exit(f"fewbit: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
     except Exception as error:
         if not hasattr(error, "format_message"):  # a usage error of typer's has one
             raise

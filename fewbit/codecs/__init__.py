@@ -12,7 +12,8 @@ from fewbit.files.checkpoint import Checkpoint, open_checkpoint
 from fewbit.quant.plan import PARSERS, Plan
 
 NAMES = (
-    "dense", "gptq", "awq", "auto_round", "fp8", "compressed_tensors", "modelopt", "mxfp4", "bitsandbytes", "foreign",
+    "dense", "gptq", "awq", "auto_round", "fp8", "compressed_tensors", "modelopt", "mxfp4", "bitsandbytes", "quanto",
+    "torchao", "foreign",
 )  # fmt: skip
 
 CODECS: dict[str, Codec] = {}

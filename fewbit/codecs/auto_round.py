@@ -167,10 +167,7 @@ def _codes(weight: QuantSpec, tensors: Mapping[str, Tensor]) -> tuple[Tensor, tu
 def _fit(form: Format) -> Format:
     if form.transforms:
         raise refuse("auto-round", f"the transforms {', '.join(form.transforms)}", "gptq holds an order of the columns")
-    fitted = fit_int("auto-round", form, (2, 3, 4, 8))
-    if fitted.weight.zeros:
-        raise refuse("auto-round", "zeros", "it stores them less one, which 0 has no room for: gptq-v2 and awq do")
-    return fitted
+    return fit_int("auto-round", form, (2, 3, 4, 8))
 
 
 def _write(q: Quantized) -> Tensors:

@@ -136,7 +136,7 @@ def _swap(stored: Tensor) -> Tensor:
 
 def _rows(stream: Tensor, n: int, k: int) -> Tensor:
     """The bytes of n * k nibbles -> [n, bytes of a row]."""
-    return stream.view(n, k // 2) if k % 2 == 0 else pack(unpack(stream, 4, n * k).view(n, k), 4)
+    return stream.view(n, k // 2) if k % 2 == 0 else pack(unpack(stream, 4, n * k).reshape(n, k), 4)
 
 
 def _same_table(ending: str, tensors: Mapping[str, Tensor], element: Element) -> None:
@@ -213,7 +213,7 @@ def _largest(scale: Tensor) -> Tensor:
 def _write_four(q: QTensor, n: int, k: int) -> Tensors:
     if n * k % 2:
         raise refuse("bitsandbytes", f"a matrix of {n} x {k}", "it packs two codes a byte")
-    codes = q.planes["codes"] if k % 2 == 0 else pack(unpack(q.planes["codes"], 4, k).view(1, -1), 4)
+    codes = q.planes["codes"] if k % 2 == 0 else pack(unpack(q.planes["codes"], 4, k).reshape(1, -1), 4)
     element, nested = q.spec.element, len(q.spec.scales) > 1
     out = {
         ".weight": _swap(codes.reshape(-1, 1)),

@@ -23,6 +23,9 @@ from fewbit.quant.spec import Format, QuantSpec
 Config = dict[str, Any]
 Tensors = dict[str, Tensor]  # ending of the name, joiner included (".weight_scale") -> tensor
 FLOATS: dict[torch.dtype, Element] = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
+CONFIG_FILES = (
+    "quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json", "quanto_qmap.json",
+)  # fmt: skip
 DTYPES: dict[Element, str] = {F32: "F32", F16: "F16", BF16: "BF16"}
 
 
@@ -110,7 +113,7 @@ def quantization_config(checkpoint: Checkpoint) -> Located | None:
             for key in ("quantization_config", "compression_config"):
                 if holder.get(key) is not None:
                     return _located(holder[key], where + key)
-    for name in ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json"):
+    for name in CONFIG_FILES:
         if name in checkpoint.extra:
             return _located(checkpoint.extra[name], name)
     return None

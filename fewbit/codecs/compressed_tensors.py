@@ -13,20 +13,20 @@ from torch.nn.functional import pad
 
 from fewbit.codecs.codec import FLOATS, Codec, Located, Tensors, by_header, by_method
 from fewbit.codecs.compressed_tensors_config import config, packing_of, plan
+from fewbit.codecs.compressed_tensors_extras import ORDER, SPARSE, expanded, in_order, rotation
 from fewbit.codecs.compressed_tensors_fit import fit
 from fewbit.codecs.planes import FP8, bound, matrix, need, placed, raw, static_act, stored_act, typed, weight_matrix
 from fewbit.errors import CheckpointError, UnsupportedError
 from fewbit.quant.elements import Element
 from fewbit.quant.pack import pack, packed_size, unpack
-from fewbit.quant.qtensor import Planes, QTensor, Quantized, Transform, columns, empty, grid, store
+from fewbit.quant.qtensor import Planes, QTensor, Quantized, Transform, empty, grid, store
 from fewbit.quant.reference import assign
 from fewbit.quant.spec import Format, QuantSpec
 
 NAME = "compressed-tensors"
 PACKED, WEIGHT, SCALE, ZERO = ".weight_packed", ".weight", ".weight_scale", ".weight_zero_point"
-SHAPE, ORDER, OUTER = ".weight_shape", ".weight_g_idx", ".weight_global_scale"
+SHAPE, OUTER = ".weight_shape", ".weight_global_scale"
 INPUT, INPUT_ZERO, INPUT_OUTER = ".input_scale", ".input_zero_point", ".input_global_scale"
-SPARSE = (".compressed", ".bitmask", ".shape")
 
 
 def _claims(located: Located) -> str | None:
@@ -38,9 +38,9 @@ def _claims(located: Located) -> str | None:
 def _read(form: Format, tensors: Mapping[str, Tensor]) -> Quantized:
     weight = _weight(form.weight, tensors)
     transforms: list[Transform] = []
-    if ORDER in tensors:
-        weight, transforms = _in_order(weight, tensors[ORDER])
-    transforms += [_rotation(kind, weight) for kind in form.transforms if kind.startswith("rotate:")]
+    if ORDER in tensors or "permute" in form.transforms:
+        weight, transforms = in_order(weight, need(tensors, ORDER, "actorder = group scatters the columns"))
+    transforms += [rotation(kind, weight) for kind in form.transforms if kind.startswith("rotate:")]
     act, planes = _act(form.act, tensors) if form.act else (None, {})
     kinds = tuple(t.kind for t in transforms)
     return Quantized(Format(weight.spec, act, kinds), weight, planes, tuple(transforms))
@@ -54,7 +54,7 @@ def _weight(spec: QuantSpec, tensors: Mapping[str, Tensor]) -> QTensor:
         codes = matrix(PACKED, tensors[PACKED], torch.uint8)
         outer = [(OUTER, need(tensors, OUTER, "NVFP4 has two levels of scales"))] if len(spec.scales) == 2 else []
         return bound(spec, (codes.shape[0], codes.shape[1] * 2), codes, scale, *outer)
-    weight = _dense24(tensors) if SPARSE[1] in tensors else need(tensors, WEIGHT, f"or {PACKED}")
+    weight = expanded(tensors) if SPARSE[1] in tensors else need(tensors, WEIGHT, f"or {PACKED}")
     if weight.dtype in FLOATS:
         return _uncompressed(spec, weight, tensors)
     if spec.element.kind != "int":
@@ -122,27 +122,6 @@ def _zero(spec: QuantSpec, shape: tuple[int, ...], tensors: Mapping[str, Tensor]
     return store(_codes_of(zero.reshape(rows, cols), element), element)
 
 
-def _dense24(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Values that are not zero, in order, and a bit for each place: [N, K / 8], lowest bit first."""
-    values, mask = (need(tensors, ending, "a sparse module has three tensors") for ending in SPARSE[:2])
-    n, k = need(tensors, SPARSE[2], "a sparse module has three tensors").reshape(-1).tolist()
-    matrix(SPARSE[1], mask, torch.uint8)
-    if tuple(mask.shape) != (n, packed_size(k, 1)):
-        raise CheckpointError(f"{SPARSE[1]}: want [{n}, {packed_size(k, 1)}] for [{n}, {k}], found {list(mask.shape)}")
-    out = torch.zeros(n, k, dtype=values.dtype, device=values.device)
-    if mask.is_meta:
-        return out
-    places = unpack(mask, 1, k).bool()
-    count = int(places.sum())
-    if count != values.numel():
-        raise CheckpointError(f"{SPARSE[1]} marks {count} places, {SPARSE[0]} holds {values.numel()} values")
-    if values.element_size() == 1:
-        out.view(torch.uint8)[places] = values.reshape(-1).view(torch.uint8)
-    else:
-        out[places] = values.reshape(-1)
-    return out
-
-
 def _uncompressed(spec: QuantSpec, weight: Tensor, tensors: Mapping[str, Tensor]) -> QTensor:
     """Formats dense and fakequant keep floats beside their scales, and round them at each call."""
     if spec.scales[0].element.kind != "native":
@@ -155,34 +134,6 @@ def _uncompressed(spec: QuantSpec, weight: Tensor, tensors: Mapping[str, Tensor]
     cols = grid(weight.shape, scale.block)[1]
     planes = {"scale0": plane} | ({} if zero is None else {"zero0": unpack(zero, int(spec.element.bits), cols)})
     return assign(weight.float(), spec, planes)
-
-
-def _in_order(weight: QTensor, groups: Tensor) -> tuple[QTensor, list[Transform]]:
-    """Columns whose group is given one by one -> columns in order of group, and the order that inputs must take."""
-    k, size = weight.shape[-1], weight.spec.scales[0].block[1]
-    if groups.numel() != k:
-        raise CheckpointError(f"{ORDER}: want one group for each of {k} columns, found {list(groups.shape)}")
-    plain = torch.arange(k, device=groups.device) // (size or k)
-    if bool((groups == plain).all()) or bool((groups == -1).all()):  # -1: reserved, never filled
-        return weight, []
-    index = torch.argsort(groups.reshape(-1), stable=True)
-    if not torch.equal(groups.reshape(-1)[index].long(), plain):
-        raise CheckpointError(f"{ORDER}: want {size} columns in each of the groups 0 .. {int(plain[-1])}")
-    codes = columns(weight, index.to(weight.device))
-    weight = replace(weight, planes=weight.planes | {"codes": store(codes, weight.spec.element)})
-    return weight, [Transform("permute", {"index": index})]
-
-
-def _rotation(kind: str, weight: QTensor) -> Transform:
-    """rotate:b -> the normalized Sylvester matrix of b columns (0: of all)."""
-    size = int(kind.partition(":")[2]) or weight.shape[-1]
-    if size & (size - 1) or weight.shape[-1] % size:
-        reasons = [f"the run must be a power of two that divides {weight.shape[-1]} columns"]
-        raise UnsupportedError(f"transform_config: location input: a Hadamard matrix of {size}", reasons)
-    h = torch.ones(1, 1, device=weight.device)
-    while h.shape[0] < size:
-        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
-    return Transform("rotate", {"matrix": h / size**0.5})
 
 
 def _act(act: QuantSpec, tensors: Mapping[str, Tensor]) -> tuple[QuantSpec, Planes]:
@@ -226,7 +177,8 @@ def _codes_out(q: Quantized, packing: str) -> Tensors:
 
 
 def _words(stream: Tensor) -> Tensor:
-    return pad(stream, (0, -stream.shape[-1] % 4)).view(torch.int32)
+    whole = pad(stream, (0, -stream.shape[-1] % 4))
+    return whole.reshape(-1).view(torch.int32).view(*whole.shape[:-1], -1)
 
 
 def _values_of(codes: Tensor, element: Element) -> Tensor:
@@ -239,6 +191,8 @@ def _zero_out(weight: QTensor, packed: bool) -> Tensor:
     scale = weight.spec.zeros[0]
     bits, cols = int(scale.element.bits), grid(weight.shape, scale.block)[1]
     zero = unpack(weight.planes["zero0"], bits, cols)
+    if scale.block == (0, 0):  # one zero is never packed
+        return _values_of(zero, scale.element).reshape(1)
     return _words(pack(zero.t().contiguous(), bits)).t().contiguous() if packed else _values_of(zero, scale.element)
 
 

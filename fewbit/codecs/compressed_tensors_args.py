@@ -87,7 +87,8 @@ def cache_spec(args: Args, where: str) -> QuantSpec:
 
 def is_reordered(weights: Args) -> bool:
     """Groups of columns in order of activation: files before 0.19 hold them, with weight_g_idx."""
-    return weights.get("actorder") is True or str(weights.get("actorder")) in ("group", "dynamic")
+    order = weights.get("actorder")
+    return _strategy(weights) == "group" and (order is True or order in ("group", "dynamic"))
 
 
 def _spec(element: Element, scale: Scale, shared: bool) -> QuantSpec:

@@ -6,10 +6,12 @@ from fewbit.codecs.codec import refuse
 from fewbit.quant.elements import E2M1, E4M3, E8M0, F32, Element
 from fewbit.quant.spec import Format, QuantSpec, Scale, describe
 
+GONE = {"permute": "it has dropped columns in another order than their groups (gptq holds them)"}
+
 
 def fit(form: Format) -> Format:
     """The format by this dialect's conventions: offsets in codes, NVFP4 by reciprocals, its tools' rules."""
-    reasons = [f"it has no place for {kind}" for kind in form.transforms]
+    reasons = [GONE.get(kind, f"it has no place for {kind}") for kind in form.transforms]
     weight = _weight(form.weight, reasons)
     act = _act(form.act, reasons) if form.act else None
     if reasons:

@@ -50,48 +50,40 @@ def open_source(checkpoint: Checkpoint) -> Source:
     found = sort_tensors({n: t.shape for n, t in file.tensors.items()}, arch, config["num_hidden_layers"])
     source.surplus |= found.surplus
     reader.recipes |= found.recipes
-    for unknown in found.unknown:
-        t = file.info(unknown)
-        source.dense[unknown] = TensorInfo(unknown, t.type_name, t.shape, t.file, t.start, t.nbytes)
-        reader.recipes[unknown] = Recipe((unknown,))
-    source.plan = _plan(reader)
+    reader.recipes |= {unknown: Recipe((unknown,), template=unknown) for unknown in found.unknown}
+    rules = {recipe.template: _rule(reader, recipe) for recipe in reader.recipes.values() if reader.is_module(recipe)}
+    source.plan = Plan(tuple(rules.values()), dialect=name)
     for target, recipe in reader.recipes.items():
-        _add(source, reader, target, recipe)
+        _add(source, reader, target, rules.get(recipe.template))
     source.tokenizer = tokenizer_files(file)
     return source
 
 
-def _plan(reader: "Reader") -> Plan:
-    """One rule for each quantized tensor of the file."""
-    rules = {}
-    for recipe in reader.recipes.values():
-        if reader.is_module(recipe):
-            module = recipe.template.removesuffix(".weight")
-            pattern = re.escape(module).replace(r"\{\}", r"\d+") + "$"
-            first = reader.file.info(recipe.sources[0])
-            where = f"{first.file.name}: {' and '.join(recipe.sources)}: {first.type_name}"
-            form = reader.format(recipe)
-            rules[module] = (
-                Rule(pattern, "regex", form, where) if "{}" in module else Rule(module, "exact", form, where)
-            )
-    return Plan(tuple(rules.values()), dialect=name)
+def _rule(reader: "Reader", recipe: Recipe) -> Rule:
+    """What a quantized tensor of the file says about its module, or about all modules of its stack."""
+    module = recipe.template.removesuffix(".weight")
+    first = reader.file.info(recipe.sources[0])
+    where = f"{first.file.name}: {' and '.join(recipe.sources)}: {first.type_name}"
+    if "{}" not in module:
+        return Rule(module, "exact", reader.format(recipe), where)
+    pattern = re.escape(module).replace(r"\{\}", r"\d+") + "$"
+    return Rule(pattern, "regex", reader.format(recipe), where)
 
 
-def _add(source: Source, reader: "Reader", target: str, recipe: Recipe) -> None:
-    shape = reader.shape(recipe)
-    infos = [reader.file.info(s) for s in recipe.sources]
+def _add(source: Source, reader: "Reader", target: str, rule: Rule | None) -> None:
+    recipe = reader.recipes[target]
+    shape, infos = reader.shape(recipe), [reader.file.info(s) for s in recipe.sources]
     if not reader.is_module(recipe):
         kept = infos[0].type_name in FLOATS and recipe.operation not in ("kv_b", "minus_one")
         dtype = infos[0].type_name if kept else "F32"
         nbytes = int(torch.Size(shape).numel()) * FLOATS[dtype].itemsize
         source.dense[target] = TensorInfo(target, dtype, shape, infos[0].file, infos[0].start, nbytes)
         return
-    module = target.removesuffix(".weight")
     names = (*recipe.sources, *reader.sides(recipe).values())
     share = infos[0].shape[0] if recipe.index is not None else 1
     nbytes = sum(reader.file.info(n).nbytes for n in names) // share
-    _, rule = source.plan.for_module(module)
-    source.modules[module] = Entry(reader.format(recipe), shape, names, nbytes, rule, lambda: reader.module(recipe))
+    entry = Entry(reader.format(recipe), shape, names, nbytes, rule, lambda: reader.module(recipe))
+    source.modules[target.removesuffix(".weight")] = entry
 
 
 class Reader:

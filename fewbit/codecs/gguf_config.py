@@ -4,21 +4,17 @@ Every key is read with the type it must have, and sizes are compared with the te
 leaves here describes the file.
 """
 
-import math
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from fewbit.codecs.gguf_names import split_name
+from fewbit.codecs.gguf_keys import Metadata, floats
+from fewbit.codecs.gguf_rope import rope_scaling
+from fewbit.codecs.gguf_sizes import check_sizes
 from fewbit.errors import CheckpointError, UnsupportedError
 from fewbit.files.gguf import GGUFFile
 
 Config = dict[str, Any]
-SIZES = ("u8", "u16", "u32", "u64", "i8", "i16", "i32", "i64")
-REALS = ("f32", "f64")
 COMMON = {
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
@@ -35,54 +31,6 @@ EXPERTS = {"expert_count": "num_experts", "expert_used_count": "num_experts_per_
 LOCAL_EXPERTS = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
 WINDOW = {"attention.sliding_window": "sliding_window"}
 CAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
-
-
-def shortest(value: float) -> float:
-    """The decimal with the fewest digits that is this float32: what was meant before it was stored as one."""
-    digits = (float(f"{value:.{n}g}") for n in range(1, 10))
-    return next(d for d in digits if struct.pack("<f", d) == struct.pack("<f", value))
-
-
-class Metadata:
-    """The metadata of one file, read with types; every complaint names the file and the key."""
-
-    def __init__(self, file: GGUFFile):
-        self.file = file
-        self.arch = str(file.kv_value("general.architecture", "string"))
-
-    def key(self, name: str) -> str:
-        return f"{self.arch}.{name}"
-
-    def __contains__(self, name: str) -> bool:
-        return self.key(name) in self.file.kv
-
-    def refuse(self, name: str, why: str) -> CheckpointError:
-        return CheckpointError(f"{self.file.path}: key {self.key(name)!r}: {why}")
-
-    def number(self, name: str) -> int | float:
-        """A finite number from 0, or a bool; the one value of a list that repeats it for each layer."""
-        plain = (*SIZES, *REALS, "bool")
-        held = self.file.kv_value(self.key(name), *plain, *(f"[{kind}]" for kind in plain))
-        values: list[int | float] = held if isinstance(held, list) else [held]
-        if len(set(values)) > 1:
-            why = f"{self.file.path}: key {self.key(name)!r}: {values[:8]} differs from layer to layer"
-            raise UnsupportedError(why, ["models whose layers are all of one size are read"])
-        if not values or not math.isfinite(values[0]) or values[0] < 0:
-            raise self.refuse(name, f"{held} is not a finite number from 0")
-        return shortest(values[0]) if "f32" in self.file.kinds[self.key(name)] else values[0]
-
-    def size(self, name: str) -> int:
-        value = self.number(name)
-        if value < 1 or value != int(value):
-            raise self.refuse(name, f"{value} is not a count from 1")
-        return int(value)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return self.number(name) if name in self else default
-
-    def has(self, leaf: str) -> bool:
-        """True when some layer holds this tensor."""
-        return any(n.endswith(f".{leaf}") and n.startswith("blk.") for n in self.file.tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +95,7 @@ def _phi3(config: Config, meta: Metadata) -> None:
     original = meta.get("rope.scaling.original_context_length", config["max_position_embeddings"])
     config["original_max_position_embeddings"] = int(original)
     config["sliding_window"] = config.get("sliding_window") or None
-    factors = {kind: _floats(meta, f"rope_factors_{kind}.weight") for kind in ("short", "long")}
+    factors = {kind: floats(meta, f"rope_factors_{kind}.weight") for kind in ("short", "long")}
     if factors["short"] and factors["long"]:
         config["rope_scaling"] = {"rope_type": "longrope"}
         config["rope_scaling"] |= {f"{kind}_factor": values for kind, values in factors.items()}
@@ -270,11 +218,11 @@ def config_of(file: GGUFFile) -> Config:
     config["tie_word_embeddings"] = "output.weight" not in file.tensors
     config["vocab_size"] = _vocabulary(meta)
     config |= _special_tokens(meta, config["vocab_size"])
-    config |= _rope_scaling(config, meta)
+    config |= rope_scaling(config, meta)
     if file.info("token_embd.weight").type_name == "BF16":
         config["dtype"] = "bfloat16"
     row.finish(config, meta)
-    _check(config, meta)
+    check_sizes(config, meta)
     return config
 
 
@@ -298,107 +246,10 @@ def _vocabulary(meta: Metadata) -> int:
 
 
 def _special_tokens(meta: Metadata, size: int) -> Config:
-    out: Config = {}
-    for word, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        key = f"tokenizer.ggml.{name}_token_id"
-        value = meta.file.kv.get(key)
-        out[f"{word}_token_id"] = value if isinstance(value, int) and 0 <= value < size else None
-    return out
+    def number(name: str) -> int | None:
+        value = meta.file.kv.get(f"tokenizer.ggml.{name}_token_id")
+        return value if isinstance(value, int) and 0 <= value < size else None
 
-
-def _rope_scaling(config: Config, meta: Metadata) -> Config:
-    kind = meta.file.kv.get(meta.key("rope.scaling.type"), "none")
-    factors = _floats(meta, "rope_freqs.weight")
-    if factors is not None and any(f != 1.0 for f in factors):
-        return {"rope_scaling": llama3_scaling(factors, float(config.get("rope_theta", 10000.0)), meta)}
-    if kind == "linear" or "rope.scale_linear" in meta:
-        factor = meta.get("rope.scaling.factor", meta.get("rope.scale_linear"))
-        return {"rope_scaling": {"rope_type": "linear", "factor": float(factor)}} if factor not in (None, 0, 1) else {}
-    if kind == "yarn":
-        original = meta.get("rope.scaling.original_context_length", config["max_position_embeddings"])
-        yarn = {"rope_type": "yarn", "factor": float(meta.number("rope.scaling.factor"))}
-        return {"rope_scaling": {**yarn, "original_max_position_embeddings": int(original)}}
-    if kind not in ("none", "longrope"):
-        raise meta.refuse("rope.scaling.type", f"{kind!r} is not known; known: none, linear, yarn, longrope")
-    return {}
-
-
-def _floats(meta: Metadata, tensor: str) -> list[float] | None:
-    if tensor not in meta.file.tensors:
-        return None
-    if meta.file.info(tensor).type_name != "F32":
-        raise CheckpointError(f"{meta.file.path}: tensor {tensor!r}: is {meta.file.info(tensor).type_name}, not F32")
-    values: list[float] = meta.file.read(tensor).view(torch.float32).flatten().tolist()
-    return values
-
-
-def llama3_factors(count: int, theta: float, scaling: Mapping[str, Any]) -> torch.Tensor:
-    """What Llama 3 divides each rotary frequency by: 1 for short waves, `factor` for long ones, smooth between."""
-    frequency = torch.exp(torch.arange(count, dtype=torch.float64) * (-math.log(theta) / count))
-    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
-    low, high, factor = (float(scaling[k]) for k in ("low_freq_factor", "high_freq_factor", "factor"))
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return torch.reciprocal((1 - smooth) / factor + smooth)
-
-
-def llama3_scaling(factors: list[float], theta: float, meta: Metadata) -> Config:
-    """The scaling parameters behind a table of factors. Only ratios to the original context can be told."""
-    table = torch.tensor(factors, dtype=torch.float64)
-    for original in (8192, 4096, 2048, 16384, 32768, 131072):
-        scaling = {"rope_type": "llama3", "factor": float(round(table.max().item(), 4)), "low_freq_factor": 1.0}
-        scaling |= {"high_freq_factor": 4.0, "original_max_position_embeddings": original}
-        if torch.allclose(llama3_factors(len(factors), theta, scaling), table, rtol=1e-4):
-            return scaling
-    why = f"{table.tolist()[:4]} ... are no factors that Llama 3's rule makes"
-    raise CheckpointError(f"{meta.file.path}: tensor 'rope_freqs.weight': {why}")
-
-
-def _check(config: Config, meta: Metadata) -> None:
-    """Heads and sizes against one another, and against the tensors of every layer."""
-    heads, kv = config["num_attention_heads"], config["num_key_value_heads"]
-    if kv < 1 or heads % kv:
-        raise meta.refuse("attention.head_count_kv", f"{kv} does not divide {heads} heads")
-    if "head_dim" not in config and config["hidden_size"] % heads:
-        raise meta.refuse("attention.head_count", f"{heads} does not divide {config['hidden_size']}")
-    if config.get("head_dim", 2) % 2:
-        raise meta.refuse("attention.key_length", f"{config['head_dim']} is odd, and rotary pairs are not")
-    _check_layers(config["num_hidden_layers"], meta)
-    for name, tensor in meta.file.tensors.items():
-        parts = split_name(name)
-        if parts and parts[2] == "weight" and (parts[0] is None or parts[0] < config["num_hidden_layers"]):
-            _check_shape(name, parts[1], tensor.shape, config, meta)
-
-
-def _check_layers(count: int, meta: Metadata) -> None:
-    parts = (split_name(name) for name in meta.file.tensors)
-    found = {part[0] for part in parts if part and part[0] is not None}
-    lacking = [i for i in range(count) if i not in found]
-    extra = sorted(i for i in found if i >= count + int(meta.get("nextn_predict_layers", 0)))
-    if lacking or extra:
-        what = f"no tensor of blk.{lacking[0]} is there" if lacking else f"tensors of blk.{extra[0]} are there"
-        raise meta.refuse("block_count", f"{count}, and {what}")
-
-
-def _check_shape(name: str, leaf: str, shape: tuple[int, ...], config: Config, meta: Metadata) -> None:
-    hidden, size = (
-        config["hidden_size"],
-        config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
-    )
-    heads, kv = config["num_attention_heads"] * size, config["num_key_value_heads"] * size
-    mla = meta.arch == "deepseek2"
-    experts = config.get("num_experts") or config.get("num_local_experts") or config.get("n_routed_experts")
-    width = config.get("moe_intermediate_size") or config.get("intermediate_size")
-    want: dict[str, tuple[tuple[Any, ...], str]] = {
-        "token_embd": ((config["vocab_size"], hidden), "embedding_length"),
-        "attn_q": ((heads, hidden), "attention.head_count"),
-        "attn_k": ((kv, hidden), "attention.head_count_kv"),
-        "attn_v": ((kv, hidden), "attention.head_count_kv"),
-        "attn_output": ((hidden, heads), "attention.head_count"),
-        "ffn_down": ((hidden, config.get("intermediate_size")), "feed_forward_length"),
-        "ffn_down_exps": ((experts, hidden, width), "expert_count"),
-    }
-    if leaf not in want or (mla and leaf.startswith("attn_")):
-        return
-    expected, key = want[leaf]
-    if shape != expected:
-        raise meta.refuse(key, f"tensor {name!r} is {list(shape)}, and the metadata says {list(expected)}")
+    eos, turn = number("eos"), number("eot")  # a text ends with the one, a turn of a chat with the other
+    ends = [eos, turn] if None not in (eos, turn) and eos != turn else eos
+    return {"bos_token_id": number("bos"), "eos_token_id": ends, "pad_token_id": number("padding")}

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit.codecs.gguf_config import COMMON, MORE, ROWS, llama3_factors
+from fewbit.codecs.gguf_config import COMMON, MORE, ROWS
+from fewbit.codecs.gguf_rope import llama3_factors
 from fewbit.errors import CheckpointError, UnsupportedError
 
 Config = Mapping[str, Any]

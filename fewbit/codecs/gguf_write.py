@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fewbit.codecs.gguf_metadata import ARCHITECTURES, metadata_of, rotary_tables
 from fewbit.codecs.gguf_names import NAMES, SIDES, TOP, half_rows
-from fewbit.codecs.gguf_tokenizer import tokenizer_kv
+from fewbit.codecs.gguf_tokenizer import WORDS
+from fewbit.codecs.gguf_vocabulary import tokenizer_kv
 from fewbit.errors import CheckpointError, UnsupportedError
 from fewbit.files.gguf import GGML_IDS
 from fewbit.files.vocabulary import check_vocabulary
@@ -163,10 +164,13 @@ def create(
     config = dict(config)
     slots = {name: slots_of(name, arch, config) for name in layout}
     types, shapes = _plan(layout, slots, config)
-    vocab = next(shape[0] for name, shape in shapes.items() if name == "token_embd.weight")
+    if "token_embd.weight" not in shapes:
+        raise CheckpointError("model.embed_tokens.weight is not among the tensors to write")
+    vocab = shapes["token_embd.weight"][0]
     tables = rotary_tables(config)
     kv = metadata_of(config, arch, vocab) | tokenizer_kv(files, vocab)
-    kv |= {"general.file_type": ("u32", FILE_TYPES[_most(types, shapes)])}
+    kv |= _special_kv(config, kv)
+    kv["general.file_type"] = "u32", FILE_TYPES[_most(types, shapes)]
     if problems := check_vocabulary({key: value for key, (_, value) in kv.items()}):
         raise CheckpointError("\n".join(["the tokenizer cannot be written:", *(f"  {p}" for p in problems)]))
     tensors = {n: (GGML_IDS[types[n]], shape) for n, shape in shapes.items()}
@@ -176,6 +180,19 @@ def create(
     for n, table in tables.items():
         writer.put(n, table)
     return Sink(writer, slots, types, config)
+
+
+def _special_kv(config: Mapping[str, Any], kv: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+    """Special tokens that config.json knows and the tokenizer's files do not; the second end is that of a turn."""
+    out = {}
+    for word, name in WORDS.items():
+        key, ids = f"tokenizer.ggml.{name}_token_id", config.get(f"{word}_token_id")
+        ids = [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)]
+        if ids and key not in kv:
+            out[key] = "u32", ids[0]
+        if word == "eos" and (turn := [i for i in ids if i != (kv.get(key) or out[key])[1]]):
+            out["tokenizer.ggml.eot_token_id"] = "u32", turn[0]
+    return out
 
 
 def _most(types: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> str:

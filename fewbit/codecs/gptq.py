@@ -20,6 +20,7 @@ from fewbit.quant.spec import Format, QuantSpec
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 WIDTHS = {"gptq": (2, 3, 4, 8), "gptq-v2": (2, 3, 4, 8), "gptq-p": BITS}  # what other readers know of each
+LESS = {"gptq": 1, "gptq-v2": 0, "gptq-p": 0}  # what is taken from a zero before it is stored
 HEAD = r"(.*\.)?(lm_head|embed_out)$"
 REFUSED = {
     "marlin": "it holds codes in the order of one kernel, without their zeros",
@@ -101,18 +102,13 @@ def _fit(form: Format, name: str) -> Format:
 
 
 def _write(q: Quantized, name: str) -> Tensors:
-    """Asymmetric tensors of v1 are written as v2: where a zero is 0, one less would borrow from its neighbour."""
-    less = 1 if name == "gptq" and not q.weight.spec.zeros else 0
-    return write_gptq(q, name, less, planar=name == "gptq-p")
+    return write_gptq(q, name, LESS[name], planar=name == "gptq-p")
 
 
 def _config(formats: Mapping[str, Format], dense: list[str], kv: QuantSpec | None, name: str) -> dict[str, Config]:
     settings = {module: setting(form) for module, form in formats.items()}
     base = _most_common(list(settings.values()))
-    asym = {module for module, form in formats.items() if form.weight.zeros}
-    if name == "gptq" and asym and len(asym) < len(formats):
-        raise refuse(name, "symmetric and asymmetric modules together", "gptq-v2 stores every zero as it is")
-    layout = "gptq_v2" if name == "gptq" and asym else name.replace("-", "_")
+    layout = name.replace("-", "_")
     whole: Config = {"quant_method": "gptq", "checkpoint_format": layout, "format": layout, "pack_dtype": "int32"}
     whole |= base | {"desc_act": any(form.transforms for form in formats.values())}
     whole["lm_head"] = any(re.match(HEAD, module) for module in settings)
@@ -144,8 +140,8 @@ def _differing(settings: Mapping[str, Config | None], base: Config) -> Config | 
     return rules or None
 
 
-def _codec(name: str, less: int, summary: str) -> Codec:
-    read = partial(read_gptq, less=less, planar=name == "gptq-p")
+def _codec(name: str, summary: str) -> Codec:
+    read = partial(read_gptq, less=LESS[name], planar=name == "gptq-p")
     return Codec(
         name, partial(_claims, name=name), _plan, GPTQ_ENDINGS, (".qweight", ".qzeros"), by_header(read, ".g_idx"),
         read, partial(_fit, name=name), partial(_write, name=name), partial(_config, name=name), explicit=False,
@@ -154,7 +150,7 @@ def _codec(name: str, less: int, summary: str) -> Codec:
 
 
 CODECS = (
-    _codec("gptq", 1, "GPTQ v1: zeros stored less one; asymmetric models are written as v2"),
-    _codec("gptq-v2", 0, "GPTQ v2: zeros stored as they are"),
-    _codec("gptq-p", 0, "GPTQ in bit planes, 2 to 8 bits"),
+    _codec("gptq", "GPTQ v1: each zero stored less one"),
+    _codec("gptq-v2", "GPTQ v2: zeros stored as they are"),
+    _codec("gptq-p", "GPTQ in bit planes, 2 to 8 bits"),
 )

@@ -23,6 +23,7 @@ PLANES = {
     2: ((2, 0),), 3: ((2, 0), (1, 2)), 4: ((4, 0),), 5: ((4, 0), (1, 4)), 6: ((4, 0), (2, 4)),
     7: ((4, 0), (2, 4), (1, 6)), 8: ((8, 0),),
 }  # fmt: skip
+HINT = "gptq-v2 stores zeros as they are"
 NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)  # AWQ: the column of each nibble of a word
 COLUMNS = (0, 4, 1, 5, 2, 6, 3, 7)  # and the nibble of each column
 
@@ -82,6 +83,8 @@ def write_gptq(q: Quantized, dialect: str, less: int, planar: bool = False) -> T
     _, k = matrix(dialect, q)
     bits = int(q.weight.spec.element.bits)
     values, zeros = offset_binary(q.weight), zeros_of(q.weight)
+    if less and not zeros.is_meta and bool((zeros < less).any()):
+        raise refuse(dialect, "a zero of 0", "it stores zeros less one, and readers differ on what that wraps to", HINT)
     g_idx = torch.arange(k, device=q.weight.device) // one_group(q.weight.spec, k)
     if q.transforms:
         back = q.transforms[0].tensors["index"].argsort()

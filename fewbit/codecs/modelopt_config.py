@@ -152,26 +152,27 @@ def _cache(config: Config, where: str) -> QuantSpec | None:
 
 
 def algorithm_of(form: Format) -> str | None:
-    """The algorithm that holds a fitted format; a scale of the inputs may be there or not."""
-    weight = with_group(form.weight, 16) if has_groups(form.weight) else form.weight
-    found = [name for name, row in ALGORITHMS.items() if _same(row, replace(form, weight=weight), form.weight)]
-    return found[0] if found else None
+    """The algorithm that holds a fitted format."""
+    return next((name for name, row in ALGORITHMS.items() if _same(row, form)), None)
 
 
-def _same(row: Format, form: Format, weight: QuantSpec) -> bool:
-    known = with_group(row.weight, 16) if has_groups(row.weight) else row.weight
-    if known.stored != form.weight.stored or (row.act and row.act.stored) != (form.act and form.act.stored):
-        return False
-    if len(weight.scales) == 2 and weight.scales[0].block != row.weight.scales[0].block:
-        return False
-    return set(form.transforms) == set(row.transforms) or (row.weight.element.kind == "int" and not form.transforms)
+def _same(row: Format, form: Format) -> bool:
+    weight = row.weight
+    rows, cols = form.weight.scales[0].block
+    if weight.element == INT4 and rows == 1 and cols:
+        weight = with_group(weight, cols)
+    inputs = (row.act and row.act.stored) == (form.act and form.act.stored)
+    # integers are smoothed or not under one name
+    kinds = form.transforms == row.transforms or (weight.element.kind == "int" and not form.transforms)
+    return weight.stored == form.weight.stored and inputs and kinds
 
 
 def config(formats: Mapping[str, Format], ignored: list[str], kv: QuantSpec | None) -> dict[str, Config]:
     """Both spellings: the flat one for config.json, the nested one as its own file."""
     algorithms = {name: _layer(form) for name, form in formats.items()}
-    if {layer["quant_algo"] for layer in algorithms.values()} == {"NVFP4", "NVFP4_AWQ"}:
-        algorithms = {name: layer | {"quant_algo": "NVFP4_AWQ"} for name, layer in algorithms.items()}
+    names = {layer["quant_algo"]: layer for layer in algorithms.values()}
+    if names.keys() == {"NVFP4", "NVFP4_AWQ"}:  # smoothing may be folded into a norm, and then leaves nothing here
+        algorithms = dict.fromkeys(algorithms, names["NVFP4_AWQ"])
     kinds = {tuple(layer.items()) for layer in algorithms.values()}
     cache = next((name for name, s in CACHES.items() if (s and s.stored) == (kv and kv.stored)), None)
     if cache is None:

@@ -62,8 +62,10 @@ def placed(scale: Scale, ending: str, tensor: Tensor, shape: Sequence[int]) -> t
 
 
 def _lies_as(shape: Sequence[int], rows: int, cols: int) -> bool:
-    """[], [1], [N], [N, 1], [a, 1, b, 1] are ways to write a grid; a transposed one is not."""
-    return [s for s in shape if s != 1] == [s for s in (rows, cols) if s != 1]
+    """[], [N], [N, 1], [a, b], [a, 1, b, 1] are ways to write a grid; a transposed one is not."""
+    if len(shape) < 2:
+        return 1 in (rows, cols)
+    return tuple(shape) in ((rows, cols), (rows, 1, cols, 1), (1, rows, cols))
 
 
 def stored_element(declared: Element, ending: str, dtype: torch.dtype) -> Element:

@@ -74,7 +74,7 @@ def group(checkpoint: Checkpoint, codec: Codec, located: Located) -> Source:
     source = Source(checkpoint.path, codec.name, "", checkpoint.config, plan, checkpoint, explicit=codec.explicit)
     modules: dict[str, dict[str, TensorInfo]] = {}
     for name, info in checkpoint.tensors.items():
-        if of := kv_scale(name):
+        if (of := kv_scale(name)) and not name.endswith(codec.unused):
             source.kv.setdefault(of[0], {})[of[1]] = name
         elif name.endswith(SURPLUS):
             source.surplus[name] = "computed from the config"
@@ -122,8 +122,9 @@ def _add_module(
     parts = Parts(source.checkpoint, module, infos)
     try:
         found = codec.shape(form, parts)
-    except FewbitError as error:
-        source.problems.append(("unreadable", module, str(error)))
+    except (FewbitError, KeyError) as error:  # KeyError: an ending that the layout needs and the file lacks
+        text = str(error) if isinstance(error, FewbitError) else f"tensor {module}{error.args[0]} is missing"
+        source.problems.append(("unreadable", module, text))
         return
     stored, shape = (found.format, found.weight.shape) if isinstance(found, Quantized) else (form, found)
     names = tuple(info.name for info in infos.values())

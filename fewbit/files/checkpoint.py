@@ -20,7 +20,9 @@ from fewbit.files.text import load_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-EXTRA = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json")
+EXTRA = (
+    "quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json", "quanto_qmap.json",
+)  # fmt: skip
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 _SHARD_NAME = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
@@ -102,7 +104,7 @@ class Checkpoint:
             del self.tensors[name]
 
     def _read_configs(self, names: Iterable[str]) -> None:
-        for name in sorted(n for n in names if n.endswith(".json") and "config" in n):
+        for name in sorted(n for n in names if n in EXTRA or (n.endswith(".json") and "config" in n)):
             value = _read_object(self.path, name)
             self.remote_code += _auto_map(name, value)
             if name == "config.json":

@@ -16,7 +16,9 @@ from fewbit.errors import CheckpointError, SpecError, UnsupportedError
 from fewbit.models import hf, twin
 from fewbit.models.account import finish
 from fewbit.models.fill import Filler, is_stack, prepare
-from fewbit.models.verify import Finding, module_findings, refuse_on_errors, verify_source
+from fewbit.models.finding import refuse_on_errors
+from fewbit.models.values import Watch
+from fewbit.models.verify import verify_source
 from fewbit.modules import attention
 from fewbit.modules.linear import Linear, Options
 from fewbit.quant.formats import FORMATS
@@ -56,10 +58,10 @@ def load(
         refuse_on_errors(source.path, verify_source(source, model), unsafe_skip_verify)
         prepare(model)
         filler = Filler(model, hf.rules(model), options, torch.device(device), online(model, format))
-        found: list[Finding] = []
-        filler.watch = lambda name, q: found.extend(module_findings(name, q, source.dialect))
+        watch = Watch(source)
+        filler.watch = watch.see
         places = filler.fill(source)
-        refuse_on_errors(source.path, found, unsafe_skip_verify)
+        refuse_on_errors(source.path, watch.finish(), unsafe_skip_verify)
         finish(filler, places, source, unsafe_skip_verify)
         round_cache(model, source, filler)
     model.to(device)

@@ -5,44 +5,25 @@ refuses on an error, unless that finding is skipped by name.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from fewbit import codecs
 from fewbit.codecs.source import Source
-from fewbit.errors import CheckpointError, FewbitError
+from fewbit.errors import FewbitError
 from fewbit.files.manifest import MANIFEST, verify_manifest
-from fewbit.quant import elements
-from fewbit.quant.blocks import regrid
-from fewbit.quant.qtensor import QTensor, Quantized, codes, scale_codes
-from fewbit.quant.reference import decode
-from fewbit.quant.spec import FLAT
+from fewbit.models.finding import Finding, refuse_on_errors
+from fewbit.models.values import Watch, sibling_groups
+from fewbit.quant.qtensor import Quantized
 
-Severity = Literal["error", "warning"]
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
-SIGN_IS_FREE = 0.9  # of the scales of a module: about half are negative where a tool chooses the sign, never nearly all
 FLOATS = ("F32", "F16", "BF16", "F64")
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that is wrong (error) or worth knowing (warning). `name` is what --unsafe-skip-verify takes."""
-
-    severity: Severity
-    name: str
-    where: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.severity}: {self.name}: {self.where}: {self.text}"
 
 
 @dataclass(slots=False)
@@ -61,7 +42,9 @@ class Known:
     @cached_property
     def places(self) -> dict[str, Any]:
         """Module or dense tensor -> Placement or None."""
-        asked = {name: f"{name}.weight" for name in self.source.modules} | {n: n for n in self.source.dense}
+        from fewbit.models.fill import ask
+
+        asked = {name: ask(name, self.shape(name)) for name in self.source.modules} | {n: n for n in self.source.dense}
         found = self.rules.place(asked.values())
         return {name: found[query] for name, query in asked.items()}
 
@@ -118,7 +101,7 @@ def dense_linears(source: Source, heads: bool = False) -> list[str]:
 
 def value_findings(source: Source) -> Iterator[Finding]:
     """What reading every quantized module and KV scale says."""
-    globals_: dict[str, dict[str, Tensor]] = {}
+    watch = Watch(source)
     for name in source.modules:
         try:
             q = source.read(name)
@@ -126,22 +109,8 @@ def value_findings(source: Source) -> Iterator[Finding]:
             yield Finding("error", "unreadable", name, str(error))
             continue
         assert isinstance(q, Quantized)
-        yield from module_findings(name, q, source.dialect)
-        outer = {n: p for n, p in q.weight.planes.items() if n[:5] == "scale" and n != "scale0"}
-        if len(q.format.weight.scales) == 2 and q.format.weight.scales[1].block == (0, 0):
-            globals_[name] = outer
-    yield from _sibling_scales(globals_)
-    yield from _kv_values(source)
-    yield from _nibble_order(source)
-
-
-def refuse_on_errors(path: Path, findings: Iterable[Finding], skip: Collection[str] = ()) -> None:
-    """Raise one CheckpointError with every error whose name is not skipped."""
-    errors = [f for f in findings if f.severity == "error" and f.name not in skip]
-    if errors:
-        shown = [f"  {f.name}: {f.where}: {f.text}" for f in errors[:40]]
-        more = [f"  ... and {len(errors) - 40} more: fewbit verify {path}"] if len(errors) > 40 else []
-        raise CheckpointError("\n".join([f"{path}: {len(errors)} errors", *shown, *more]))
+        watch.see(name, q)
+    yield from watch.finish()
 
 
 def _manifest(source: Source) -> Iterator[Finding]:
@@ -272,22 +241,11 @@ def _is_float(known: Known, target: str) -> bool:
 
 
 def _sibling_formats(known: Known) -> Iterator[Finding]:
-    for parent, found in _sibling_groups(known.source.modules).items():
+    for parent, found in sibling_groups(known.source.modules).items():
         formats = {known.source.modules[name].format for name in found}
         if len(formats) > 1:
             text = "siblings hold different formats; engines that fuse them refuse the file, here each runs as it is"
             yield Finding("warning", "sibling-formats", parent, f"{', '.join(found)}: {text}")
-
-
-def _sibling_groups(names: Iterable[str]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        parent, _, leaf = name.rpartition(".")
-        for i, group in enumerate(SIBLINGS):
-            if leaf in group:
-                groups[f"{parent}.{i}"].append(name)
-    return {key.rpartition(".")[0] + f".{{{','.join(n.rpartition('.')[2] for n in found)}}}": found
-            for key, found in groups.items() if len(found) > 1}  # fmt: skip
 
 
 def _tokenizer(known: Known) -> Iterator[Finding]:
@@ -324,116 +282,4 @@ HEADER_RULES: tuple[Callable[[Known], Iterable[Finding]], ...] = (
 )  # fmt: skip
 
 
-def module_findings(name: str, q: Quantized, dialect: str = "") -> Iterator[Finding]:
-    """What the planes of one module say."""
-    spec = q.weight.spec
-    for plane in q.weight.planes:
-        if plane == "codes" or (dialect == "gguf" and plane.startswith("zero")):
-            continue
-        yield from _plane(name, plane, q.weight, signed=dialect == "gguf" or plane.startswith("zero"))
-    bad = elements.values(spec.element).isfinite().logical_not() if spec.element.bits in (4, 6, 8) else torch.zeros(1)
-    if bool(bad.any()) and spec.element.kind != "run":
-        count = int(bad[codes(q.weight).long()].sum())
-        if count:
-            yield Finding(
-                "error", "code-not-finite", name, f"{count} codes of {spec.element.name} mean NaN or infinity"
-            )
-    for plane, value in q.act.items():
-        v = value.float()
-        if not bool(v.isfinite().all()) or (plane.startswith("scale") and bool((v <= 0).any())):
-            yield Finding(
-                "error", "act-scale", name, f"activation {plane} must be finite and above 0, found {_show(v)}"
-            )
-    for transform in q.transforms:
-        yield from _transform(name, transform.kind, transform.tensors, q.weight.shape[-1])
-
-
-def _plane(name: str, plane: str, q: QTensor, signed: bool) -> Iterator[Finding]:
-    chain = q.spec.scales if plane.startswith("scale") else q.spec.zeros
-    scale = chain[int(plane[-1])]
-    value = elements.decode(scale_codes(q, plane), scale.element)
-    if not bool(value.isfinite().all()):
-        count = int((~value.isfinite()).sum())
-        yield Finding("error", "scale-not-finite", name, f"{plane}: {count} of {value.numel()} are NaN or infinite")
-    if signed or scale.op == "add" or scale.element.kind == "table":
-        return
-    below = int((value < 0).sum())
-    if below > (SIGN_IS_FREE * value.numel() if _sign_is_free(q, plane) else 0):
-        yield Finding("error", "scale-not-positive", name, f"{plane}: {below} of {value.numel()} are below 0")
-    if bool((value == 0).any()) and _zero_matters(q, plane, value):
-        text = f"{plane}: {int((value == 0).sum())} are 0 where codes are not: those weights are lost"
-        yield Finding("error", "scale-not-positive", name, text)
-
-
-def _sign_is_free(q: QTensor, plane: str) -> bool:
-    """auto-round and ggml give a symmetric integer block the sign that puts its extreme on the lowest code."""
-    return (
-        plane == "scale0" and q.spec.element.kind == "int" and q.spec.element.signed and q.spec.scales[0].block[0] == 1
-    )
-
-
-def _zero_matters(q: QTensor, plane: str, value: Tensor) -> bool:
-    """True when a zero scale stands over codes that mean something else than zero."""
-    block = (q.spec.scales if plane.startswith("scale") else q.spec.zeros)[int(plane[-1])].block
-    table = elements.values(q.spec.element)
-    if block[0] == FLAT:
-        return True
-    meant = table[codes(q).long()] != 0
-    zero = regrid((value == 0).float(), q.shape, block, (1, 1)) if block != (0, 0) else (value == 0).float()
-    return bool((meant & (zero > 0)).any())
-
-
-def _transform(name: str, kind: str, tensors: Mapping[str, Tensor], k: int) -> Iterator[Finding]:
-    for label, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            yield Finding("error", "transform", name, f"{kind} {label} holds NaN or infinity")
-        if kind == "permute" and not torch.equal(tensor.sort().values.cpu().long(), torch.arange(k)):
-            yield Finding("error", "transform", name, f"{kind} {label} is not a permutation of {k} inputs")
-
-
-def _sibling_scales(outer: Mapping[str, Mapping[str, Tensor]]) -> Iterator[Finding]:
-    """Tools make one outer scale for siblings that engines fuse; where they differ, a fused engine is silently wrong."""
-    for parent, found in _sibling_groups(outer).items():
-        values = {name.rpartition(".")[2]: float(outer[name]["scale1"].float().max()) for name in found}
-        if len(set(values.values())) > 1:
-            shown = ", ".join(f"{leaf} {value:.6g}" for leaf, value in values.items())
-            text = f"outer scales differ ({shown}): a fused engine would apply one of them to all"
-            yield Finding("error", "sibling-scales", parent, text)
-
-
-def _kv_values(source: Source) -> Iterator[Finding]:
-    for module, scales in source.kv.items():
-        for of, tensor in scales.items():
-            value = source.checkpoint.read(tensor).float()
-            if of.endswith("_zero"):
-                continue
-            if not bool(value.isfinite().all()) or bool((value <= 0).any()):
-                text = f"{tensor} must be finite and above 0, found {_show(value)}"
-                yield Finding("error", "kv-scale", module, text)
-
-
-def _nibble_order(source: Source) -> Iterator[Finding]:
-    """Siblings read the same input, so their column norms go together; a pair-swapped one betrays itself."""
-    for found in list(_sibling_groups(source.modules).values())[:2]:
-        norms = {}
-        for name in found:
-            q = source.modules[name].read()
-            if q.format.weight.element.bits == 4 and not q.transforms and len(q.weight.shape) == 2:
-                norms[name] = decode(q.weight).norm(dim=0)
-        for name, norm in list(norms.items())[1:]:
-            first = next(iter(norms.values()))
-            if len(norm) != len(first) or len(norm) % 2:
-                continue
-            straight, swapped = _correlation(first, norm), _correlation(first, norm.view(-1, 2).flip(1).flatten())
-            if swapped > 0.5 and straight < swapped - 0.3:
-                text = f"column norms go with those of {next(iter(norms))} only when nibbles are swapped ({swapped:.2f} against {straight:.2f})"
-                yield Finding("error", "nibble-order", name, text)
-
-
-def _correlation(a: Tensor, b: Tensor) -> float:
-    return float(torch.corrcoef(torch.stack([a, b]))[0, 1])
-
-
-def _show(value: Tensor) -> str:
-    flat = value.flatten()[:4].tolist()
-    return ", ".join(f"{v:g}" for v in flat) + (" ..." if value.numel() > 4 else "")
+__all__ = ["Finding", "dense_linears", "refuse_on_errors", "verify", "verify_source"]

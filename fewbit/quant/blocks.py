@@ -99,11 +99,12 @@ def largest(x: Tensor, shape: tuple[int, ...], inner: Block, outer: Block) -> Te
     return blocked(x, (step[0], step[1])).amax((-3, -1))
 
 
-def finite_or_raise(w: Tensor) -> None:
-    """NaN, Inf, and values so large that rounding up could overflow float32, are errors that name the element."""
+def finite_or_raise(w: Tensor) -> float:
+    """-> the largest magnitude. NaN, Inf, and values that rounding up could make Inf, are errors naming the element."""
     low, high = torch.aminmax(w)
-    if bool(torch.isfinite(torch.stack([2 * low, 2 * high])).all()):
-        return
+    top = 2 * torch.maximum(-low, high)
+    if bool(torch.isfinite(top)):
+        return top.item() / 2
     bad = (~torch.isfinite(2 * w)).nonzero()
     where = bad[0].tolist()
     raise SpecError(

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -45,23 +45,32 @@ class Plan:
     rules: tuple[Rule, ...] = ()
     kv: QuantSpec | None = None
     dialect: str = ""
+    # a config may name each of 20,000 experts: exact names are looked up, only the other rules are tried in turn
+    _exact: dict[str, int] = field(init=False, repr=False, compare=False)
+    _others: tuple[tuple[int, Rule], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for rule in self.rules:
+        places = {rule.pattern: i for i, rule in reversed(tuple(enumerate(self.rules))) if rule.match == "exact"}
+        object.__setattr__(self, "_exact", places)
+        object.__setattr__(self, "_others", tuple((i, r) for i, r in enumerate(self.rules) if r.match != "exact"))
+        for _, rule in self._others:
             if rule.match == "regex":
                 _compile(rule)
 
     def for_module(self, name: str, kind: str = "Linear") -> tuple[Format | None, Rule | None]:
         """The format of a module and the rule that gave it; (None, None) when no rule speaks of it."""
-        for rule in self.rules:
+        first = self._exact.get(name, len(self.rules))
+        for i, rule in self._others:
+            if i > first:
+                break
             if rule.hits(name, kind):
                 return rule.format, rule
-        return None, None
+        return (self.rules[first].format, self.rules[first]) if first < len(self.rules) else (None, None)
 
     def idle(self, names: Iterable[str], kind: str = "Linear") -> list[Rule]:
         """Rules that no name would hit even alone; what everything matches is never idle."""
-        names = list(names)
-        return [r for r in self.rules if r.match != "any" and not any(r.hits(name, kind) for name in names)]
+        names = set(names)
+        return [r for r in self.rules if r.match != "any" and not _hits_any(r, names, kind)]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Plan":
@@ -73,6 +82,10 @@ class Plan:
         if method not in PARSERS:
             raise SpecError(f"quant_method {method!r} is not known; known: {', '.join(sorted(PARSERS))}")
         return PARSERS[method](config)
+
+
+def _hits_any(rule: Rule, names: set[str], kind: str) -> bool:
+    return rule.pattern in names if rule.match == "exact" else any(rule.hits(name, kind) for name in names)
 
 
 def _compile(rule: Rule) -> None:

@@ -4,6 +4,7 @@
 fake_quant is decode of encode by construction. Everything is computed in float32.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 
@@ -18,24 +19,26 @@ from fewbit.quant.elements import Element
 from fewbit.quant.ggml import GGML_RULES
 from fewbit.quant.qtensor import Planes, QTensor, Quantized, Transform, empty, grid, load, scale_codes, store
 from fewbit.quant.runs import decode_run
-from fewbit.quant.spec import QuantSpec, Scale
+from fewbit.quant.spec import QuantSpec, Scale, describe
 
-CHUNK = 1 << 17  # values worked on at a time on a CPU: the temporaries stay in cache
+CHUNK = 1 << 18  # values worked on at a time on a CPU: the temporaries stay in cache
 Rule = Callable[[Tensor, QuantSpec, Planes], Planes]
 
 
-def encode(w: Tensor, spec: QuantSpec) -> QTensor:
-    """w: [..., N, K] finite float -> the QTensor its rule chooses."""
+def encode(w: Tensor, spec: QuantSpec, given: Planes | None = None) -> QTensor:
+    """w: [..., N, K] finite float -> the QTensor its rule chooses; given: unpacked planes that are fixed already."""
     if spec.element.kind == "run":
         reason = "its codebook search is not part of this package; a file that holds it can be read"
         raise UnsupportedError(f"cannot encode to {spec.element.name}", [reason])
     if w.dim() < 2 or not w.numel():
         raise SpecError(f"cannot encode a tensor of {list(w.shape)}: want [..., N, K] with at least one element")
     w = w.float()
-    finite_or_raise(w)
+    top = finite_or_raise(w)
+    if top > 2 * _reach(spec):  # twice: zeros may move the range
+        raise SpecError(f"cannot encode: {top:.6g} is far beyond what {describe(spec)} holds")
     if spec.rule in GGML_RULES:
         return GGML_RULES[spec.rule](w, spec)
-    return assign(w, spec, choose(w, spec, {}))
+    return assign(w, spec, choose(w, spec, given or {}))
 
 
 def choose(w: Tensor, spec: QuantSpec, given: Planes) -> Planes:
@@ -239,6 +242,11 @@ def _rule_scaled(w: Tensor, spec: QuantSpec, given: Planes) -> Planes:
     return _two_levels(amax, w.shape, spec, given, reach)
 
 
+def _reach(spec: QuantSpec) -> float:
+    """The largest magnitude that a code and its chain of scales can make."""
+    return math.prod(max(-e.min, e.max) for e in (spec.element, *(scale.element for scale in spec.scales)))
+
+
 def _missing(spec: QuantSpec, given: Planes) -> list[str]:
     return [f"scale{i}" for i in range(len(spec.scales)) if f"scale{i}" not in given]
 
@@ -296,7 +304,8 @@ def _asymmetric(w: Tensor, spec: QuantSpec) -> Planes:
     value = _multiplier(s, scale)
     if spec.zeros_in_codes:
         middle = _middle(element)
-        zero = torch.where(high > low, (element.min - middle - low / value).round() + middle, middle)  # empty: the middle
+        zero = (element.min - middle - low / value).round() + middle
+        zero = torch.where(high > low, zero, middle)  # an all-zero block
     else:
         zero = -(low - element.min * value)
     return {"scale0": s, "zero0": _held(zero, spec.zeros[0].element)}
@@ -325,7 +334,8 @@ def _rule_four_over_six(w: Tensor, spec: QuantSpec, given: Planes) -> Planes:
     six = _rule_scaled(w, spec, given)
     inner, outer = spec.scales
     factor = regrid(elements.decode(six["scale1"], outer.element), tuple(w.shape), outer.block, inner.block)
-    ideal = _amax(w, spec) / (4.0 * factor)
+    quarter = _amax(w, spec) / 4.0
+    ideal = quarter * factor if outer.op == "div" else quarter / factor
     four = elements.encode(ideal.clamp(2.0**-9, inner.element.max), inner.element)
     errors = []
     for scale0 in (six["scale0"], four):

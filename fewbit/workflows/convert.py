@@ -18,12 +18,14 @@ from fewbit.codecs.codec import Codec
 from fewbit.codecs.source import Source
 from fewbit.errors import UnsupportedError
 from fewbit.files.writer import SafetensorsWriter
-from fewbit.models.verify import dense_linears, refuse_on_errors, verify_source
+from fewbit.models.finding import refuse_on_errors
+from fewbit.models.values import sibling_groups
+from fewbit.models.verify import dense_linears, verify_source
 from fewbit.quant import qtensor
 from fewbit.quant.formats import FORMATS, get
 from fewbit.quant.qtensor import QTensor, Quantized
 from fewbit.quant.recast import recast
-from fewbit.quant.reference import decode, encode
+from fewbit.quant.reference import choose, decode, encode
 from fewbit.quant.spec import Format, describe
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -85,7 +87,8 @@ def convert(
     """Rewrite a checkpoint in another dialect.
 
     to: a dialect of `fewbit.dialects()`, or "dense". requantize: allow new codes where the old ones do not carry over,
-    in the nearest format the dialect holds, or in the one named (dense linears too, head and routers aside). dtype: bf16 | f16 | f32, of `to="dense"`.
+    in the nearest format the dialect holds, or in the one named (dense linears too, head and routers aside).
+    dtype: bf16 | f16 | f32, of `to="dense"`.
     """
     with codecs.open(src) as source:
         refuse_on_errors(source.path, verify_source(source))
@@ -106,10 +109,11 @@ def _to_codec(
     if codec.fit is None or codec.write is None or codec.config is None:
         raise UnsupportedError(f"{codec.name} can be read, not written", [codec.summary])
     items = _items(source, requantize)
+    outer = _shared_outer(source, items, codec, requantize)
     proofs, formats, layout = [], {}, {}
     for name in progress(items, "proving"):
         old = source.read(items[name])
-        new = _refit(name, old, codec, requantize)
+        new = _refit(name, old, codec, requantize, outer)
         tensors = codec.write(new)
         back = codec.read(new.format, tensors)  # what a reader will see is what must be equal
         proofs.append(_compare(name, old, back))
@@ -127,7 +131,7 @@ def _to_codec(
         for file, data in files.items():
             writer.add_file(file, data)
         for name in progress(items, "writing"):
-            for ending, tensor in codec.write(_refit(name, source.read(items[name]), codec, requantize)).items():
+            for ending, tensor in codec.write(_refit(name, source.read(items[name]), codec, requantize, outer)).items():
                 writer.put(name + ending, tensor)
         for old_name, new_name in renamed.items():
             writer.put(new_name, _plain(source, old_name))
@@ -184,9 +188,10 @@ def _to_gguf(source: Source, out: Path, requantize: bool | str, overwrite: bool,
     proofs = []
     layout: dict[str, tuple[Format | str, tuple[int, ...]]] = {}
     items = _items(source, requantize)
+    outer = _shared_outer(source, items, gguf, requantize)
     for name in progress(items, "proving"):
         old = source.read(items[name])
-        new = _refit(name, old, gguf, requantize)
+        new = _refit(name, old, gguf, requantize, outer)
         proofs.append(_compare(name, old, new))
         layout[name] = new.format, new.weight.shape
     _refuse_inexact(proofs, requantize)
@@ -195,16 +200,33 @@ def _to_gguf(source: Source, out: Path, requantize: bool | str, overwrite: bool,
         layout[name] = source.dense[name].dtype, tuple(source.dense[name].shape)
     with gguf.create(out, source.config, layout, tokenizer_files(source), overwrite=overwrite) as sink:
         for name in progress(items, "writing"):
-            sink.put(name, _refit(name, source.read(items[name]), gguf, requantize))
+            sink.put(name, _refit(name, source.read(items[name]), gguf, requantize, outer))
         for name in dense:
             sink.put(name, _plain(source, name))
     return Conversion(source.path, out, "gguf", tuple(proofs), len(dense))
 
 
-def _refit(name: str, old: Quantized | Tensor, codec: Any, requantize: bool | str) -> Quantized:
+def _shared_outer(source: Source, items: dict[str, str], codec: Any, requantize: bool | str) -> dict[str, Tensor]:
+    """Module -> the outer scale it shares with the siblings that engines fuse with it (NVFP4 and its like)."""
+    if not isinstance(requantize, str):
+        return {}
+    spec = codec.fit(get(requantize)).weight
+    if len(spec.scales) != 2 or spec.scales[1].block != (0, 0):
+        return {}
+    shared = {}
+    for group in sibling_groups(items).values():
+        planes = [choose(effective(source.read(items[name])), spec, {})["scale1"] for name in group]
+        largest = torch.stack(planes).amax(0) if spec.scales[1].op == "mul" else torch.stack(planes).amin(0)
+        shared |= dict.fromkeys(group, largest)
+    return shared
+
+
+def _refit(
+    name: str, old: Quantized | Tensor, codec: Any, requantize: bool | str, outer: dict[str, Tensor]
+) -> Quantized:
     """A module as the dialect holds it: recast where the codes carry over, encoded anew only when allowed."""
     if isinstance(requantize, str):
-        return _encode_anew(name, old, codec.fit(get(requantize)))
+        return _encode_anew(name, old, codec.fit(get(requantize)), outer.get(name))
     assert isinstance(old, Quantized)
     try:
         target = codec.fit(old.format)
@@ -252,13 +274,14 @@ def _distance(gap: float, f: Format, form: Format) -> tuple[float, float, bool]:
     return abs(wider) + (10 if wider < 0 else 0), abs(gap), f.weight.element != form.weight.element
 
 
-def _encode_anew(name: str, old: Quantized | Tensor, target: Format) -> Quantized:
+def _encode_anew(name: str, old: Quantized | Tensor, target: Format, outer: Tensor | None = None) -> Quantized:
     act = old.act if isinstance(old, Quantized) and old.format.act == target.act else {}
     static = [scale for scale in target.act.scales if not scale.dynamic] if target.act else []
     if static and not act:
         reason = "its activations have static scales, which only calibration on text can give"
         raise UnsupportedError(f"{name}: cannot be requantized to {describe(target.weight)}", [reason])
-    return Quantized(target, encode(effective(old), target.weight), act)
+    given = {} if outer is None else {"scale1": outer}
+    return Quantized(target, encode(effective(old), target.weight, given), act)
 
 
 def effective(q: Quantized | Tensor) -> Tensor:

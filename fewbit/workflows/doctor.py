@@ -9,7 +9,7 @@ import platform
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ MULTIPLIERS = (
     Multiplier(("e3m2", "e2m3"), "FP6", (10, 0)),
 )
 
+GROUPS = ("fewbit.formats", "fewbit.codecs", "fewbit.algos", "fewbit.kernels")  # where other packages add to this one
+
 # package -> (the extra of ours that brings it, what it is for)
 PACKAGES = {
     "torch": ("", "tensors"),
@@ -53,9 +55,9 @@ PACKAGES = {
     "jinja2": ("", "chat templates"),
     "typer": ("", "the command line"),
     "rich": ("", "tables and progress bars"),
-    "triton": ("", "kernels on GPUs; comes with torch for CUDA"),
-    "humming-kernels": ("", "fast quantized linears on NVIDIA GPUs"),
-    "auto-round-lib": ("", "fast quantized linears on CPUs"),
+    "triton": ("", "kernels on GPUs, with torch for CUDA; this version does not use it yet"),
+    "humming-kernels": ("", "fast quantized linears on NVIDIA GPUs; this version does not use it yet"),
+    "auto-round-lib": ("", "fast quantized linears on CPUs; this version does not use it yet"),
     "gguf": ("test", "checks our GGUF against gguf-py"),
     "compressed-tensors": ("test", "checks our numbers against theirs"),
     "ml-dtypes": ("test", "checks our elements against theirs"),
@@ -74,6 +76,11 @@ def doctor() -> Report:
         "platform": platform.platform(),
         "devices": devices,
         "packages": [_package(name, extra, use) for name, (extra, use) in PACKAGES.items()],
+        "extensions": [
+            {"group": group, "name": point.name, "value": point.value}
+            for group in GROUPS
+            for point in entry_points(group=group)
+        ],
         "formats": [row for device in devices for row in _formats(device)],
     }
 
@@ -84,6 +91,9 @@ def render(report: Report) -> str:
     lines += [f"  {_device_line(device)}" for device in report["devices"]]
     lines += ["", "Installed"]
     lines += [f"  {p['name']:20} {p['version'] or 'missing':12} {p['use']}{_hint(p)}" for p in report["packages"]]
+    if report["extensions"]:
+        lines += ["", "Added by other packages"]
+        lines += [f"  {e['group'].removeprefix('fewbit.'):8} {e['name']:20} {e['value']}" for e in report["extensions"]]
     for device in report["devices"]:
         lines += ["", f"Formats on {device['device']}"]
         lines += _format_lines([row for row in report["formats"] if row["device"] == device["device"]])
@@ -218,6 +228,6 @@ def _format_lines(rows: list[Report]) -> list[str]:
         groups.setdefault((row["speed"], row["kernel"], row["why"]), []).append(row["format"])
     lines = []
     for (speed, kernel, why), names in groups.items():
-        lines.append(f"  {speed} ({kernel}), {len(names)} formats: {why}")
+        lines.append(f"  {speed} ({kernel}), {len(names)} format{'s' * (len(names) > 1)}: {why}")
         lines.append(textwrap.fill(", ".join(names), 100, initial_indent=" " * 4, subsequent_indent=" " * 4))
     return lines

@@ -33,7 +33,7 @@ def test_own_checkpoint(path: Path) -> None:
     from fewbit.models import hf
 
     ids = torch.randint(0, 100, (2, 16), generator=torch.Generator().manual_seed(0))
-    ours = logits(path, ids, "off")
+    ours = logits(fewbit.load(path, dtype=torch.float32, activations="off"), ids)
     with codecs.open(path) as source:
         config = hf.read_config(source.config)
         state = {}

@@ -24,7 +24,7 @@ def test_rows_that_the_tool_itself_decoded(folder: Path) -> None:
         value = source.read(module) if source.modules else source.read(f"{module}.weight")
     weight = effective(value) if isinstance(value, Quantized) else value.float()
     gap = (weight[: len(want)] - want.float()).abs().max() / want.abs().max()
-    assert gap <= 2.0**-8  # the tools decode in bfloat16 or float16
+    assert gap <= 2.0**-7  # the tools decode in bfloat16 or float16: the scale and the product are rounded
 
 
 @pytest.mark.parametrize("folder", WHOLE, ids=lambda p: p.name)

@@ -1,4 +1,4 @@
-"""Checkpoints of the peers, run through transformers' own classes with what our codecs read: for tests of every codec."""
+"""Checkpoints of the peers, run through transformers' own classes with what our codecs read from them."""
 
 import json
 import re
@@ -9,13 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fewbit import codecs
 from fewbit.codecs import Source
-from fewbit.quant.qtensor import Quantized
-from fewbit.quant.reference import linear
+from fewbit.codecs.codec import Codec, Located, Parts
+from fewbit.files.checkpoint import open_checkpoint
+from fewbit.quant.qtensor import Planes, Quantized
+from fewbit.quant.reference import encode, linear
+from fewbit.quant.spec import Format, QuantSpec
+from tests.codecs.roundtrip import NAME, layout, random_weight, to_meta
 
 FIXTURES = Path(__file__).resolve().parents[3] / "shared" / "fixtures"
 EXPERT = re.compile(r"(.*)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)$")
@@ -46,7 +50,7 @@ def effective(q: Quantized) -> Tensor:
 
 
 def sampled(name: str, source: Source) -> dict[str, float]:
-    """Tensor -> largest difference of our first rows from the rows the peer decoded, relative to their largest value."""
+    """Module -> how far our first rows are from those the peer decoded, relative to their largest value."""
     gaps = {}
     for key, want in reference(name).items():
         if match := re.match(r"dequantized\.(.+)\.weight\[0:(\d+)\]", key):
@@ -121,5 +125,48 @@ def _experts(module: nn.Module, x: Tensor, index: Tensor, weight: Tensor, found:
     return out
 
 
-def meta_of(name: str) -> dict[str, Any]:
-    return json.loads((fixture(name) / "meta.json").read_text())
+def filled(form: Format, n: int = 64, k: int = 256) -> Quantized:
+    """A random module with every static scale of its inputs."""
+    return Quantized(form, encode(random_weight(n, k), form.weight), _static(form.act) if form.act else {})
+
+
+def _static(act: QuantSpec) -> Planes:
+    planes = {f"scale{i}": torch.full((1, 1), 0.37) for i, scale in enumerate(act.scales) if not scale.dynamic}
+    known = act.zeros and not act.zeros[0].dynamic
+    return planes | ({"zero0": torch.tensor([[5]], dtype=torch.uint8)} if known else {})
+
+
+def check(codec: Codec, q: Quantized, folder: Path) -> dict[str, Any]:
+    """Write a module and its config, and find them in files again: equal planes, headers and meta that agree."""
+    assert codec.write and codec.config
+    written = codec.write(q)
+    assert layout(codec.write(to_meta(q))) == layout(written)
+    files = codec.config({NAME: q.format}, ["lm_head"], None)
+    config = files["quantization_config"]
+    save_file({NAME + e: t.contiguous() for e, t in written.items()}, folder / "model.safetensors", {"format": "pt"})
+    reader, _ = codecs.claimant(Located(json.loads(json.dumps(config)), "config.json: quantization_config"))
+    plan = reader.plan(config)
+    assert plan.for_module("lm_head")[0] is None
+    form, _ = plan.for_module(NAME)
+    assert form is not None and reader.name == codec.name
+    with open_checkpoint(folder) as checkpoint:
+        parts = Parts(checkpoint, NAME, {n.removeprefix(NAME): info for n, info in checkpoint.tensors.items()})
+        assert set(parts) <= set(reader.endings)
+        found, back = reader.shape(form, parts), reader.read(form, parts)
+    assert isinstance(found, Quantized) and same_format(found.format, back.format)
+    assert found.weight.shape == back.weight.shape == q.weight.shape
+    assert layout(found.weight.planes) == layout(back.weight.planes) and layout(found.act) == layout(back.act)
+    assert same_format(back.format, q.format), f"{back.format} is not {q.format}"
+    for mine, other in ((back.weight.planes, q.weight.planes), (back.act, q.act)):
+        assert mine.keys() == other.keys()
+        for name, plane in other.items():
+            assert torch.equal(mine[name], plane), name
+    for mine, other in zip(back.transforms, q.transforms, strict=True):
+        assert all(torch.equal(mine.tensors[name], tensor) for name, tensor in other.tensors.items())
+    return files
+
+
+def same_format(a: Format, b: Format) -> bool:
+    """Equal in all that a file can say: how scales were chosen is not in it."""
+    acts = (a.act and a.act.stored) == (b.act and b.act.stored)
+    return a.weight.stored == b.weight.stored and acts and a.transforms == b.transforms

@@ -96,6 +96,7 @@ def test_bits_lie_where_the_layout_says(dialect: str, bits: int) -> None:
         want = [word for start in (0, 32) for word in words(codes[row, start : start + 32].tolist(), bits)]
         assert unsigned(back[".qweight"][:, row]) == want
     zeros = torch.round(-decode_low(q) / q.weight.planes["scale0"].float()).long()  # u - z = -z where u = 0
+    zeros -= int(dialect == "gptq")
     for group in (0, 1):
         assert unsigned(back[".qzeros"][group]) == words(zeros[:, group].tolist(), bits)
 
@@ -120,6 +121,16 @@ def test_v1_zeros_wrap_field_by_field() -> None:
     back = codecs.CODECS["gptq"].read(form, tensors | {".qzeros": stored.expand(2, -1).contiguous()})
     low = decode_low(back)
     assert torch.equal(low, -zeros.float().unsqueeze(1) * back.weight.planes["scale0"].float())
+
+
+def test_v1_refuses_a_zero_of_0_and_v2_holds_it() -> None:
+    form = FORMATS["int4-g128-asym"]
+    q = Quantized(form, encode(random_weight().abs(), form.weight))
+    for dialect in ("gptq-v2", "gptq-p"):
+        check_round_trip(codecs.CODECS[dialect], q)
+    write = codecs.CODECS["gptq"].write
+    with pytest.raises(UnsupportedError, match=r"a zero of 0(.|\n)*gptq-v2"):
+        assert write and write(q)
 
 
 @pytest.mark.parametrize("dialect", WRITERS)

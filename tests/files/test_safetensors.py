@@ -81,14 +81,14 @@ def test_read_into(tmp_path: Path) -> None:
         file.read_into("w", bytes_out)
         assert torch.equal(bytes_out, raw(tensor))
         for bad in (torch.zeros(4, 6), torch.zeros(6, 4).bfloat16(), torch.zeros(47, dtype=torch.uint8)):
-            with pytest.raises(CheckpointError, match="x.safetensors: tensor 'w': is torch.bfloat16"):
+            with pytest.raises(CheckpointError, match=r"x\.safetensors: tensor 'w': is torch\.bfloat16"):
                 file.read_into("w", bad)
 
 
 def test_unknown_name_and_closed_file(tmp_path: Path) -> None:
     save_file({"layer.weight": torch.ones(2)}, tmp_path / "x.safetensors")
     file = open_safetensors(tmp_path / "x.safetensors")
-    with pytest.raises(CheckpointError, match="no tensor 'layer.wieght'; near are layer.weight"):
+    with pytest.raises(CheckpointError, match=r"no tensor 'layer\.wieght'; near are layer\.weight"):
         file.read("layer.wieght")
     file.close()
     with pytest.raises(CheckpointError, match="was closed"):

@@ -15,7 +15,7 @@ from tests.tiny import edit, edit_config, llama
 Tensors = dict[str, Tensor]
 Q = "model.layers.0.self_attn.q_proj"
 DIALECTS = {
-    "gptq": "int4-g128", "awq": "int4-g128-asym", "fp8": "fp8-tensor", "compressed-tensors": "nvfp4-a16",
+    "gptq": "int4-g128", "awq": "int4-g128-asym", "fp8": "fp8-block", "compressed-tensors": "nvfp4-a16",
     "modelopt": "nvfp4-a16", "bitsandbytes": "nf4",
 }  # fmt: skip
 
@@ -51,7 +51,7 @@ def set_to(name: str, value: float) -> Callable[[Tensors], None]:
 
 
 def drop(name: str) -> Callable[[Tensors], None]:
-    return lambda tensors: tensors.pop(name) and None
+    return lambda tensors: tensors.__delitem__(name)
 
 
 def add(name: str) -> Callable[[Tensors], None]:
@@ -87,19 +87,19 @@ LIES: list[tuple[str, str, str, Callable[[Tensors], None], str]] = [
     ("scale NaN", "gptq", "int4-g128", set_to(f"{Q}.scales", torch.nan), "scale-not-finite"),
     ("scale Inf", "compressed-tensors", "int4-g128", set_to(f"{Q}.weight_scale", torch.inf), "scale-not-finite"),
     ("scale zero", "compressed-tensors", "int4-g128", set_to(f"{Q}.weight_scale", 0.0), "scale-not-positive"),
-    ("scale negative", "fp8", "fp8-tensor", set_to(f"{Q}.weight_scale", -1.0), "scale-not-positive"),
+    ("scale negative", "fp8", "fp8-block", set_to(f"{Q}.weight_scale_inv", -1.0), "scale-not-positive"),
     ("scale missing", "compressed-tensors", "nvfp4-a16", drop(f"{Q}.weight_scale"), "unreadable"),
     ("outer scale missing", "modelopt", "nvfp4-a16", drop(f"{Q}.weight_scale_2"), "unreadable"),
     ("zeros missing", "awq", "int4-g128-asym", drop(f"{Q}.qzeros"), "unreadable"),
     ("scale too short", "gptq", "int4-g128", crop(f"{Q}.scales"), "unreadable"),
-    ("codes too short", "compressed-tensors", "int4-g128", crop(f"{Q}.weight_packed"), "shape"),
+    ("codes too short", "compressed-tensors", "int4-g128", crop(f"{Q}.weight_packed"), "unreadable"),
     ("siblings apart", "compressed-tensors", "nvfp4-a16", double(f"{Q}.weight_global_scale"), "sibling-scales"),
-    ("NaN codes", "fp8", "fp8-tensor", set_to(f"{Q}.weight", torch.nan), "code-not-finite"),
+    ("NaN codes", "fp8", "fp8-block", set_to(f"{Q}.weight", torch.nan), "code-not-finite"),
     ("unknown tensor", "gptq", "int4-g128", add("model.layers.0.self_attn.mystery"), "unknown-tensor"),
     ("norm missing", "gptq", "int4-g128", drop("model.norm.weight"), "missing-tensor"),
-    ("module missing", "fp8", "fp8-tensor", drop(f"{Q}.weight"), "unreadable"),
+    ("module missing", "fp8", "fp8-block", drop(f"{Q}.weight"), "unreadable"),
     ("dense, not said", "compressed-tensors", "int4-g128", dense(Q), "stored-dense"),
-    ("no scale at all", "fp8", "fp8-tensor", drop(f"{Q}.weight_scale"), "bare-codes"),
+    ("no scale at all", "fp8", "fp8-block", drop(f"{Q}.weight_scale_inv"), "unreadable"),
 ]
 
 

@@ -10,12 +10,15 @@ from fewbit.quant.reference import decode, encode, fake_quant
 from fewbit.quant.spec import QuantSpec, Scale, spec
 
 pytest.importorskip("compressed_tensors")
-from compressed_tensors.compressors.mx_utils import compress_mx_scale  # noqa: E402
-from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8  # noqa: E402
-from compressed_tensors.quantization import QuantizationArgs  # noqa: E402
-from compressed_tensors.quantization.lifecycle.forward import fake_quantize, quantize  # noqa: E402
-from compressed_tensors.quantization.utils import (  # noqa: E402
-    calculate_qparams, compute_dynamic_scales_and_zp, generate_gparam, maybe_pad_tensor_for_block_quant,
+from compressed_tensors.compressors.mx_utils import compress_mx_scale
+from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize, quantize
+from compressed_tensors.quantization.utils import (
+    calculate_qparams,
+    compute_dynamic_scales_and_zp,
+    generate_gparam,
+    maybe_pad_tensor_for_block_quant,
 )  # fmt: skip
 
 N, K = 48, 512
@@ -45,20 +48,24 @@ INTS = [
     for symmetric in (True, False)
     for strategy, block in BLOCKS.items()
 ]
+
+
+def floats(bits: int, **how: object) -> QuantizationArgs:
+    return QuantizationArgs(num_bits=bits, type="float", **how)
+
+
+NV = {"strategy": "tensor_group", "group_size": 16, "scale_dtype": torch.float8_e4m3fn}
 FP8 = [
-    ("fp8-tensor", spec(E4M3, (F32, 0, 0), rule="range"), QuantizationArgs(num_bits=8, type="float", strategy="tensor")),
-    ("fp8-channel", spec(E4M3, (F32, 1, 0), rule="range"), QuantizationArgs(num_bits=8, type="float", strategy="channel")),
-    ("fp8-group", spec(E4M3, (F32, 1, 128), rule="range"), QuantizationArgs(num_bits=8, type="float", group_size=128)),
-    ("fp8-block", spec(E4M3, (F32, 4, 128), rule="range"),
-     QuantizationArgs(num_bits=8, type="float", strategy="block", block_structure=[4, 128])),
-]  # fmt: skip
+    ("fp8-tensor", spec(E4M3, (F32, 0, 0), rule="range"), floats(8, strategy="tensor")),
+    ("fp8-channel", spec(E4M3, (F32, 1, 0), rule="range"), floats(8, strategy="channel")),
+    ("fp8-group", spec(E4M3, (F32, 1, 128), rule="range"), floats(8, group_size=128)),
+    ("fp8-block", spec(E4M3, (F32, 4, 128), rule="range"), floats(8, strategy="block", block_structure=[4, 128])),
+]
 SHARED = [
-    ("mxfp4", spec(E2M1, (E8M0, 1, 32), rule="mx-round"), QuantizationArgs(num_bits=4, type="float", group_size=32, **MX)),
-    ("mxfp8", spec(E4M3, (E8M0, 1, 32), rule="mx-round"), QuantizationArgs(num_bits=8, type="float", group_size=32, **MX)),
-    ("nvfp4", QuantSpec(E2M1, (Scale(E4M3, (1, 16)), Scale(F32, (0, 0), "div")), rule="range"),
-     QuantizationArgs(num_bits=4, type="float", strategy="tensor_group", group_size=16,
-                      scale_dtype=torch.float8_e4m3fn, zp_dtype=torch.float8_e4m3fn)),
-]  # fmt: skip
+    ("mxfp4", spec(E2M1, (E8M0, 1, 32), rule="mx-round"), floats(4, group_size=32, **MX)),
+    ("mxfp8", spec(E4M3, (E8M0, 1, 32), rule="mx-round"), floats(8, group_size=32, **MX)),
+    ("nvfp4", QuantSpec(E2M1, (Scale(E4M3, (1, 16)), Scale(F32, (0, 0), "div")), rule="range"), floats(4, **NV)),
+]
 SCHEMES = {name: (s, args) for name, s, args in (*INTS, *FP8, *SHARED)}
 
 
@@ -143,24 +150,24 @@ def test_encode_is_theirs_bit_for_bit(name: str) -> None:
         same(f"{where}: decoded", decode(q), fake_quantize(w, scale, zero, args, global_scale=whole))
 
 
-DYNAMIC = {
-    "int8-token": (spec(ELEMENTS["int8"], (F32, 1, 0), rule="range", dynamic=1), {"num_bits": 8, "strategy": "token"}),
-    "int8-token-asym": (
-        spec(ELEMENTS["uint8"], (F32, 1, 0), zeros=((ELEMENTS["uint8"], 1, 0),), rule="range", dynamic=1),
-        {"num_bits": 8, "strategy": "token", "symmetric": False},
-    ),
-    "int4-token": (spec(ELEMENTS["int4"], (F32, 1, 0), rule="range", dynamic=1), {"num_bits": 4, "strategy": "token"}),
-    "int8-tensor": (spec(ELEMENTS["int8"], (F32, 0, 0), rule="range", dynamic=1), {"num_bits": 8, "strategy": "tensor"}),
-    "fp8-token": (spec(E4M3, (F32, 1, 0), rule="range", dynamic=1), {"num_bits": 8, "type": "float", "strategy": "token"}),
-    "fp8-tensor": (spec(E4M3, (F32, 0, 0), rule="range", dynamic=1), {"num_bits": 8, "type": "float", "strategy": "tensor"}),
-    "fp8-1x128": (spec(E4M3, (F32, 1, 128), rule="range", dynamic=1), {"num_bits": 8, "type": "float", "group_size": 128}),
-    "mxfp4": (spec(E2M1, (E8M0, 1, 32), rule="mx-round", dynamic=1), {"num_bits": 4, "type": "float", "group_size": 32, **MX}),
-    "mxfp8": (spec(E4M3, (E8M0, 1, 32), rule="mx-round", dynamic=1), {"num_bits": 8, "type": "float", "group_size": 32, **MX}),
-    "fp4-group": (
-        spec(E2M1, (E4M3, 1, 16), rule="range", dynamic=1),
-        {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "scale_dtype": torch.float8_e4m3fn},
-    ),
-}  # fmt: skip
+def rounded(element: Element, scale: tuple[Element, int, int], rule: str = "range") -> QuantSpec:
+    zeros = () if element.kind != "int" or element.signed else ((element, *scale[1:]),)
+    return spec(element, scale, zeros=zeros, rule=rule, dynamic=1)
+
+
+INT4, INT8, UINT8 = ELEMENTS["int4"], ELEMENTS["int8"], ELEMENTS["uint8"]
+DYNAMIC: dict[str, tuple[QuantSpec, dict[str, object]]] = {
+    "int8-token": (rounded(INT8, (F32, 1, 0)), {"num_bits": 8, "strategy": "token"}),
+    "int8-token-asym": (rounded(UINT8, (F32, 1, 0)), {"num_bits": 8, "strategy": "token", "symmetric": False}),
+    "int4-token": (rounded(INT4, (F32, 1, 0)), {"num_bits": 4, "strategy": "token"}),
+    "int8-tensor": (rounded(INT8, (F32, 0, 0)), {"num_bits": 8, "strategy": "tensor"}),
+    "fp8-token": (rounded(E4M3, (F32, 1, 0)), {"num_bits": 8, "type": "float", "strategy": "token"}),
+    "fp8-tensor": (rounded(E4M3, (F32, 0, 0)), {"num_bits": 8, "type": "float", "strategy": "tensor"}),
+    "fp8-1x128": (rounded(E4M3, (F32, 1, 128)), {"num_bits": 8, "type": "float", "group_size": 128}),
+    "mxfp4": (rounded(E2M1, (E8M0, 1, 32), "mx-round"), {"num_bits": 4, "type": "float", "group_size": 32, **MX}),
+    "mxfp8": (rounded(E4M3, (E8M0, 1, 32), "mx-round"), {"num_bits": 8, "type": "float", "group_size": 32, **MX}),
+    "fp4-group": (rounded(E2M1, (E4M3, 1, 16)), {"num_bits": 4, "type": "float", **NV}),
+}
 
 
 @pytest.mark.parametrize("name", DYNAMIC)
@@ -174,11 +181,9 @@ def test_fake_quant_of_activations_is_theirs(name: str) -> None:
 
 
 def test_a_static_global_scale_and_a_static_zero() -> None:
-    local = QuantizationArgs(num_bits=4, type="float", strategy="tensor_group", group_size=16, dynamic="local",
-                             scale_dtype=torch.float8_e4m3fn)  # fmt: skip
+    local = floats(4, dynamic="local", **NV)
     nvfp4 = QuantSpec(E2M1, (Scale(E4M3, (1, 16), dynamic=True), Scale(F32, (0, 0), "div")), rule="range")
     static = QuantizationArgs(num_bits=8, type="int", strategy="tensor", symmetric=False)
-    uint8 = ELEMENTS["uint8"]
     for label, w in samples().items():
         x = w.view(2, 24, K)
         whole = torch.tensor([448 * 6 / 3.0])
@@ -187,5 +192,5 @@ def test_a_static_global_scale_and_a_static_zero() -> None:
         same(f"nvfp4 of {label}", ours, fake_quantize(x, scale, zero, local, global_scale=whole))
         scale, zero = torch.tensor([0.037]), torch.tensor([-31], dtype=torch.int8)
         planes = {"scale0": scale.view(1, 1), "zero0": torch.tensor([[97]], dtype=torch.uint8)}
-        ours = fake_quant(x, spec(uint8, (F32, 0, 0), zeros=((uint8, 0, 0),), rule="range"), planes)
+        ours = fake_quant(x, spec(UINT8, (F32, 0, 0), zeros=((UINT8, 0, 0),), rule="range"), planes)
         same(f"static int8 of {label}", ours, fake_quantize(x, scale, zero, static))

@@ -1,6 +1,7 @@
 """Every row of FORMATS: sizes by arithmetic, decode and rounding against loops, ragged shapes, extremes, refusals."""
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -125,7 +126,7 @@ def test_leading_axes_are_that_many_matrices(name: str) -> None:
 @pytest.mark.parametrize("name", WRITABLE)
 def test_a_large_tensor_is_worked_on_in_pieces(name: str) -> None:
     """Pieces end on block edges: the whole equals what its own rows give with the same scales."""
-    w = normal(2, 600, 256) if step(name) == 256 else normal(2, 400, 384)
+    w = normal(2, 1100, 256) if step(name) == 256 else normal(2, 800, 384)
     q = encode(w, FORMATS[name].weight)
     part = QTensor(q.spec, q.shape[1:], {n: p[1] for n, p in q.planes.items()})
     top = qtensor.slice(part, -2, 0, 128)
@@ -162,7 +163,7 @@ def test_extremes_are_finite_or_refused(name: str, value: float) -> None:
         try:
             back = decode(encode(w, FORMATS[name].weight))
         except SpecError as error:
-            assert "ends at 65504" in str(error), error
+            assert re.search("ends at 65504|is far beyond what .* f16.* holds", str(error)), error
             assert abs(value) >= 1e6
             continue
         assert torch.isfinite(back).all()

@@ -9,9 +9,11 @@ from gguf import quants
 
 from fewbit.errors import SpecError, UnsupportedError
 from fewbit.quant import ggml, qtensor
+from fewbit.quant.elements import E4M3
 from fewbit.quant.ggml_rules import FITS, encode_blocks
 from fewbit.quant.reference import decode, encode
 from fewbit.quant.runs import RUNS
+from fewbit.quant.spec import QuantSpec
 
 SHAPE = (6, 512)
 EXACT = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "tq2_0", "mxfp4")
@@ -173,7 +175,7 @@ def test_refusals_say_what_would_work() -> None:
     with pytest.raises(SpecError, match=r"want uint8 \[2, 18\]"):
         ggml.from_blocks(torch.zeros(2, 17, dtype=torch.uint8), "q4_0", (2, 32))
     with pytest.raises(SpecError, match="e4m3 is not a ggml type"):
-        ggml.to_blocks(qtensor.empty(qtensor.QuantSpec(qtensor.Element("e4m3", "float", 8)), (1, 32)))
+        ggml.to_blocks(qtensor.empty(QuantSpec(E4M3), (1, 32)))
 
 
 def test_runs_are_the_types_without_scale_planes() -> None:
