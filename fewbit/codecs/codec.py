@@ -85,6 +85,7 @@ class Codec:
     write: Callable[[Quantized], Tensors] | None = None
     config: Callable[[Mapping[str, Format], list[str], QuantSpec | None], dict[str, Config]] | None = None
     kv_endings: Mapping[str, str] | None = None  # {"k": ".k_scale", "v": ".v_scale"} under the attention module
+    kv_shape: tuple[int, ...] = ()  # of one KV scale on disk
     unused: tuple[str, ...] = ()  # endings that are known and carry nothing
     explicit: bool = True  # a module the plan covers and the file holds dense is a lie, not a habit
     summary: str = ""

@@ -222,6 +222,7 @@ CODECS = (
         _write,
         config,
         kv_endings={"k": ".k_scale", "v": ".v_scale"},
+        kv_shape=(1,),
         summary="llm-compressor: int 1-8, FP8, NVFP4, MXFP4, MXFP8",
     ),
 )

@@ -48,15 +48,8 @@ _BY_STEPS: dict[tuple[str, ...], tuple[str, ...]] = {
     DEEPSEEK3: ("deepseek-v3", "joyai-llm", "hunyuan-dense"),
 }  # fmt: skip
 SPLITS = {name: steps for steps, names in _BY_STEPS.items() for name in names}
-WHOLE_WORDS = (
-    "llama-bpe",
-    "llama3",
-    "llama-v3",
-    "falcon3",
-    "pixtral",
-    "lfm2",
-    "tekken",
-)  # a known word needs no merges
+# a word that is a piece is taken whole, without merging
+WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")
 
 
 def pre_tokenizer(steps: Iterable[str]) -> Json:

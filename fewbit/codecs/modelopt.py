@@ -31,7 +31,10 @@ from fewbit.quant.spec import Format, QuantSpec, describe
 
 NAME = "modelopt"
 WEIGHT, SCALE, OUTER, INPUT = ".weight", ".weight_scale", ".weight_scale_2", ".input_scale"
-SMOOTH, LOW, HIGH = ".pre_quant_scale", ".svdquant_lora_a", ".svdquant_lora_b"
+SMOOTH = ".pre_quant_scale"
+# exports differ in whose buffers the low-rank pair are
+LOWS = (".svdquant_lora_a", ".weight_quantizer._svdquant_lora_a", ".weight_quantizer.svdquant_lora_a")
+HIGHS = tuple(name[:-1] + "b" for name in LOWS)
 
 
 def _read(form: Format, tensors: Mapping[str, Tensor]) -> Quantized:
@@ -86,8 +89,9 @@ def _transforms(form: Format, tensors: Mapping[str, Tensor], shape: tuple[int, i
         scale = _floats(SMOOTH, tensors[SMOOTH], shape[1])
         out.append(Transform("input_scale", {"scale": scale}))
     if "low_rank" in form.transforms:
-        low, high = (need(tensors, ending, "NVFP4_SVD adds a low-rank product") for ending in (LOW, HIGH))
-        low, high = _floats(LOW, low, low.shape[0], shape[1]), _floats(HIGH, high, shape[0], low.shape[0])
+        why = "NVFP4_SVD adds a low-rank product"
+        low, high = (need(tensors, next((e for e in ends if e in tensors), ends[0]), why) for ends in (LOWS, HIGHS))
+        low, high = _floats(LOWS[0], low, low.shape[0], shape[1]), _floats(HIGHS[0], high, shape[0], low.shape[0])
         out.append(Transform("low_rank", {"a": low, "b": high}))
     return out
 
@@ -140,7 +144,7 @@ def _write(q: Quantized) -> Tensors:
     if act and not act.scales[-1].dynamic:
         out[INPUT] = stored_act(q, NAME, f"scale{len(act.scales) - 1}").reshape(())
     for transform in q.transforms:
-        names = {"input_scale": {"scale": SMOOTH}, "low_rank": {"a": LOW, "b": HIGH}}[transform.kind]
+        names = {"input_scale": {"scale": SMOOTH}, "low_rank": {"a": LOWS[0], "b": HIGHS[0]}}[transform.kind]
         out |= {ending: transform.tensors[name] for name, ending in names.items()}
     return out
 
@@ -164,8 +168,8 @@ CODECS = (
         NAME,
         claims,
         plan,
-        (WEIGHT, SCALE, OUTER, INPUT, SMOOTH, LOW, HIGH),
-        (SCALE, OUTER, SMOOTH, LOW),
+        (WEIGHT, SCALE, OUTER, INPUT, SMOOTH, *LOWS, *HIGHS),
+        (SCALE, OUTER, SMOOTH, *LOWS),
         by_header(_read),
         _read,
         _fit,

@@ -62,8 +62,10 @@ def claims(located: Located) -> str | None:
     method, producer = str(located.config.get("quant_method") or ""), located.config.get("producer")
     if method:
         return f"{located.where}.quant_method = {method}" if method.lower().startswith("modelopt") else None
-    named = isinstance(producer, dict) and producer.get("name") == "modelopt"
-    return f"{located.where}: producer.name = modelopt" if named else None
+    if isinstance(producer, dict) and producer.get("name") == "modelopt":
+        return f"{located.where}: producer.name = modelopt"
+    nested = located.config.get("quantization")
+    return f"{located.where}: quantization.quant_algo" if isinstance(nested, dict) and "quant_algo" in nested else None
 
 
 def plan(config: Config) -> Plan:

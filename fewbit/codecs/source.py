@@ -1,6 +1,6 @@
 """Source: an open checkpoint as every workflow sees it: modules that are quantized, tensors that are not."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class Source:
     kv: dict[str, dict[str, str]] = field(default_factory=dict)  # attention module -> {"k": tensor, "v": tensor}
     surplus: dict[str, str] = field(default_factory=dict)  # tensor -> why nothing reads it
     problems: list[tuple[str, str, str]] = field(default_factory=list)  # (finding, name, text), met while grouping
-    tokenizer: dict[str, bytes] | None = None  # files rebuilt from GGUF metadata; None = files of the folder
+    tokenizer: Mapping[str, bytes] | None = None  # files rebuilt from GGUF metadata; None = files of the folder
     explicit: bool = True
     reader: Callable[[str], Tensor] | None = None  # of dense tensors, when the dialect rewrites them
 

@@ -85,10 +85,8 @@ def _plane(name: str, plane: str, q: QTensor, signed: bool) -> Iterator[Finding]
 
 
 def _sign_is_free(q: QTensor, plane: str) -> bool:
-    """auto-round and ggml give a symmetric integer block the sign that puts its extreme on the lowest code."""
-    return (
-        plane == "scale0" and q.spec.element.kind == "int" and q.spec.element.signed and q.spec.scales[0].block[0] == 1
-    )
+    """auto-round and ggml give an integer block the sign that puts its extreme on the lowest code."""
+    return plane == "scale0" and q.spec.element.kind == "int" and q.spec.scales[0].block[0] == 1
 
 
 def _zero_matters(q: QTensor, plane: str, value: Tensor) -> bool:

@@ -241,6 +241,8 @@ def _is_float(known: Known, target: str) -> bool:
 
 
 def _sibling_formats(known: Known) -> Iterator[Finding]:
+    if known.source.dialect == "gguf":  # its mixes give siblings different types on purpose, and its engines expect it
+        return
     for parent, found in sibling_groups(known.source.modules).items():
         formats = {known.source.modules[name].format for name in found}
         if len(formats) > 1:

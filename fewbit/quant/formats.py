@@ -10,8 +10,22 @@ from importlib.metadata import entry_points
 
 from fewbit.errors import SpecError
 from fewbit.quant.elements import (
-    BF16, DYNAMIC8, E2M1, E2M3, E3M2, E4M3, E4M3_240, E5M2, E8M0, ELEMENTS, F16, F32, FP4, INT8, NF4,
-)  # fmt: skip
+    BF16,
+    DYNAMIC8,
+    E2M1,
+    E2M3,
+    E3M2,
+    E4M3,
+    E4M3_240,
+    E5M2,
+    E8M0,
+    ELEMENTS,
+    F16,
+    F32,
+    FP4,
+    INT8,
+    NF4,
+)
 from fewbit.quant.ggml import GGML_SPECS
 from fewbit.quant.spec import FLAT, Format, QuantSpec, Scale, spec
 

@@ -104,8 +104,9 @@ def make(spec: QuantSpec, shape: Sequence[int], planes: Planes) -> QTensor:
         raise SpecError(f"a {spec.element.name} tensor holds planes {sorted(want)}, got {sorted(planes)}")
     for name, (plane, dtype) in want.items():
         if tuple(planes[name].shape) != plane or planes[name].dtype != dtype:
+            what = f"plane {name} of {list(shape)} {spec.element.name}"
             found = f"{list(planes[name].shape)} {planes[name].dtype}"
-            raise SpecError(f"plane {name} of {list(shape)} {spec.element.name}: want {list(plane)} {dtype}, got {found}")
+            raise SpecError(f"{what}: want {list(plane)} {dtype}, got {found}")
     return QTensor(spec, tuple(shape), planes)
 
 
@@ -164,7 +165,7 @@ def _cut(start: int, stop: int, size: int, block: int, name: str) -> tuple[int, 
     return start // block, -(-stop // block)
 
 
-def slice(q: QTensor, axis: int, start: int, stop: int) -> QTensor:  # noqa: A001
+def slice(q: QTensor, axis: int, start: int, stop: int) -> QTensor:
     """q[..., start:stop] along axis -1 or -2, or along a leading axis; cuts must fall on block edges."""
     axis = axis if axis < 0 else axis - len(q.shape)
     shape = list(q.shape)

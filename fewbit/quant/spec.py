@@ -19,7 +19,7 @@ class Scale:
     """One plane of multipliers (or offsets), one value for each block of the tensor.
 
     block: rows x cols that share a value; 0 = the whole axis; rows FLAT = runs of the flattened matrix.
-    op: how it joins the planes inside it: most multiply, a stored reciprocal divides, a mean that was taken out is added.
+    op: how it joins the planes inside it: most multiply, a stored reciprocal divides, a mean taken out is added.
     dynamic: chosen from the data at each call (activations), so no checkpoint stores it.
     """
 

@@ -195,6 +195,9 @@ def _to_gguf(source: Source, out: Path, requantize: bool | str, overwrite: bool,
         proofs.append(_compare(name, old, new))
         layout[name] = new.format, new.weight.shape
     _refuse_inexact(proofs, requantize)
+    if source.kv:
+        reason = f"{len(source.kv)} attention modules carry KV scales, and a GGUF file has no place for them"
+        raise UnsupportedError(f"cannot convert {source.path} to gguf", [reason])
     dense = [name for name in source.dense if name not in items.values()]
     for name in dense:
         layout[name] = source.dense[name].dtype, tuple(source.dense[name].shape)

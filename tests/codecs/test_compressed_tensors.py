@@ -132,6 +132,50 @@ def test_presets_are_the_library_s() -> None:
         assert by_name.for_module(NAME)[0] == in_full.for_module(NAME)[0], name
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_what_the_library_compresses_reads_as_our_own_encoding() -> None:
+    """Every preset, and each width with zero points: planes equal to encode's, from its observers' scales."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.compressors.format import infer_module_format
+    from compressed_tensors.quantization import QuantizationScheme
+    from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES, preset_name_to_scheme
+
+    schemes = {name: preset_name_to_scheme(name, ["Linear"]) for name in PRESET_SCHEMES if name != "UNQUANTIZED"}
+    for bits in range(2, 9):
+        args = {**W4, "num_bits": bits, "symmetric": False, "group_size": 64}
+        schemes[f"asymmetric {bits}"] = QuantizationScheme(targets=["Linear"], weights=args)
+    for name, scheme in schemes.items():
+        packing = str(infer_module_format(torch.nn.Linear, scheme).value)
+        group = scheme.model_dump(mode="json") | {"format": packing}
+        form = plan_of({"group_0": group}, format=packing).for_module(NAME)[0]
+        assert form is not None
+        weight = random_weight(128, 256)
+        state = qparams(weight, scheme.weights) | {"weight": weight, "input_scale": torch.ones(1)}
+        state |= {"input_global_scale": torch.ones(1)}
+        written = BaseCompressor.get_value_from_registry(packing).compress(state, scheme)
+        back = CODEC.read(form, {f".{ending}": tensor for ending, tensor in written.items()})
+        ours = encode(weight, form.weight)
+        assert all(torch.equal(back.weight.planes[p], plane) for p, plane in ours.planes.items()), name
+
+
+def qparams(weight: Tensor, args: Any) -> dict[str, Tensor]:
+    """Scales and zeros by the library's own functions."""
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+    outer, x = None, weight
+    if args.strategy == "tensor_group":
+        outer = generate_gparam(weight.amin(), weight.amax())
+    if args.strategy == "block":
+        rows, cols = args.block_structure
+        x = weight.unflatten(0, (-1, rows)).unflatten(-1, (-1, cols)).transpose(1, 2).flatten(-2)
+    elif args.strategy != "tensor":
+        x = weight.unflatten(-1, (-1, args.group_size or weight.shape[-1]))
+    low, high = (weight.amin(), weight.amax()) if args.strategy == "tensor" else (x.amin(-1), x.amax(-1))
+    scale, zero = calculate_qparams(low, high, args, global_scale=outer)
+    found = {"weight_scale": scale, "weight_zero_point": zero}
+    return found if outer is None else found | {"weight_global_scale": outer}
+
+
 def plan_of(groups: dict[str, Any], **more: Any) -> Plan:
     return CODEC.plan({**BASE, "config_groups": groups, **more})
 

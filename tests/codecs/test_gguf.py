@@ -409,8 +409,17 @@ def test_tensors_that_cannot_be_written(tmp_path: Path) -> None:
     for more, text in cases:
         with pytest.raises(UnsupportedError, match=text):
             gguf.create(tmp_path / "x.gguf", LLAMA, embedding | more, tokenizer())
-    with pytest.raises(UnsupportedError, match="carries its tokenizer"):
-        gguf.create(tmp_path / "x.gguf", LLAMA, embedding, {})
+    with pytest.raises(UnsupportedError, match=r"found: tokenizer\.model"):
+        gguf.create(tmp_path / "x.gguf", LLAMA, embedding, {"tokenizer.model": b""})
+
+
+def test_no_tokenizer_is_written_as_none(tmp_path: Path) -> None:
+    layout = {"model.embed_tokens.weight": ("F32", (VOCAB, 64))}
+    with gguf.create(tmp_path / "x.gguf", LLAMA, layout, {}) as sink:
+        sink.put("model.embed_tokens.weight", torch.zeros(VOCAB, 64))
+    with open_gguf(tmp_path / "x.gguf") as file:
+        assert file.kv["tokenizer.ggml.model"] == "none"
+        assert file.kv["llama.vocab_size"] == VOCAB
 
 
 def test_a_broken_off_write_leaves_nothing(tmp_path: Path) -> None:

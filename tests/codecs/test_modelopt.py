@@ -104,6 +104,9 @@ def test_svd_adds_a_product_of_the_smoothed_input() -> None:
     q = full(rows_of("NVFP4_SVD"))
     back = CODEC.read(rows_of("NVFP4_SVD"), CODEC.write(q))
     smooth, low = (t.tensors for t in back.transforms)
+    renamed = {e.replace(".svd", ".weight_quantizer._svd"): t for e, t in CODEC.write(q).items()}
+    assert set(renamed) <= set(CODEC.endings)
+    assert torch.equal(CODEC.read(rows_of("NVFP4_SVD"), renamed).transforms[1].tensors["a"], low["a"])
     x = random_weight(3, 256, 9)
     seen = x * smooth["scale"].float()
     want = seen @ decode(q.weight).T + seen @ low["a"].T @ low["b"].T

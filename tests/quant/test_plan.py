@@ -1,5 +1,7 @@
 """Plan: matchers, order, rules that hit nothing, bad patterns, and dispatch by quant_method."""
 
+from itertools import permutations
+
 import pytest
 
 from fewbit.errors import SpecError
@@ -38,6 +40,17 @@ def test_the_first_rule_that_matches_wins() -> None:
     assert plan.for_module("model.embed_tokens", "Embedding") == (None, None)
     assert Plan((rest, down)).for_module(NAME) == (INT4, rest)
     assert Plan().for_module(NAME) == (None, None)
+
+
+def test_any_order_of_rules_is_read_from_the_top() -> None:
+    rules = (
+        Rule(NAME, "exact", INT4), Rule(NAME, "exact", None), Rule("mlp", "substring", FP8),
+        Rule("lm_head", "exact", FP8), Rule("Linear", "class", None),
+    )  # fmt: skip
+    for order in permutations(rules):
+        for name in (NAME, "lm_head", "model.layers.0.self_attn.q_proj"):
+            first = next((rule for rule in order if rule.hits(name, "Linear")), None)
+            assert Plan(order).for_module(name) == (first and first.format, first)
 
 
 def test_rules_that_hit_nothing_are_named() -> None:
