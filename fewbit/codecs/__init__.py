@@ -4,12 +4,13 @@ import json
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 from fewbit.codecs.codec import Codec, Located, quantization_config
 from fewbit.codecs.source import Entry, Source, group
 from fewbit.errors import CheckpointError, UnsupportedError
 from fewbit.files.checkpoint import Checkpoint, open_checkpoint
-from fewbit.quant.plan import PARSERS, Plan
+from fewbit.quant.plan import READERS, Plan
 
 NAMES = (
     "dense", "gptq", "awq", "auto_round", "fp8", "compressed_tensors", "modelopt", "mxfp4", "bitsandbytes", "quanto",
@@ -23,16 +24,21 @@ def _register() -> None:
     for name in NAMES:
         for codec in import_module(f"fewbit.codecs.{name}").CODECS:
             CODECS[codec.name] = codec
-            PARSERS[codec.name] = codec.plan
     for entry in entry_points(group="fewbit.codecs"):
         codec = entry.load()
         if codec.name in CODECS:
             raise CheckpointError(f"two codecs are called {codec.name!r}: ours and {entry.value}")
         CODECS[codec.name] = codec
-        PARSERS[codec.name] = codec.plan
+
+
+def plan_of(config: dict[str, Any]) -> Plan:
+    """The plan of a quantization_config, whichever dialect it is."""
+    codec, _ = claimant(Located(config, "quantization_config"))
+    return codec.plan(config)
 
 
 _register()
+READERS.append(plan_of)
 
 
 def open(path: str | Path) -> Source:  # noqa: A001

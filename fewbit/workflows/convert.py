@@ -6,7 +6,7 @@ after, and learns the layout; the second writes. A conversion that needs new cod
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +19,18 @@ from fewbit.codecs.source import Source
 from fewbit.errors import UnsupportedError
 from fewbit.files.writer import SafetensorsWriter
 from fewbit.models.finding import refuse_on_errors
-from fewbit.models.values import sibling_groups
 from fewbit.models.verify import dense_linears, verify_source
-from fewbit.quant import qtensor
-from fewbit.quant.formats import FORMATS, get
-from fewbit.quant.qtensor import QTensor, Quantized
-from fewbit.quant.recast import recast
-from fewbit.quant.reference import choose, decode, encode
-from fewbit.quant.spec import Format, describe
+from fewbit.quant.qtensor import Quantized
+from fewbit.quant.spec import Format
+from fewbit.workflows.proof import ModuleProof, compare, refuse_inexact, rounding
+from fewbit.workflows.refit import effective, refit, shared_outer
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 ON_DISK = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.uint8: "U8", torch.int8: "I8",
            torch.int32: "I32", torch.int64: "I64", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
            torch.int16: "I16", torch.float64: "F64", torch.bool: "BOOL", torch.float8_e8m0fnu: "F8_E8M0"}  # fmt: skip
-ROUNDING = 2.0**-10  # what a scale may lose to its new float type, of the tensor's largest value
 COPIED = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "generation_config", "chat_template")
 Progress = Callable[[Iterable[str], str], Iterable[str]]
-
-
-@dataclass(frozen=True, slots=True)
-class ModuleProof:
-    """One module before and after."""
-
-    name: str
-    source: str
-    target: str
-    codes_equal: bool
-    difference: float  # largest of the decoded weights, relative to the tensor's largest value
-    error: float  # relative Frobenius norm of the difference: what requantizing cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,32 +93,33 @@ def _to_codec(
     if codec.fit is None or codec.write is None or codec.config is None:
         raise UnsupportedError(f"{codec.name} can be read, not written", [codec.summary])
     items = _items(source, requantize)
-    outer = _shared_outer(source, items, codec, requantize)
+    outer = shared_outer(source, items, codec, requantize)
     proofs, formats, layout = [], {}, {}
     for name in progress(items, "proving"):
         old = source.read(items[name])
-        new = _refit(name, old, codec, requantize, outer)
+        new = refit(name, old, codec, requantize, outer)
         tensors = codec.write(new)
         back = codec.read(new.format, tensors)  # what a reader will see is what must be equal
-        proofs.append(_compare(name, old, back))
+        proofs.append(compare(name, old, back))
         formats[name] = new.format
         for ending, tensor in tensors.items():
             layout[name + ending] = ON_DISK[tensor.dtype], tuple(tensor.shape)
-    _refuse_inexact(proofs, requantize)
+    refuse_inexact(proofs, requantize)
     dense = [name for name in source.dense if name not in items.values()]
-    renamed = dict(zip(dense, dense, strict=True)) | _kv_names(source, codec)
-    for old_name, new_name in renamed.items():
-        info = source.dense.get(old_name) or source.checkpoint.tensors[old_name]
-        layout[new_name] = info.dtype, tuple(info.shape)
+    kv = kv_tensors(source, codec)
+    layout |= {name: (source.dense[name].dtype, tuple(source.dense[name].shape)) for name in dense}
+    layout |= {name: (ON_DISK[tensor.dtype], tuple(tensor.shape)) for name, tensor in kv.items()}
     files = _small_files(source, codec.config(formats, _dense_linears(source, dense), source.plan.kv))
     with SafetensorsWriter(out, layout, max_shard=max_shard, overwrite=overwrite) as writer:
         for file, data in files.items():
             writer.add_file(file, data)
         for name in progress(items, "writing"):
-            for ending, tensor in codec.write(_refit(name, source.read(items[name]), codec, requantize, outer)).items():
+            for ending, tensor in codec.write(refit(name, source.read(items[name]), codec, requantize, outer)).items():
                 writer.put(name + ending, tensor)
-        for old_name, new_name in renamed.items():
-            writer.put(new_name, _plain(source, old_name))
+        for name in dense:
+            writer.put(name, _plain(source, name))
+        for name, tensor in kv.items():
+            writer.put(name, tensor)
     return Conversion(source.path, out, codec.name, tuple(proofs), len(dense), tuple(files))
 
 
@@ -150,7 +135,7 @@ def _items(source: Source, requantize: bool | str) -> dict[str, str]:
 
 
 def _plain(source: Source, name: str) -> Tensor:
-    tensor = source.read(name) if name in source.dense else source.checkpoint.read(name)
+    tensor = source.read(name)
     assert isinstance(tensor, Tensor)
     return tensor
 
@@ -176,7 +161,7 @@ def _to_dense(
             if isinstance(value, Quantized):
                 weight = effective(value)
                 writer.put(f"{name}.weight", weight.to(target))
-                proofs.append(_rounding(name, value, weight, target))
+                proofs.append(rounding(name, value, weight, target))
             else:
                 writer.put(name, value.to(target) if value.is_floating_point() else value)
     return Conversion(source.path, out, "dense", tuple(proofs), len(source.dense), tuple(files))
@@ -188,13 +173,13 @@ def _to_gguf(source: Source, out: Path, requantize: bool | str, overwrite: bool,
     proofs = []
     layout: dict[str, tuple[Format | str, tuple[int, ...]]] = {}
     items = _items(source, requantize)
-    outer = _shared_outer(source, items, gguf, requantize)
+    outer = shared_outer(source, items, gguf, requantize)
     for name in progress(items, "proving"):
         old = source.read(items[name])
-        new = _refit(name, old, gguf, requantize, outer)
-        proofs.append(_compare(name, old, new))
+        new = refit(name, old, gguf, requantize, outer)
+        proofs.append(compare(name, old, new))
         layout[name] = new.format, new.weight.shape
-    _refuse_inexact(proofs, requantize)
+    refuse_inexact(proofs, requantize)
     if source.kv:
         reason = f"{len(source.kv)} attention modules carry KV scales, and a GGUF file has no place for them"
         raise UnsupportedError(f"cannot convert {source.path} to gguf", [reason])
@@ -203,143 +188,10 @@ def _to_gguf(source: Source, out: Path, requantize: bool | str, overwrite: bool,
         layout[name] = source.dense[name].dtype, tuple(source.dense[name].shape)
     with gguf.create(out, source.config, layout, tokenizer_files(source), overwrite=overwrite) as sink:
         for name in progress(items, "writing"):
-            sink.put(name, _refit(name, source.read(items[name]), gguf, requantize, outer))
+            sink.put(name, refit(name, source.read(items[name]), gguf, requantize, outer))
         for name in dense:
             sink.put(name, _plain(source, name))
     return Conversion(source.path, out, "gguf", tuple(proofs), len(dense))
-
-
-def _shared_outer(source: Source, items: dict[str, str], codec: Any, requantize: bool | str) -> dict[str, Tensor]:
-    """Module -> the outer scale it shares with the siblings that engines fuse with it (NVFP4 and its like)."""
-    if not isinstance(requantize, str):
-        return {}
-    spec = codec.fit(get(requantize)).weight
-    if len(spec.scales) != 2 or spec.scales[1].block != (0, 0):
-        return {}
-    shared = {}
-    for group in sibling_groups(items).values():
-        planes = [choose(effective(source.read(items[name])), spec, {})["scale1"] for name in group]
-        largest = torch.stack(planes).amax(0) if spec.scales[1].op == "mul" else torch.stack(planes).amin(0)
-        shared |= dict.fromkeys(group, largest)
-    return shared
-
-
-def _refit(
-    name: str, old: Quantized | Tensor, codec: Any, requantize: bool | str, outer: dict[str, Tensor]
-) -> Quantized:
-    """A module as the dialect holds it: recast where the codes carry over, encoded anew only when allowed."""
-    if isinstance(requantize, str):
-        return _encode_anew(name, old, codec.fit(get(requantize)), outer.get(name))
-    assert isinstance(old, Quantized)
-    try:
-        target = codec.fit(old.format)
-        return replace(old, format=target, weight=recast(old.weight, target.weight), act=_act(old, target))
-    except UnsupportedError as error:
-        if not requantize:
-            hint = "--requantize chooses new codes and prints what that costs"
-            raise UnsupportedError(f"{name}: {error}", [hint]) from error
-    return _encode_anew(name, old, nearest(old.format, codec))
-
-
-def _act(old: Quantized, target: Format) -> dict[str, Tensor]:
-    """Static activation planes in the target's convention (a stored reciprocal, or not)."""
-    if not old.act or old.format.act is None or target.act is None:
-        return old.act
-    planes = {}
-    for name, plane in old.act.items():
-        if not name.startswith("scale"):
-            planes[name] = plane
-            continue
-        before, after = (f.scales[int(name[-1])] for f in (old.format.act, target.act))
-        value = plane.float()
-        planes[name] = (1 / value if before.op != after.op else value).to(after.element.dtype)
-    return planes
-
-
-def nearest(form: Format, codec: Any) -> Format:
-    """The format of FORMATS that a dialect holds and that is nearest in size, never smaller where one is not."""
-    bits = qtensor.bits_per_weight(form.weight)
-    held = []
-    for row in FORMATS.values():
-        if row.weight.element.kind == "run" or (row.act is None) != (form.act is None):
-            continue
-        try:
-            held.append(codec.fit(row))
-        except UnsupportedError:
-            continue
-    if not held:
-        raise UnsupportedError(f"{codec.name} holds no format like {describe(form.weight)}")
-    return min(held, key=lambda f: _distance(qtensor.bits_per_weight(f.weight) - bits, f, form))
-
-
-def _distance(gap: float, f: Format, form: Format) -> tuple[float, float, bool]:
-    wider = f.weight.element.bits - form.weight.element.bits
-    return abs(wider) + (10 if wider < 0 else 0), abs(gap), f.weight.element != form.weight.element
-
-
-def _encode_anew(name: str, old: Quantized | Tensor, target: Format, outer: Tensor | None = None) -> Quantized:
-    act = old.act if isinstance(old, Quantized) and old.format.act == target.act else {}
-    static = [scale for scale in target.act.scales if not scale.dynamic] if target.act else []
-    if static and not act:
-        reason = "its activations have static scales, which only calibration on text can give"
-        raise UnsupportedError(f"{name}: cannot be requantized to {describe(target.weight)}", [reason])
-    given = {} if outer is None else {"scale1": outer}
-    return Quantized(target, encode(effective(old), target.weight, given), act)
-
-
-def effective(q: Quantized | Tensor) -> Tensor:
-    """The dense weight that does the same to an unrounded input: transforms folded in. [..., N, K] float32."""
-    if isinstance(q, Tensor):
-        return q.float()
-    w = decode(q.weight)
-    for transform in reversed(q.transforms):
-        t = transform.tensors
-        if transform.kind == "permute":
-            w = torch.empty_like(w).index_copy_(-1, t["index"].long(), w)
-        elif transform.kind == "input_scale":
-            w = w * t["scale"].float()
-        elif transform.kind == "rotate":
-            matrix = t["matrix"].float()
-            w = (w.unflatten(-1, (-1, matrix.shape[0])) @ matrix.T).flatten(-2)
-        elif transform.kind == "low_rank":
-            w = w + t["b"].float() @ t["a"].float()
-    return w
-
-
-def _compare(name: str, old: Quantized | Tensor, new: Quantized) -> ModuleProof:
-    """Decode both, and say how far apart they are."""
-    before, after = effective(old), effective(new)
-    gap = (after - before).abs_()
-    top, norm = float(before.abs().amax()) or 1.0, float(before.norm()) or 1.0
-    same = isinstance(old, Quantized) and same_codes(old.weight, new.weight)
-    was = describe(old.weight.spec) if isinstance(old, Quantized) else str(old.dtype).removeprefix("torch.")
-    return ModuleProof(name, was, describe(new.weight.spec), same, float(gap.amax()) / top, float(gap.norm()) / norm)
-
-
-def same_codes(old: QTensor, new: QTensor) -> bool:
-    """Equal codes; a signed and an unsigned integer of one width count as equal when they differ by the middle."""
-    a, b = old.spec.element, new.spec.element
-    if a == b:
-        return torch.equal(old.planes["codes"], new.planes["codes"])
-    if a.kind == b.kind == "int" and a.bits == b.bits:
-        return torch.equal(qtensor.codes(old) ^ (1 << (int(a.bits) - 1)), qtensor.codes(new))
-    return False
-
-
-def _refuse_inexact(proofs: list[ModuleProof], requantize: bool | str) -> None:
-    """Without --requantize the codes must be equal, and scales within the rounding of their new type."""
-    bad = [p for p in proofs if not p.codes_equal or p.difference > ROUNDING]
-    if bad and not requantize:
-        lines = [f"{p.name}: {p.source} -> {p.target}: largest difference {p.difference:.3g}" for p in bad[:8]]
-        hint = "--requantize chooses new codes and prints what that costs"
-        raise UnsupportedError(f"{len(bad)} modules would not come out equal; nothing was written", [*lines, hint])
-
-
-def _rounding(name: str, q: Quantized, weight: Tensor, target: torch.dtype) -> ModuleProof:
-    gap = (weight.to(target).float() - weight).abs_()
-    top, norm = float(weight.abs().amax()) or 1.0, float(weight.norm()) or 1.0
-    label = str(target).removeprefix("torch.")
-    return ModuleProof(name, describe(q.weight.spec), label, True, float(gap.amax()) / top, float(gap.norm()) / norm)
 
 
 def _dense_target(source: Source, dtype: str | None) -> torch.dtype:
@@ -357,20 +209,21 @@ def _dense_linears(source: Source, dense: list[str]) -> list[str]:
     return [name.removesuffix(".weight") for name in dense if name in covered]
 
 
-def _kv_names(source: Source, codec: Codec) -> dict[str, str]:
-    """KV scale tensors -> their names in the target dialect."""
-    if not source.kv:
-        return {}
-    if not codec.kv_endings:
+def kv_tensors(source: Source, codec: Codec) -> dict[str, Tensor]:
+    """The KV scales under their names in the target dialect; one scale for both becomes two."""
+    if source.kv and not codec.kv_endings:
         reason = f"{len(source.kv)} attention modules carry KV scales, and {codec.name} has no place for them"
         raise UnsupportedError(f"cannot convert {source.path} to {codec.name}", [reason])
-    names = {}
+    out = {}
     for module, scales in source.kv.items():
-        for of, tensor in scales.items():
-            if of not in codec.kv_endings:
+        both = {"k": scales["kv"], "v": scales["kv"]} if "kv" in scales else {}
+        for of, name in {**both, **{of: name for of, name in scales.items() if of != "kv"}}.items():
+            ending = (codec.kv_endings or {}).get(of)
+            if ending is None:
                 raise UnsupportedError(f"{codec.name} has no name for the {of} scale of {module}")
-            names[tensor] = module + codec.kv_endings[of]
-    return names
+            tensor = source.checkpoint.read(name)
+            out[module + ending] = tensor.reshape(codec.kv_shape) if tensor.numel() == 1 else tensor
+    return out
 
 
 def tokenizer_files(source: Source) -> dict[str, bytes]:

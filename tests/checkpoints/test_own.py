@@ -8,7 +8,7 @@ import torch
 import fewbit
 from fewbit import codecs, env
 from fewbit.quant.qtensor import Quantized
-from fewbit.workflows.convert import effective
+from fewbit.workflows.refit import effective
 from tests.checkpoints.compare import logits, relative
 
 OWN = env.test_checkpoints()

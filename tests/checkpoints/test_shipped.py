@@ -7,7 +7,7 @@ import pytest
 from fewbit import codecs
 from fewbit.files.safetensors import open_safetensors
 from fewbit.quant.qtensor import Quantized
-from fewbit.workflows.convert import effective
+from fewbit.workflows.refit import effective
 from tests.checkpoints.compare import compare, table
 
 DATA = Path(__file__).parents[1] / "data"

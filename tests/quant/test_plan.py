@@ -4,9 +4,9 @@ from itertools import permutations
 
 import pytest
 
-from fewbit.errors import SpecError
+from fewbit.errors import SpecError, UnsupportedError
 from fewbit.quant.formats import FORMATS
-from fewbit.quant.plan import PARSERS, Plan, Rule
+from fewbit.quant.plan import Plan, Rule
 
 INT4, FP8 = FORMATS["int4-g128"], FORMATS["fp8-channel"]
 NAME = "model.layers.10.mlp.down_proj"
@@ -76,18 +76,27 @@ def test_a_bad_pattern_names_its_place(pattern: str) -> None:
     Plan((Rule(pattern, "glob", None),))
 
 
-def test_from_config_asks_the_dialect(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_config_finds_the_config_and_asks_its_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, object]] = []
 
-    def parse(config: dict[str, object]) -> Plan:
+    def read(config: dict[str, object]) -> Plan:
         seen.append(config)
         return Plan(dialect="toy")
 
-    monkeypatch.setitem(PARSERS, "toy-four", parse)
+    monkeypatch.setattr("fewbit.quant.plan.READERS", [read])
     inner = {"quant_method": "Toy_Four", "bits": 4}
     for config in (inner, {"quantization_config": inner}, {"compression_config": inner, "model_type": "llama"}):
         assert Plan.from_config(config).dialect == "toy"
     assert seen == [inner] * 3
-    for config, shown in (({"quant_method": "nope"}, "'nope'"), ({}, "''"), ({"quantization_config": None}, "''")):
-        with pytest.raises(SpecError, match=rf"quant_method {shown} is not known; known: .*toy-four"):
-            Plan.from_config(config)
+
+
+def test_from_config_through_the_real_dialects() -> None:
+    import fewbit
+
+    nested = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
+    for config, name in (({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq"), (nested, "modelopt")):
+        plan = fewbit.Plan.from_config(config)
+        assert plan.dialect == name and plan.for_module("model.layers.0.mlp.up_proj")[0] is not None
+        assert plan.for_module("lm_head")[0] is None
+    with pytest.raises(UnsupportedError, match="nope"):
+        fewbit.Plan.from_config({"quant_method": "nope"})

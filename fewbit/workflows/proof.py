@@ -1,0 +1,62 @@
+"""The proof of a conversion: what each module decodes to before and after."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import UnsupportedError
+from fewbit.quant import qtensor
+from fewbit.quant.qtensor import QTensor, Quantized
+from fewbit.quant.spec import describe
+from fewbit.workflows.refit import effective
+
+ROUNDING = 2.0**-10  # what a scale may lose to its new float type, of the tensor's largest value
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleProof:
+    """One module before and after."""
+
+    name: str
+    source: str
+    target: str
+    codes_equal: bool
+    difference: float  # largest of the decoded weights, relative to the tensor's largest value
+    error: float  # relative Frobenius norm of the difference: what requantizing cost
+
+
+def compare(name: str, old: Quantized | Tensor, new: Quantized) -> ModuleProof:
+    """Decode both, and say how far apart they are."""
+    before, after = effective(old), effective(new)
+    gap = (after - before).abs_()
+    top, norm = float(before.abs().amax()) or 1.0, float(before.norm()) or 1.0
+    same = isinstance(old, Quantized) and same_codes(old.weight, new.weight)
+    was = describe(old.weight.spec) if isinstance(old, Quantized) else str(old.dtype).removeprefix("torch.")
+    return ModuleProof(name, was, describe(new.weight.spec), same, float(gap.amax()) / top, float(gap.norm()) / norm)
+
+
+def same_codes(old: QTensor, new: QTensor) -> bool:
+    """Equal codes; a signed and an unsigned integer of one width count as equal when they differ by the middle."""
+    a, b = old.spec.element, new.spec.element
+    if a == b:
+        return torch.equal(old.planes["codes"], new.planes["codes"])
+    if a.kind == b.kind == "int" and a.bits == b.bits:
+        return torch.equal(qtensor.codes(old) ^ (1 << (int(a.bits) - 1)), qtensor.codes(new))
+    return False
+
+
+def refuse_inexact(proofs: list[ModuleProof], requantize: bool | str) -> None:
+    """Without --requantize the codes must be equal, and scales within the rounding of their new type."""
+    bad = [p for p in proofs if not p.codes_equal or p.difference > ROUNDING]
+    if bad and not requantize:
+        lines = [f"{p.name}: {p.source} -> {p.target}: largest difference {p.difference:.3g}" for p in bad[:8]]
+        hint = "--requantize chooses new codes and prints what that costs"
+        raise UnsupportedError(f"{len(bad)} modules would not come out equal; nothing was written", [*lines, hint])
+
+
+def rounding(name: str, q: Quantized, weight: Tensor, target: torch.dtype) -> ModuleProof:
+    gap = (weight.to(target).float() - weight).abs_()
+    top, norm = float(weight.abs().amax()) or 1.0, float(weight.norm()) or 1.0
+    label = str(target).removeprefix("torch.")
+    return ModuleProof(name, describe(q.weight.spec), label, True, float(gap.amax()) / top, float(gap.norm()) / norm)
