@@ -41,7 +41,7 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/read_safetensors.py
 
 test-gpu:  ## on a machine with a GPU, in the environment that is there
-	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m pytest -m gpu -p no:cacheprovider
 
 clean:
 	rm -rf .venv .cache build *.egg-info

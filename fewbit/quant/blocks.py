@@ -99,6 +99,11 @@ def largest(x: Tensor, shape: tuple[int, ...], inner: Block, outer: Block) -> Te
     return blocked(x, (step[0], step[1])).amax((-3, -1))
 
 
+def over(x: Tensor, number: float) -> Tensor:
+    """x / number, rounded once on every device: CUDA divides by a scalar as a product with its reciprocal."""
+    return x / torch.tensor(number, dtype=x.dtype, device=x.device)
+
+
 def finite_or_raise(w: Tensor) -> float:
     """-> the largest magnitude. NaN, Inf, and values that rounding up could make Inf, are errors naming the element."""
     low, high = torch.aminmax(w)

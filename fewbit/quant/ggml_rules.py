@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fewbit.errors import SpecError
 from fewbit.quant import elements
+from fewbit.quant.blocks import over
 from fewbit.quant.ggml_search import extreme, inverse, symmetric, two_level, two_level_offset
 from fewbit.quant.qtensor import Planes, QTensor, empty, scale_of, store
 from fewbit.quant.spec import QuantSpec
@@ -65,13 +66,13 @@ def _offset(x: Tensor, weight: Tensor | None, spec: QuantSpec) -> Planes:
 def _ranged(x: Tensor, weight: Tensor | None, spec: QuantSpec) -> Planes:
     """Q4_1, Q5_1: from the lowest value to the highest."""
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-    d = (high - low) / spec.element.max
+    d = over(high - low, spec.element.max)
     codes = torch.trunc((x - low) * inverse(d) + 0.5).clamp_(0, spec.element.max).to(torch.uint8)
     return {"codes": codes, "scale0": _float16(d), "zero0": -_float16(low)}
 
 
 def _q8_0(x: Tensor, weight: Tensor | None, spec: QuantSpec) -> Planes:
-    d = x.abs().amax(-1, keepdim=True) / 127
+    d = over(x.abs().amax(-1, keepdim=True), 127)
     codes = _round_away(x * inverse(d)).to(torch.int8).view(torch.uint8)
     return {"codes": codes, "scale0": _float16(d)}
 
@@ -91,7 +92,7 @@ def _mxfp4(x: Tensor, weight: Tensor | None, spec: QuantSpec) -> Planes:
     amax = x.abs().amax(-1, keepdim=True)
     power = torch.where(amax > 0, torch.floor(torch.log2(amax)) - 2 + 127, 0.0).clamp(min=0).to(torch.uint8)
     ratio = x * torch.exp2(127.0 - power.float())
-    magnitude = torch.bucketize(ratio.abs(), torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]))
+    magnitude = torch.bucketize(ratio.abs(), ratio.new_tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]))
     negative = (ratio < 0) & (magnitude > 0)
     return {"codes": (magnitude + 8 * negative).to(torch.uint8), "scale0": power}
 

@@ -38,7 +38,7 @@ def quantizer(element: Element) -> Quantize:
     # midpoints of IQ4 are whole or half numbers, so bins of a half decide; 25 times as fast as a search by bisection
     bins = torch.arange(-256, 256) / 2 + 0.25
     nearest = elements.decode(elements.encode(bins, element), element)
-    return lambda x: nearest.index_select(0, (x * 2 + 256).clamp_(0, 511).int().view(-1)).view(x.shape)
+    return lambda x: nearest.to(x.device).index_select(0, (x * 2 + 256).clamp_(0, 511).int().view(-1)).view(x.shape)
 
 
 def half(x: Tensor) -> Tensor:

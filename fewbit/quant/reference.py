@@ -14,7 +14,7 @@ from torch.nn.functional import linear as matmul
 
 from fewbit.errors import SpecError, UnsupportedError
 from fewbit.quant import elements
-from fewbit.quant.blocks import At, blocked, finite_or_raise, largest, part, per_block, pieces, regrid, unblocked
+from fewbit.quant.blocks import At, blocked, finite_or_raise, largest, over, part, per_block, pieces, regrid, unblocked
 from fewbit.quant.elements import Element
 from fewbit.quant.ggml import GGML_RULES
 from fewbit.quant.qtensor import Planes, QTensor, Quantized, Transform, empty, grid, load, scale_codes, store
@@ -238,7 +238,7 @@ def _rule_scaled(w: Tensor, spec: QuantSpec, given: Planes) -> Planes:
     element = spec.element
     reach = (element.max - element.min) / 2 if spec.rule == "range" else element.max
     if len(spec.scales) == 1:
-        return given | {"scale0": _scale_codes(amax / reach, spec.scales[0], spec)}
+        return given | {"scale0": _scale_codes(over(amax, reach), spec.scales[0], spec)}
     return _two_levels(amax, w.shape, spec, given, reach)
 
 
@@ -282,13 +282,13 @@ def _two_levels(amax: Tensor, shape: torch.Size, spec: QuantSpec, given: Planes,
         if outer.op == "div":
             factor = torch.nan_to_num(top * reach / whole.clamp(min=tiny), posinf=1.0)
         else:
-            factor = torch.where(whole > 0, whole / (reach * top), 1.0)
+            factor = torch.where(whole > 0, over(whole, reach * top), 1.0)
         given = given | {"scale1": elements.encode(factor, outer.element)}
     factor = regrid(elements.decode(given["scale1"], outer.element), tuple(shape), outer.block, inner.block)
     if outer.op == "div":
-        ideal = factor * (amax / reach)
+        ideal = factor * over(amax, reach)
         rounded = elements.encode(ideal, inner.element)
-        empty_block = elements.encode(torch.tensor(0.125), inner.element)
+        empty_block = elements.encode(torch.full_like(ideal, 0.125), inner.element)
         return given | {"scale0": torch.where(elements.decode(rounded, inner.element) == 0, empty_block, rounded)}
     ideal = torch.where(amax > 0, (amax / (reach * factor)).clamp(2.0**-9, inner.element.max), 1.0)
     return given | {"scale0": elements.encode(ideal, inner.element)}
@@ -300,7 +300,7 @@ def _asymmetric(w: Tensor, spec: QuantSpec) -> Planes:
     low, high = _extremes(w, scale.block)
     low, high = low.clamp(max=0), high.clamp(min=0)
     steps = element.max - element.min
-    s = _scale_codes((high - low) / steps, scale, spec)
+    s = _scale_codes(over(high - low, steps), scale, spec)
     value = _multiplier(s, scale)
     if spec.zeros_in_codes:
         middle = _middle(element)
@@ -318,7 +318,7 @@ def _rule_mx(w: Tensor, spec: QuantSpec, given: Planes) -> Planes:
     amax = _amax(w, spec)
     top = spec.element.max
     if spec.rule == "mx-ceil":
-        mantissa, power = torch.frexp(amax / top)  # amax / top = mantissa * 2**power, mantissa in [0.5, 1)
+        mantissa, power = torch.frexp(over(amax, top))  # amax / top = mantissa * 2**power, mantissa in [0.5, 1)
         power = power - (mantissa == 0.5).int()
     else:
         bits = amax.view(torch.int32)
@@ -334,7 +334,7 @@ def _rule_four_over_six(w: Tensor, spec: QuantSpec, given: Planes) -> Planes:
     six = _rule_scaled(w, spec, given)
     inner, outer = spec.scales
     factor = regrid(elements.decode(six["scale1"], outer.element), tuple(w.shape), outer.block, inner.block)
-    quarter = _amax(w, spec) / 4.0
+    quarter = _amax(w, spec) * 0.25
     ideal = quarter * factor if outer.op == "div" else quarter / factor
     four = elements.encode(ideal.clamp(2.0**-9, inner.element.max), inner.element)
     errors = []
@@ -347,7 +347,7 @@ def _rule_four_over_six(w: Tensor, spec: QuantSpec, given: Planes) -> Planes:
 def _rule_double(w: Tensor, spec: QuantSpec, given: Planes) -> Planes:
     """bitsandbytes' double quantization: block maxima less their mean, themselves in blocks with an 8-bit table."""
     first, second, mean = spec.scales
-    amax = _amax(w, spec) / spec.element.max
+    amax = over(_amax(w, spec), spec.element.max)
     offset = elements.encode(amax.mean((-2, -1), keepdim=True), mean.element)
     rest = amax - elements.decode(offset, mean.element)
     nested = _nonzero(largest(rest.abs(), tuple(w.shape), first.block, second.block), spec)

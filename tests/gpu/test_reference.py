@@ -18,13 +18,21 @@ pytestmark = [
 ENCODABLE = [name for name, row in FORMATS.items() if row.weight.element.kind != "run"]
 
 
+SEARCHED = {"q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"}  # scales are found by sums, whose order is free
+SUMMED = {"nf4-dq", "q1_0"}  # a mean
+
+
 @pytest.mark.parametrize("name", ENCODABLE)
 def test_same_codes_as_on_the_cpu(name: str) -> None:
     w = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
     here, there = encode(w, FORMATS[name].weight), encode(w.cuda(), FORMATS[name].weight)
-    off = sum(int((p != there.planes[n].cpu()).sum()) for n, p in here.planes.items())
-    assert off <= 0.001 * w.numel(), f"{off} codes differ"  # sums in another order may move a scale by one ulp
     assert torch.equal(decode(here), decode(here.to("cuda")).cpu())
+    if name in SEARCHED | SUMMED:
+        lost = [relative(decode(q).cpu(), w) for q in (here, there)]
+        assert abs(lost[1] / lost[0] - 1) < 0.01
+    else:
+        for plane, codes in here.planes.items():
+            assert torch.equal(codes, there.planes[plane].cpu()), plane
 
 
 @pytest.mark.parametrize("name", [name for name in ENCODABLE if FORMATS[name].act])
@@ -39,7 +47,7 @@ def test_same_rounding_of_activations(name: str) -> None:
 
 @pytest.mark.parametrize("form", [None, "int4-g128", "nvfp4", "fp8-block", "q4_k"])
 def test_logits(tmp_path: Path, form: str | None) -> None:
-    path = llama(tmp_path / "m", hidden_size=256, intermediate_size=512)
+    path = llama(tmp_path / "m", hidden_size=256, intermediate_size=512, num_attention_heads=4)
     ids = torch.arange(24).view(2, 12)
     out = []
     for device in ("cpu", "cuda"):
