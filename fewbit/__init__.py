@@ -39,7 +39,7 @@ _HOMES = {
     "doctor": "workflows.doctor",
     "dialects": "registry",
     "formats": "registry",
-    "kernels": "registry",
+    "kernels": "kernels",  # the folder, which lists itself when called
     "Plan": "codecs",
     "FORMATS": "quant.formats",
     "Element": "quant.elements",
@@ -78,6 +78,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'fewbit' has no attribute {name!r}; it has {', '.join(__all__)}")
-    value = getattr(import_module(f"fewbit.{_HOMES[name]}"), name)
+    home = import_module(f"fewbit.{_HOMES[name]}")
+    value = home if name == "kernels" else getattr(home, name)
     globals()[name] = value
     return value

@@ -76,7 +76,7 @@ def test_every_format_on_every_device_has_a_reason(report: dict[str, Any]) -> No
 
 def test_the_text_says_it_all(report: dict[str, Any]) -> None:
     text = render(report)
-    for part in ("Devices", "Installed", "Formats on cpu", torch.__version__, *FORMATS):
+    for part in ("Devices", "Installed", "Formats on cpu", torch.__version__.partition("+")[0], *FORMATS):
         assert part in text
     assert max(map(len, text.splitlines())) < 200
 

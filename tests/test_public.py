@@ -50,3 +50,10 @@ def seconds(*args: str) -> float:
     start = time.perf_counter()
     subprocess.run([sys.executable, *args], capture_output=True, check=True)
     return time.perf_counter() - start
+
+
+def test_kernels_is_callable_before_and_after_the_folder_is_imported() -> None:
+    code = "import fewbit; a = fewbit.kernels(); import fewbit.models.build; b = fewbit.kernels(); print(len(a), a == b)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    count, same = out.stdout.split()
+    assert int(count) >= 2 and same == "True"

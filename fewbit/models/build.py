@@ -18,7 +18,7 @@ from fewbit.models.account import finish
 from fewbit.models.fill import Filler, is_stack, prepare
 from fewbit.models.finding import refuse_on_errors
 from fewbit.models.values import Watch
-from fewbit.models.verify import verify_source
+from fewbit.models.verify import building, plausible, verify_source
 from fewbit.modules import attention
 from fewbit.modules.linear import Linear, Options
 from fewbit.quant.formats import FORMATS
@@ -52,9 +52,11 @@ def load(
             raise UnsupportedError(
                 f"{path}: already quantized ({source.dialect}); format={format!r} needs float weights"
             )
-        config = hf.read_config(path if trust_remote_code else source.config, trust_remote_code)
-        options = Options(kernels, activations, resolve_dtype(dtype, config))
-        model = hf.build(config, options.dtype, twin.require(config))
+        with building(source):
+            config = hf.read_config(path if trust_remote_code else source.config, trust_remote_code)
+            plausible(source, config)
+            options = Options(kernels, activations, resolve_dtype(dtype, config))
+            model = hf.build(config, options.dtype, twin.require(config))
         refuse_on_errors(source.path, verify_source(source, model), unsafe_skip_verify)
         prepare(model)
         filler = Filler(model, hf.rules(model), options, torch.device(device), online(model, format))

@@ -71,7 +71,17 @@ TABLE: tuple[tuple[int, str], ...] = (
     ),
     (1, "topk_group first_k_dense_replace num_dense_layers moe_layer_start_index num_nextn_predict_layers"),
 )
+
+
+def _row(name: str) -> tuple[str, ...]:
+    """The names that share a row of the table."""
+    (found,) = (names.split() for _, names in TABLE if name in names.split())
+    return tuple(found)
+
+
 SIZES: dict[str, int] = {name: size for size, names in TABLE for name in names.split()}
+ALWAYS = frozenset(name for names in (_row("vocab_size"), _row("sliding_window")) for name in names)  # small or not
+ATTENTION_HEADS = _row("num_attention_heads")
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -141,7 +151,9 @@ def sizes(old: Mapping[str, Any], wide: int) -> dict[str, Any]:
     """What the table says, for a config that is not small already."""
     new = {}
     for name, value in old.items():
-        if name in SIZES and (wide > HIDDEN or SIZES[name] in (VOCAB, WINDOW)):
+        if name in ATTENTION_HEADS and value == 3 and wide > HIDDEN:
+            new[name] = 2  # the small width has no thirds
+        elif name in SIZES and (wide > HIDDEN or name in ALWAYS):
             new[name] = reduced(value, SIZES[name])
         elif name in KV and isinstance(value, int) and wide > HIDDEN:
             new[name] = kv_heads(value, old)
@@ -199,9 +211,9 @@ def depth(values: Mapping[str, Any], layers: int) -> int:
 
 
 def kv_heads(value: int, values: Mapping[str, Any]) -> int:
-    heads = next((values[n] for n in SIZES if SIZES[n] == HEADS and isinstance(values.get(n), int)), value)
+    heads = next((values[n] for n in ATTENTION_HEADS if isinstance(values.get(n), int)), value)
     if value >= heads:
-        return HEADS
+        return 2 if heads == 3 else min(heads, HEADS)
     return min(value, 2)
 
 

@@ -5,7 +5,8 @@ refuses on an error, unless that finding is skipped by name.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -16,7 +17,8 @@ import torch
 
 from fewbit import codecs
 from fewbit.codecs.source import Source
-from fewbit.errors import FewbitError
+from fewbit.codecs.codec import CONFIG_FILES, Located
+from fewbit.errors import CapacityError, CheckpointError, FewbitError
 from fewbit.files.manifest import MANIFEST, verify_manifest
 from fewbit.models.finding import Finding, refuse_on_errors
 from fewbit.models.values import Watch, sibling_groups
@@ -24,6 +26,7 @@ from fewbit.quant.qtensor import Quantized
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
 FLOATS = ("F32", "F16", "BF16", "F64")
+SIZES = ("hidden_size", "intermediate_size", "vocab_size", "head_dim", "num_attention_heads")  # a weight has that many
 
 
 @dataclass(slots=False)
@@ -79,7 +82,47 @@ def verify_source(source: Source, model: Any = None) -> list[Finding]:
 def _skeleton(source: Source) -> Any:
     from fewbit.models import hf
 
-    return hf.build(hf.read_config(source.config), torch.bfloat16)
+    with building(source):
+        config = hf.read_config(source.config)
+        plausible(source, config)
+        return hf.build(config, torch.bfloat16)
+
+
+@contextmanager
+def building(source: Source) -> Iterator[None]:
+    """A config is a stranger's, and model classes trust it: whatever they raise over it is about the checkpoint."""
+    if not source.config:
+        text = "a folder with a config.json beside the weights, or a .gguf file, would work"
+        raise CheckpointError(f"{source.path}: no config.json, so the model is not known; {text}")
+    try:
+        yield
+    except FewbitError:
+        raise
+    except MemoryError as error:
+        raise CapacityError("config.json: no memory for a model of these sizes, even without weights") from error
+    except Exception as error:
+        text = f"no model can be built from it: {type(error).__name__}: {error}"
+        raise CheckpointError(f"config.json: {text}") from error
+
+
+def plausible(source: Source, config: Any) -> None:
+    """Refuse sizes that no weight in the files backs, before a model is built from them."""
+    text = config.get_text_config()
+    tensors, values = len(source.modules) + len(source.dense), _values(source)
+    _at_most(text, "num_hidden_layers", tensors, "tensors")
+    for key in SIZES:
+        _at_most(text, key, values, "values")
+
+
+def _values(source: Source) -> int:
+    held: list[Any] = [*source.modules.values(), *source.dense.values()]
+    return sum(prod(entry.shape) for entry in held)
+
+
+def _at_most(config: Any, key: str, most: int, what: str) -> None:
+    found = getattr(config, key, None)
+    if isinstance(found, int) and found > max(most, 1 << 12):
+        raise CheckpointError(f"config.json: {key} is {found}, and the checkpoint holds {most} {what}")
 
 
 def dense_linears(source: Source, heads: bool = False) -> list[str]:
@@ -128,6 +171,36 @@ def _grouping(source: Source) -> Iterator[Finding]:
 
 def _problems(known: Known) -> Iterator[Finding]:
     yield from _grouping(known.source)
+
+
+def _rivals(known: Known) -> Iterator[Finding]:
+    """A second quantization config of another dialect, or of other codes: readers would take one or the other."""
+    source = known.source
+    for located in _located(source):
+        try:
+            codec, evidence = codecs.claimant(located)
+            plan = codec.plan(located.config)
+        except FewbitError as error:
+            yield Finding("warning", "second-config", located.where, f"is not read: {error}")
+            continue
+        if codec.plan.__module__ != codecs.CODECS[source.dialect].plan.__module__:
+            text = f"{evidence}; {source.evidence} is what is read: remove the one that is wrong"
+            yield Finding("error", "two-dialects", located.where, text)
+            continue
+        for name, entry in source.modules.items():
+            form, _ = plan.for_module(name)
+            if form is not None and form.weight.element.bits != entry.format.weight.element.bits:
+                text = f"gives {name} {form.weight.element.name} codes, the file holds {entry.format.weight.element.name}"
+                yield Finding("error", "two-configs", located.where, text)
+                break
+
+
+def _located(source: Source) -> Iterator[Located]:
+    """Every quantization config but the one that was read."""
+    held: dict[str, Any] = {f"config.json: {k}": source.config.get(k) for k in ("quantization_config", "compression_config")}
+    held |= {name: value for name, value in source.checkpoint.extra.items() if name in CONFIG_FILES}
+    found = [Located(value, where) for where, value in held.items() if isinstance(value, Mapping) and value]
+    return iter(found[1:] if source.dialect in codecs.CODECS else [])
 
 
 def _unknown(known: Known) -> Iterator[Finding]:
@@ -279,7 +352,7 @@ def _kv_declared(known: Known) -> Iterator[Finding]:
 
 
 HEADER_RULES: tuple[Callable[[Known], Iterable[Finding]], ...] = (
-    _problems, _unknown, _missing, _shapes, _counts, _idle_rules, _dense_but_covered, _bare_codes, _sibling_formats,
+    _problems, _rivals, _unknown, _missing, _shapes, _counts, _idle_rules, _dense_but_covered, _bare_codes, _sibling_formats,
     _tokenizer, _remote_code, _kv_declared,
 )  # fmt: skip
 

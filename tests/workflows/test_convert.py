@@ -111,6 +111,7 @@ def test_shards(base: Path, tmp_path: Path) -> None:
 
 def test_transformers_reads_what_we_write(base: Path, tmp_path: Path) -> None:
     """The folder, not only the tensors: transformers' own loader of the dialect gives our logits."""
+    pytest.importorskip("compressed_tensors.quantization", exc_type=ImportError)
     from transformers import AutoModelForCausalLM
 
     fewbit.convert(base, tmp_path / "a", "compressed-tensors", requantize="int4-g128")
