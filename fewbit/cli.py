@@ -1,6 +1,7 @@
 """The command line: one verb per workflow. Heavy imports happen inside the verbs, so --help answers at once."""
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -32,10 +33,16 @@ def main() -> None:
         sys.exit(f"fewbit: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # the reader of a pipe went away: what is left to flush has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        sys.exit(f"fewbit: {error}")
     except Exception as error:
         if not hasattr(error, "format_message"):  # a usage error of typer's has one
             raise
-        print(f"fewbit: {error.format_message()}\nTry: fewbit --help", file=sys.stderr)
+        asked = "" if sys.argv[1:] else error.format_message()  # no arguments: the message is the help itself
+        print(asked or f"fewbit: {error.format_message()}\nTry: fewbit --help", file=sys.stderr)
         sys.exit(2)
 
 

@@ -87,6 +87,7 @@ class Codec:
     kv_endings: Mapping[str, str] | None = None  # {"k": ".k_scale", "v": ".v_scale"} under the attention module
     kv_shape: tuple[int, ...] = ()  # of one KV scale on disk
     unused: tuple[str, ...] = ()  # endings that are known and carry nothing
+    shared: Callable[[Config], tuple[str, ...]] | None = None  # endings of tensors stored once for many modules
     explicit: bool = True  # a module the plan covers and the file holds dense is a lie, not a habit
     summary: str = ""
 
@@ -154,6 +155,14 @@ def kv_scale(name: str) -> tuple[str, str] | None:
         if match := pattern.match(name):
             return match["module"], match["of"] + ("_zero" if name.endswith(("zero_point", "_bias")) else "")
     return None
+
+
+EMBEDDINGS = re.compile(r"(?:.*\.)?(?:embed_tokens|word_embeddings|tok_embeddings|embed_in|wte|wpe)$")
+
+
+def kind_of(module: str) -> str:
+    """The class a config calls a module by, as far as its name on disk tells."""
+    return "Embedding" if EMBEDDINGS.match(module) else "Linear"
 
 
 def with_scale_element(spec: QuantSpec, scale: Tensor, level: int = 0) -> QuantSpec:

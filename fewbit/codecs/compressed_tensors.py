@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fewbit.codecs.codec import FLOATS, Codec, Located, Tensors, by_header, by_method
-from fewbit.codecs.compressed_tensors_config import config, packing_of, plan
+from fewbit.codecs.compressed_tensors_config import config, packing_of, plan, shared
 from fewbit.codecs.compressed_tensors_extras import ORDER, SPARSE, expanded, in_order, rotation
 from fewbit.codecs.compressed_tensors_fit import fit
 from fewbit.codecs.planes import FP8, bound, matrix, need, placed, raw, static_act, stored_act, typed, weight_matrix
@@ -40,7 +40,7 @@ def _read(form: Format, tensors: Mapping[str, Tensor]) -> Quantized:
     transforms: list[Transform] = []
     if ORDER in tensors or "permute" in form.transforms:
         weight, transforms = in_order(weight, need(tensors, ORDER, "actorder = group scatters the columns"))
-    transforms += [rotation(kind, weight) for kind in form.transforms if kind.startswith("rotate:")]
+    transforms += [rotation(kind, weight, tensors) for kind in form.transforms if kind.startswith("rotate:")]
     act, planes = _act(form.act, tensors) if form.act else (None, {})
     kinds = tuple(t.kind for t in transforms)
     return Quantized(Format(weight.spec, act, kinds), weight, planes, tuple(transforms))
@@ -223,6 +223,7 @@ CODECS = (
         config,
         kv_endings={"k": ".k_scale", "v": ".v_scale"},
         kv_shape=(1,),
+        shared=shared,
         summary="llm-compressor: int 1-8, FP8, NVFP4, MXFP4, MXFP8",
     ),
 )

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from fewbit.codecs import compressed_tensors_args as args
-from fewbit.codecs.codec import Config
+from fewbit.codecs.codec import EMBEDDINGS, Config, kind_of
 from fewbit.codecs.compressed_tensors_args import Args, args_of
 from fewbit.errors import CheckpointError, UnsupportedError
 from fewbit.quant.elements import E2M1, E4M3, E8M0, F32
@@ -24,7 +24,8 @@ PACKINGS = (
 )  # fmt: skip
 SPARSE = ("dense", "sparse-24-bitmask", "sparse-bitmask")
 ORDER = ("exact", "regex", "class")
-Rotation = tuple[str, int, list[str]]  # target, run of columns that the matrix spans (0 = all), ignored
+SCORES = ("q_attn", "k_cache")
+Rotation = tuple[str, str, list[str]]  # target, kind (see `rotation`), ignored
 
 
 def plan(config: Config) -> Plan:
@@ -43,7 +44,7 @@ def plan(config: Config) -> Plan:
             targets = enumerate(group.get("targets") or [])
             found |= {str(target): _rule(target, form, f"{where}.targets[{i}]") for i, target in targets}
     ordered = sorted(found.values(), key=lambda r: (ORDER.index(r.match), r.pattern if r.match == "regex" else ""))
-    online = rotations(config.get("transform_config") or {})
+    online = rotations(config.get("transform_config") or {}, cache is not None)
     return Plan((*rules, *_rotated(ordered, online), *ordered), cache, "compressed-tensors")
 
 
@@ -130,20 +131,36 @@ def _format(group: Args, packing: str, where: str) -> Format | None:
     return None
 
 
-def rotations(config: Config) -> list[Rotation]:
-    """Rotations of inputs at run time; those fused into weights need nothing."""
+def rotations(config: Config, cached: bool) -> list[Rotation]:
+    """Rotations of inputs at run time; those fused into weights need nothing.
+
+    Queries and keys turned by one matrix give the same scores: that matters only where the cache rounds keys.
+    """
     found = []
     for name, scheme in (config.get("config_groups") or {}).items():
+        kind, run, random = str(scheme.get("type")), int(scheme.get("head_dim") or 0), scheme.get("randomize")
+        known = kind in ("hadamard", "random-hadamard")
+        computed = kind == "hadamard" and not random
+        scores = [bool(step.get("inverse")) for step in scheme.get("apply") or [] if step.get("location") in SCORES]
+        cancels = known and not cached and len(scores) == 2 and scores[0] == scores[1]
         for step in scheme.get("apply") or []:
-            if step.get("location") in ("weight_input", "weight_output"):
+            location = step.get("location")
+            if location in ("weight_input", "weight_output") or (cancels and location in SCORES):
                 continue
-            if step.get("location") != "input" or scheme.get("type") != "hadamard" or scheme.get("randomize"):
-                where = f"{WHERE}.transform_config.config_groups.{name}: location {step.get('location')}"
-                reasons = [f"a {scheme.get('type')} transform of {step.get('targets')} at run time has no form here"]
-                raise UnsupportedError(where, [*reasons, "known: location input, type hadamard, not randomized"])
-            ignored = _names(step.get("ignore"))
-            found += [(target, int(scheme.get("head_dim") or 0), ignored) for target in _names(step.get("targets"))]
+            if location != "input" or not known:
+                where = f"{WHERE}.transform_config.config_groups.{name}: location {location}"
+                reasons = [f"a {kind} transform of {step.get('targets')} at run time has no form here"]
+                raise UnsupportedError(where, [*reasons, "known: location input, type hadamard and random-hadamard"])
+            kept = f"rotate:.{name}_input:{run}:{'inverse' if step.get('inverse') else ''}:{'' if computed else 'stored'}"
+            found += [(target, kept, _names(step.get("ignore"))) for target in _names(step.get("targets"))]
     return found
+
+
+def shared(config: Config) -> tuple[str, ...]:
+    """Endings of the matrices of transforms, which stand under one module of many that use them."""
+    schemes = (_current(config).get("transform_config") or {}).get("config_groups") or {}
+    steps = {f".{name}_{step.get('location')}" for name, s in schemes.items() for step in s.get("apply") or []}
+    return tuple(f"{step}.{tensor}" for step in sorted(steps) for tensor in ("weight", "perm"))
 
 
 def _names(value: Any) -> list[str]:
@@ -153,17 +170,18 @@ def _names(value: Any) -> list[str]:
 def _rotated(rules: Iterable[Rule], online: list[Rotation]) -> Iterable[Rule]:
     """For each rule and each rotation, a rule for the modules that both speak of; `read` finds the run in the kind."""
     for rule in rules:
-        for target, run, ignored in online if rule.format else ():
+        for target, kind, ignored in online if rule.format else ():
             assert rule.format is not None
             without = "".join(f"(?!{_pattern(_rule(name, None, ''))})" for name in ignored)
             pattern = f"{without}(?={_pattern(_rule(target, None, ''))}){_pattern(rule)}"
-            kinds = (*rule.format.transforms, f"rotate:{run}")
+            kinds = (*rule.format.transforms, kind)
             yield Rule(pattern, "regex", replace(rule.format, transforms=kinds), rule.where)
 
 
 def _pattern(rule: Rule) -> str:
-    """As a regular expression; a class stands for every module that has a format."""
-    return {"regex": rule.pattern, "exact": re.escape(rule.pattern) + "$"}.get(rule.match, "")
+    """As a regular expression; a class stands for every module of its kind that has a format."""
+    of_kind = f"(?{'=' if rule.pattern == 'Embedding' else '!'}{EMBEDDINGS.pattern})"
+    return {"regex": rule.pattern, "exact": re.escape(rule.pattern) + "$"}.get(rule.match, of_kind)
 
 
 def config(formats: Mapping[str, Format], ignored: list[str], kv: QuantSpec | None) -> dict[str, Config]:
@@ -174,7 +192,8 @@ def config(formats: Mapping[str, Format], ignored: list[str], kv: QuantSpec | No
     groups: dict[str, Args] = {}
     for form, names in sorted(members.items(), key=lambda item: -len(item[1])):
         # the largest group takes what no other one names
-        groups[f"group_{len(groups)}"] = _group(form, names if groups else ["Linear"])
+        others = names if groups else ["Linear", *(name for name in names if kind_of(name) != "Linear")]
+        groups[f"group_{len(groups)}"] = _group(form, others)
     packings = {group["format"] for group in groups.values()} or {"dense"}
     whole = {
         "quant_method": "compressed-tensors",

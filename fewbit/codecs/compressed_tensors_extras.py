@@ -55,13 +55,32 @@ def in_order(weight: QTensor, groups: Tensor) -> tuple[QTensor, list[Transform]]
     return weight, [Transform("permute", {"index": index})]
 
 
-def rotation(kind: str, weight: QTensor) -> Transform:
-    """rotate:b -> the normalized Sylvester matrix of b columns (0: of all)."""
-    size = int(kind.partition(":")[2]) or weight.shape[-1]
-    if size & (size - 1) or weight.shape[-1] % size:
-        reasons = [f"the run must be a power of two that divides {weight.shape[-1]} columns"]
-        raise UnsupportedError(f"transform_config: location input: a Hadamard matrix of {size}", reasons)
-    h = torch.ones(1, 1, device=weight.device)
+def rotation(kind: str, weight: QTensor, tensors: Mapping[str, Tensor]) -> Transform:
+    """rotate:ending:b:inverse:stored -> the orthonormal matrix of b columns (0: of all).
+
+    Files of 0.13 and later hold it, up to its norm; where none does, and nothing is random, it is Sylvester's.
+    """
+    _, ending, run, inverse, stored = kind.split(":")
+    size = int(run) or weight.shape[-1]
+    name, order = f"{ending}.weight:{size}", f"{ending}.perm:{size}"
+    if weight.shape[-1] % size:
+        raise UnsupportedError(f"transform_config: runs of {size} do not divide {weight.shape[-1]} columns")
+    if name not in tensors:
+        matrix = _sylvester(size, stored, ending)
+    elif tuple(tensors[name].shape) != (size, size):
+        raise CheckpointError(f"{ending}.weight: want [{size}, {size}], found {list(tensors[name].shape)}")
+    else:
+        matrix = tensors[name].float()
+    if order in tensors and not matrix.is_meta:
+        matrix = matrix[tensors[order]][:, tensors[order]]
+    return Transform("rotate", {"matrix": (matrix.T if inverse else matrix).contiguous() / size**0.5})
+
+
+def _sylvester(size: int, stored: str, ending: str) -> Tensor:
+    if stored or size & (size - 1):
+        reasons = ["a matrix that is random, or of a size that is no power of two, must be in the file"]
+        raise UnsupportedError(f"transform_config: no tensor {ending}.weight of [{size}, {size}]", reasons)
+    h = torch.ones(1, 1)
     while h.shape[0] < size:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
-    return Transform("rotate", {"matrix": h / size**0.5})
+    return h

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fewbit.codecs.codec import Codec, Located, Parts, kv_scale
+from fewbit.codecs.codec import Codec, Located, Parts, kind_of, kv_scale
 from fewbit.errors import CheckpointError, FewbitError
 from fewbit.files.checkpoint import Checkpoint
 from fewbit.files.safetensors import TensorInfo
@@ -73,8 +73,13 @@ def group(checkpoint: Checkpoint, codec: Codec, located: Located) -> Source:
     plan = codec.plan(located.config)
     source = Source(checkpoint.path, codec.name, "", checkpoint.config, plan, checkpoint, explicit=codec.explicit)
     modules: dict[str, dict[str, TensorInfo]] = {}
+    endings, shared = codec.shared(located.config) if codec.shared else (), {}
     for name, info in checkpoint.tensors.items():
-        if (of := kv_scale(name)) and not name.endswith(codec.unused):
+        if endings and name.endswith(endings):
+            ending = next(e for e in endings if name.endswith(e))
+            shared.setdefault(f"{ending}:{info.shape[0]}", info)
+            source.surplus[name] = "a transform; its modules read it"
+        elif (of := kv_scale(name)) and not name.endswith(codec.unused):
             source.kv.setdefault(of[0], {})[of[1]] = name
         elif name.endswith(SURPLUS):
             source.surplus[name] = "computed from the config"
@@ -83,7 +88,7 @@ def group(checkpoint: Checkpoint, codec: Codec, located: Located) -> Source:
         else:
             source.dense[name] = info
     for module, infos in modules.items():
-        _sort_module(source, codec, module, infos)
+        _sort_module(source, codec, module, infos, shared)
     return source
 
 
@@ -94,10 +99,12 @@ def _split(name: str, codec: Codec) -> tuple[str, str] | None:
     return None
 
 
-def _sort_module(source: Source, codec: Codec, module: str, infos: dict[str, TensorInfo]) -> None:
+def _sort_module(
+    source: Source, codec: Codec, module: str, infos: dict[str, TensorInfo], shared: dict[str, TensorInfo]
+) -> None:
     dense = infos.get(".weight")
     is_float = dense is not None and dense.dtype in ("F32", "F16", "BF16", "F64")
-    form, rule = source.plan.for_module(module)
+    form, rule = source.plan.for_module(module, kind_of(module))
     bare = form is not None and dense is not None and not is_float  # codes without a scale: the codec says what misses
     marked = bare or any(ending in codec.marker for ending in infos)
     if not marked:
@@ -111,15 +118,21 @@ def _sort_module(source: Source, codec: Codec, module: str, infos: dict[str, Ten
         by = f"{rule.where} = {rule.pattern!r} excludes it" if rule else "no rule of the plan covers it"
         source.problems.append(("stored-quantized", module, f"is stored quantized ({_list(infos)}), and {by}"))
     else:
-        _add_module(source, codec, module, infos, form, rule)
+        _add_module(source, codec, module, infos, form, rule, shared if form.transforms else {})
 
 
 def _add_module(
-    source: Source, codec: Codec, module: str, infos: dict[str, TensorInfo], form: Format, rule: Rule | None
+    source: Source,
+    codec: Codec,
+    module: str,
+    infos: dict[str, TensorInfo],
+    form: Format,
+    rule: Rule | None,
+    shared: dict[str, TensorInfo],
 ) -> None:
     unused = [infos.pop(ending).name for ending in codec.unused if ending in infos]
     source.surplus |= dict.fromkeys(unused, f"{codec.name} writes it and nothing reads it")
-    parts = Parts(source.checkpoint, module, infos)
+    parts = Parts(source.checkpoint, module, infos | shared)
     try:
         found = codec.shape(form, parts)
     except (FewbitError, KeyError) as error:  # KeyError: an ending that the layout needs and the file lacks

@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 
 from fewbit.errors import CheckpointError
-from fewbit.files.disk import short, unknown_tensor
+from fewbit.files.disk import reason, short, unknown_tensor
 from fewbit.files.gguf import SPLIT_NAME, GGUFFile, open_gguf
 from fewbit.files.safetensors import SafetensorsFile, TensorInfo, open_safetensors
 from fewbit.files.text import load_json
@@ -141,7 +141,10 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
-    return Checkpoint(Path(path))
+    try:
+        return Checkpoint(Path(path))
+    except OSError as e:  # a path that cannot even be looked at: too long, or in a folder that may not be entered
+        raise CheckpointError(f"{short(str(path))}: cannot open: {reason(e)}") from e
 
 
 def _names(folder: Path) -> list[str]:

@@ -13,7 +13,7 @@ from fewbit.files.disk import bytes_of
 from fewbit.files.gguf import GGML_TYPES, SPLIT_NAME, open_gguf
 from fewbit.files.gguf_header import DEFAULT_ALIGNMENT, KINDS, MAGIC, align, tensor_bytes
 from fewbit.files.manifest import MANIFEST, manifest_bytes, read_manifest
-from fewbit.files.staging import Place, Staging, expect
+from fewbit.files.staging import ASK, Place, Staging, expect
 
 _VERSION = 3
 _PLAIN = {
@@ -44,7 +44,7 @@ class GGUFWriter:
     ):
         self.out = Path(out)
         if self.out.exists() and not overwrite:
-            raise CheckpointError(f"{self.out}: exists already; choose another name or overwrite=True")
+            raise CheckpointError(f"{self.out}: exists already; choose another name or {ASK}")
         if self.out.suffix != ".gguf" or SPLIT_NAME.fullmatch(self.out.name):
             raise CheckpointError(f"{self.out}: the name must end in .gguf and not be that of a part of a split set")
         header, self._places, size = _lay_out(self.out, kv, tensors)

@@ -17,6 +17,7 @@ import torch
 from fewbit.errors import CapacityError, CheckpointError
 from fewbit.files.disk import CHUNK, reason
 
+ASK = "overwrite it (overwrite=True, --overwrite)"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

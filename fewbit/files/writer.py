@@ -20,7 +20,7 @@ from fewbit.files.disk import bytes_of, check_name, checked_bits
 from fewbit.files.gguf_writer import GGUFWriter
 from fewbit.files.manifest import MANIFEST, Entry, manifest_bytes, read_manifest, verify_manifest
 from fewbit.files.safetensors import DTYPES, MAX_HEADER, open_safetensors, storage
-from fewbit.files.staging import Place, Staging, expect
+from fewbit.files.staging import ASK, Place, Staging, expect, raise_write_error
 
 __all__ = ["GGUFWriter", "SafetensorsWriter", "read_manifest", "verify_manifest"]
 
@@ -105,7 +105,7 @@ class SafetensorsWriter:
         if taken or _MODEL_FILE.fullmatch(name) or not name or "/" in name or name.startswith("."):
             raise CheckpointError(f"{self.out}: {name!r} is not a free plain name for a file beside the model")
         if not self._overwrite and (self.out / name).exists():
-            raise CheckpointError(f"{self.out}: {name!r} exists already; choose another folder or overwrite=True")
+            raise CheckpointError(f"{self.out}: {name!r} exists already; choose another folder or {ASK}")
         self._staging.put(name, data)
         self._manifest[name] = self._staging.seal(name)
 
@@ -173,6 +173,17 @@ def _plan_shards(sizes: Mapping[str, int], max_shard: int) -> dict[str, list[str
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
+def check_free(out: Path, overwrite: bool) -> None:
+    """Refuse what a writer would refuse in the end, before the work that leads to it; a folder, or one .gguf file."""
+    try:
+        if out.suffix != ".gguf":
+            _old_model(out, overwrite)
+        elif out.exists() and not overwrite:
+            raise CheckpointError(f"{out}: exists already; choose another name or {ASK}")
+    except OSError as e:
+        raise_write_error(out, e)
+
+
 def _old_model(out: Path, overwrite: bool) -> list[str]:
     """Files of an earlier model to remove, what makes it loadable first."""
     if out.exists() and not out.is_dir():
@@ -180,7 +191,7 @@ def _old_model(out: Path, overwrite: bool) -> list[str]:
     names = sorted(path.name for path in out.iterdir()) if out.exists() else []
     model = [name for name in names if _MODEL_FILE.fullmatch(name)]
     if model and not overwrite:
-        raise CheckpointError(f"{out}: already holds a model ({model[0]}); choose another folder or overwrite=True")
+        raise CheckpointError(f"{out}: already holds a model ({model[0]}); choose another folder or {ASK}")
     listed = set(read_manifest(out)) if MANIFEST in names else set()
     ours = [name for name in names if name in listed or _OWN_SHARD.fullmatch(name) or name == MANIFEST]
     return [name for name in (INDEX, SINGLE) if name in names] + [name for name in ours if name not in (INDEX, SINGLE)]

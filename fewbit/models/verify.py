@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fewbit import codecs
+from fewbit.codecs.codec import kind_of
 from fewbit.codecs.source import Source
 from fewbit.codecs.codec import CONFIG_FILES, Located
 from fewbit.errors import CapacityError, CheckpointError, FewbitError
@@ -188,7 +189,7 @@ def _rivals(known: Known) -> Iterator[Finding]:
             yield Finding("error", "two-dialects", located.where, text)
             continue
         for name, entry in source.modules.items():
-            form, _ = plan.for_module(name)
+            form, _ = plan.for_module(name, kind_of(name))
             if form is not None and form.weight.element.bits != entry.format.weight.element.bits:
                 text = f"gives {name} {form.weight.element.name} codes, the file holds {entry.format.weight.element.name}"
                 yield Finding("error", "two-configs", located.where, text)
@@ -283,7 +284,9 @@ def _idle_rules(known: Known) -> Iterator[Finding]:
     source = known.source
     names = {*source.modules, *(n.rpartition(".")[0] for n in source.dense), *source.surplus, *source.kv}
     names |= {n for n, _ in known.model.named_modules()}
-    for rule in source.plan.idle(names):
+    idle = source.plan.idle(name for name in names if kind_of(name) == "Linear")
+    of_embeddings = source.plan.idle((name for name in names if kind_of(name) == "Embedding"), "Embedding")
+    for rule in (rule for rule in idle if rule in of_embeddings):
         text = f"the {rule.match} rule {rule.pattern!r} matches no module of this checkpoint"
         yield Finding("warning", "idle-rule", rule.where or rule.pattern, text)
 

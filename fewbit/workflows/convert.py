@@ -16,8 +16,8 @@ from torch import Tensor
 from fewbit import codecs
 from fewbit.codecs.codec import Codec
 from fewbit.codecs.source import Source
-from fewbit.errors import UnsupportedError
-from fewbit.files.writer import SafetensorsWriter
+from fewbit.errors import RequestError, UnsupportedError
+from fewbit.files.writer import SafetensorsWriter, check_free
 from fewbit.models.finding import refuse_on_errors
 from fewbit.models.verify import dense_linears, verify_source
 from fewbit.quant.qtensor import Quantized
@@ -74,9 +74,10 @@ def convert(
     in the nearest format the dialect holds, or in the one named (dense linears too, head and routers aside).
     dtype: bf16 | f16 | f32, of `to="dense"`.
     """
+    name = to.replace("_", "-")
     with codecs.open(src) as source:
+        _check_target(source, Path(out), name, max_shard, overwrite)
         refuse_on_errors(source.path, verify_source(source))
-        name = to.replace("_", "-")
         if name == "gguf":
             return _to_gguf(source, Path(out), requantize, overwrite, progress)
         if name == "dense":
@@ -85,6 +86,17 @@ def convert(
             known = ", ".join(sorted([*codecs.CODECS, "gguf"]))
             raise UnsupportedError(f"dialect {to!r} is not known", [f"known: {known}"])
         return _to_codec(source, Path(out), codecs.CODECS[name], requantize, max_shard, overwrite, progress)
+
+
+def _check_target(source: Source, out: Path, name: str, max_shard: int, overwrite: bool) -> None:
+    """Refuse before the work what the writer would refuse after it, and what would cost the source."""
+    if max_shard < 1:
+        raise RequestError(f"max_shard={max_shard}: the largest shard is a number of bytes above 0")
+    target = out / "model.gguf" if name == "gguf" and out.suffix != ".gguf" else out
+    check_free(target, overwrite)
+    if out.resolve() == source.path.resolve() or target.resolve() == source.path.resolve():
+        reason = "a failure half way would leave neither model; give another folder"
+        raise RequestError(f"{out}: is the checkpoint that is read; {reason}")
 
 
 def _to_codec(

@@ -10,6 +10,7 @@ import torch
 
 from fewbit import codecs
 from fewbit.codecs.source import Source
+from fewbit.errors import RequestError
 from fewbit.kernels.select import select
 from fewbit.quant.formats import name_of
 from fewbit.quant.spec import Format, describe
@@ -69,6 +70,10 @@ class Info:
 
 def inspect(path: str | Path, device: str = "cpu") -> Info:
     """Dialect, architecture, per-module format, sizes, ignored modules and why, kernels and why not others."""
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise RequestError(f"device {device!r} is not known: cpu, cuda and cuda:N are") from error
     with codecs.open(path) as source:
         return _info(source, device)
 
