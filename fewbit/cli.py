@@ -60,7 +60,8 @@ def inspect(
 
     info = run(model, device)
     if as_json:
-        return print(json.dumps(info.to_json(), indent=2))
+        print(json.dumps(info.to_json(), indent=2))
+        return
     print(f"{info.path}: {info.architecture} ({info.model_type}), {info.parameters / 1e6:.1f}M parameters")
     print(f"dialect {info.dialect}  [{info.evidence}]")
     print(f"{size(info.bytes)}, {info.bits_per_weight:.2f} bits per weight over everything"
@@ -122,7 +123,8 @@ def convert(
                progress=progress)  # fmt: skip
     if as_json:
         report = asdict(done) | {"codes_equal": done.codes_equal, "difference": done.difference}
-        return print(json.dumps(report, indent=2, default=str))
+        print(json.dumps(report, indent=2, default=str))
+        return
     if requantize:
         rows = [(m.name, m.source, m.target, f"{m.error:.5f}", f"{m.difference:.5f}") for m in done.modules]
         table("Requantized", ["module", "from", "to", "error", "largest"], rows)
@@ -162,14 +164,15 @@ def table(title: str, columns: list[str], rows: Iterable[tuple[Any, ...]]) -> No
         return
     if not sys.stdout.isatty():
         print(f"\n{title}")
-        return print("\n".join("\t".join(map(str, row)) for row in [tuple(columns), *rows]))
+        print("\n".join("\t".join(map(str, row)) for row in [tuple(columns), *rows]))
+        return
     from rich.console import Console
     from rich.table import Table
 
     drawn = Table(*columns, title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for row in rows:
         drawn.add_row(*map(str, row))
-    return Console().print(drawn)
+    Console().print(drawn)
 
 
 def progress(names: Iterable[str], label: str) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """The command line as a user types it: right, wrong, and interrupted."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import fewbit
 from tests.tiny import llama
 
 
@@ -42,6 +44,16 @@ MISTAKES: list[tuple[tuple[str, ...], str, int]] = [
     (("convert", "MODEL", "--to", "nonsense", "-o", "OUT"), "known", 1),
     (("convert", "MODEL", "--to", "gptq", "-o", "OUT", "--requantize", "--format", "int4-g129"), "near", 1),
     (("convert", "MODEL", "--to", "dense", "-o", "OUT", "--dtype", "f99"), "f99", 1),
+    (("convert", "MODEL", "--to", "dense", "-o", "MODEL"), "already holds a model", 1),
+    (("convert", "MODEL", "--to", "dense", "-o", "MODEL", "--overwrite"), "is the checkpoint that is read", 1),
+    (("convert", "MODEL", "--to", "dense", "-o", "MODEL/config.json"), "is not a folder", 1),
+    (("convert", "MODEL", "--to", "dense", "-o", "MODEL/config.json/x"), "cannot write", 1),
+    (("convert", "MODEL", "--to", "dense", "-o", "OUT", "--max-shard", "0"), "above 0", 1),
+    (("inspect", "MODEL/config.json"), "nothing else is read", 1),
+    (("inspect", "hub/id"), "must be downloaded first", 1),
+    (("inspect", "MODEL", "--device", "evil"), "'evil' is not known", 1),
+    (("inspect", "MODEL", "--frob"), "--frob", 2),
+    (("verify", "MODEL/model.safetensors"), "no config.json", 1),
     (("convert", "MODEL"), "--to", 2),
     (("frobnicate",), "frobnicate", 2),
 ]
@@ -49,7 +61,7 @@ MISTAKES: list[tuple[tuple[str, ...], str, int]] = [
 
 @pytest.mark.parametrize(("args", "words", "code"), MISTAKES)
 def test_mistakes_get_one_message(model: Path, tmp_path: Path, args: tuple[str, ...], words: str, code: int) -> None:
-    filled = [{"MODEL": str(model), "OUT": str(tmp_path / "out")}.get(a, a) for a in args]
+    filled = [a.replace("MODEL", str(model)).replace("OUT", str(tmp_path / "out")) for a in args]
     out = run(*filled)
     assert out.returncode == code
     assert words in out.stderr + out.stdout
@@ -69,3 +81,71 @@ def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
     if child.returncode != 0:  # else it was quicker than we were
         assert child.returncode == 130 and "Traceback" not in error
         assert not out.exists() or not list(out.iterdir())
+
+
+def test_interrupt_of_verify(tmp_path: Path) -> None:
+    big = llama(tmp_path / "big", hidden_size=512, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=8)
+    fewbit.convert(big, tmp_path / "q", "compressed-tensors", requantize="int4-g128")
+    command = [sys.executable, "-m", "fewbit", "verify", str(tmp_path / "q")]
+    for wait in (0.3, 2.0):
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        time.sleep(wait)
+        child.send_signal(signal.SIGINT)
+        _, error = child.communicate(timeout=60)
+        assert child.returncode in (0, 130, -signal.SIGINT)
+        if child.returncode == 130:
+            assert "Traceback" not in error
+
+
+@pytest.fixture(scope="module")
+def quantized(model: Path) -> Path:
+    out = model.parent / "quantized"
+    fewbit.convert(model, out, "gptq", requantize="int4-g128", max_shard=40_000)
+    return out
+
+
+def test_disk_full(quantized: Path, tmp_path: Path) -> None:
+    command = f"ulimit -f 60; exec {sys.executable} -m fewbit convert {quantized} --to awq -o {tmp_path / 'out'}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 1 and "free some space" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_killed_then_the_same_again(quantized: Path, tmp_path: Path) -> None:
+    """kill -9 while it writes; the same command then works, or says what to do."""
+    args = ["convert", quantized, "--to", "awq", "-o", tmp_path / "out", "--max-shard", 40_000]
+    child = subprocess.Popen([sys.executable, "-m", "fewbit", *map(str, args)], stderr=subprocess.DEVNULL)
+    while not (tmp_path / "out").exists() and child.poll() is None:
+        time.sleep(0.002)
+    child.kill()
+    child.wait()
+    again = run(*args)
+    assert again.returncode == 0 or ("--overwrite" in again.stderr and "Traceback" not in again.stderr)
+
+
+@pytest.mark.skipif(shutil.which("script") is None, reason="needs script(1) for a terminal")
+def test_on_a_terminal(quantized: Path, tmp_path: Path) -> None:
+    for args in (f"inspect {quantized} --all --kernels", f"convert {quantized} --to awq -o {tmp_path / 'a'}"):
+        command = f"{sys.executable} -m fewbit {args}"
+        done = subprocess.run(["script", "-qec", command, "/dev/null"], capture_output=True, text=True)
+        assert done.returncode == 0 and "Traceback" not in done.stdout, done.stdout
+
+
+def test_json_is_one_document(quantized: Path, tmp_path: Path) -> None:
+    verbs = [("inspect", quantized), ("verify", quantized), ("doctor",)]
+    for args in [*verbs, ("convert", quantized, "--to", "awq", "-o", tmp_path / "a")]:
+        json.loads(run(*args, "--json").stdout)
+
+
+def test_a_pipe_that_closes(quantized: Path) -> None:
+    command = f"{sys.executable} -m fewbit doctor | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, done.stderr
+
+
+def test_gguf_into_a_folder_or_a_file(quantized: Path, tmp_path: Path) -> None:
+    for out, file in (("folder", "folder/model.gguf"), ("x.gguf", "x.gguf")):
+        args = ("convert", quantized, "--to", "gguf", "-o", tmp_path / out)
+        assert run(*args).returncode == 0 and (tmp_path / file).is_file()
+    again = run(*args)
+    assert again.returncode == 1 and "--overwrite" in again.stderr

@@ -151,8 +151,9 @@ def rotations(config: Config, cached: bool) -> list[Rotation]:
                 where = f"{WHERE}.transform_config.config_groups.{name}: location {location}"
                 reasons = [f"a {kind} transform of {step.get('targets')} at run time has no form here"]
                 raise UnsupportedError(where, [*reasons, "known: location input, type hadamard and random-hadamard"])
-            kept = f"rotate:.{name}_input:{run}:{'inverse' if step.get('inverse') else ''}:{'' if computed else 'stored'}"
-            found += [(target, kept, _names(step.get("ignore"))) for target in _names(step.get("targets"))]
+            words = (f".{name}_input", str(run), "inverse" if step.get("inverse") else "", "" if computed else "stored")
+            turned = ":".join(("rotate", *words))
+            found += [(target, turned, _names(step.get("ignore"))) for target in _names(step.get("targets"))]
     return found
 
 

@@ -73,7 +73,8 @@ def group(checkpoint: Checkpoint, codec: Codec, located: Located) -> Source:
     plan = codec.plan(located.config)
     source = Source(checkpoint.path, codec.name, "", checkpoint.config, plan, checkpoint, explicit=codec.explicit)
     modules: dict[str, dict[str, TensorInfo]] = {}
-    endings, shared = codec.shared(located.config) if codec.shared else (), {}
+    endings = codec.shared(located.config) if codec.shared else ()
+    shared: dict[str, TensorInfo] = {}
     for name, info in checkpoint.tensors.items():
         if endings and name.endswith(endings):
             ending = next(e for e in endings if name.endswith(e))

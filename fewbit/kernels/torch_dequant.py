@@ -6,14 +6,13 @@ multiplied. Where that happens to whole tensors, it is quant.reference.linear.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import gcd, lcm
 
 from torch import Tensor
 from torch.nn.functional import linear
 
+from fewbit.quant.blocks import row_unit
 from fewbit.quant.qtensor import QTensor, Quantized, Transform, slice
 from fewbit.quant.reference import decode, fake_quant, transformed
-from fewbit.quant.spec import FLAT, QuantSpec
 
 CHUNK = 1 << 20  # weights decoded at a time; int4 4096 x 4096, one row: 12 ms, and 54 ms when decoded whole
 
@@ -71,20 +70,8 @@ def run_length(q: QTensor) -> int:
     n, k = q.shape[-2:]
     if q.device.type != "cpu":
         return n
-    unit = row_unit(q.spec, k)
+    unit = row_unit([scale.block for scale in (*q.spec.scales, *q.spec.zeros)], k)
     return max(unit, CHUNK // max(k, 1) // unit * unit)
-
-
-def row_unit(spec: QuantSpec, k: int) -> int:
-    """The least number of rows that ends on a block edge of every scale."""
-    unit = 1
-    for scale in (*spec.scales, *spec.zeros):
-        rows, cols = scale.block
-        if rows == FLAT:
-            unit = lcm(unit, cols // gcd(cols, k))
-        elif rows > 1:
-            unit = lcm(unit, rows)
-    return unit
 
 
 def prepack_experts(q: Quantized) -> Quantized:

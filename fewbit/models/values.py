@@ -148,16 +148,21 @@ def _nibble_order(source: Source) -> Iterator[Finding]:
             q = source.modules[name].read()
             if q.format.weight.element.bits == 4 and not q.transforms and len(q.weight.shape) == 2:
                 norms[name] = decode(q.weight).norm(dim=0)
-        for name, norm in list(norms.items())[1:]:
-            first = next(iter(norms.values()))
-            if len(norm) != len(first) or len(norm) % 2:
-                continue
-            straight, swapped = _correlation(first, norm), _correlation(first, norm.view(-1, 2).flip(1).flatten())
-            if swapped > 0.5 and straight < swapped - 0.3:
-                text = (
-                    f"pairs swapped, its column norms go with {next(iter(norms))} ({swapped:.2f}, not {straight:.2f})"
-                )
-                yield Finding("error", "nibble-order", name, text)
+        if norms:
+            agreeing = {name: sum(_swapped(norm, n) is None for n in norms.values()) for name, norm in norms.items()}
+            first = max(agreeing, key=agreeing.__getitem__)  # the odd one out is not the measure of the others
+            for name, norm in norms.items():
+                if (by := _swapped(norms[first], norm)) is not None:
+                    text = f"pairs swapped, its column norms go with {first} ({by[1]:.2f}, not {by[0]:.2f})"
+                    yield Finding("error", "nibble-order", name, text)
+
+
+def _swapped(first: Tensor, norm: Tensor) -> tuple[float, float] | None:
+    """How two rows of column norms go together, straight and pair-swapped, where only the second does."""
+    if len(norm) != len(first) or len(norm) % 2:
+        return None
+    straight, swapped = _correlation(first, norm), _correlation(first, norm.view(-1, 2).flip(1).flatten())
+    return (straight, swapped) if swapped > 0.5 and straight < swapped - 0.3 else None
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:

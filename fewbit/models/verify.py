@@ -5,7 +5,7 @@ refuses on an error, unless that finding is skipped by name.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,12 +16,11 @@ from typing import Any
 import torch
 
 from fewbit import codecs
-from fewbit.codecs.codec import kind_of
+from fewbit.codecs.codec import CONFIG_FILES, Located, kind_of
 from fewbit.codecs.source import Source
-from fewbit.codecs.codec import CONFIG_FILES, Located
 from fewbit.errors import CapacityError, CheckpointError, FewbitError
 from fewbit.files.manifest import MANIFEST, verify_manifest
-from fewbit.models.finding import Finding, refuse_on_errors
+from fewbit.models.finding import Finding, Severity, refuse_on_errors
 from fewbit.models.values import Watch, sibling_groups
 from fewbit.quant.qtensor import Quantized
 
@@ -191,16 +190,20 @@ def _rivals(known: Known) -> Iterator[Finding]:
         for name, entry in source.modules.items():
             form, _ = plan.for_module(name, kind_of(name))
             if form is not None and form.weight.element.bits != entry.format.weight.element.bits:
-                text = f"gives {name} {form.weight.element.name} codes, the file holds {entry.format.weight.element.name}"
+                text = (
+                    f"gives {name} {form.weight.element.name} codes, the file holds {entry.format.weight.element.name}"
+                )
                 yield Finding("error", "two-configs", located.where, text)
                 break
 
 
 def _located(source: Source) -> Iterator[Located]:
     """Every quantization config but the one that was read."""
-    held: dict[str, Any] = {f"config.json: {k}": source.config.get(k) for k in ("quantization_config", "compression_config")}
+    held: dict[str, Any] = {
+        f"config.json: {k}": source.config.get(k) for k in ("quantization_config", "compression_config")
+    }
     held |= {name: value for name, value in source.checkpoint.extra.items() if name in CONFIG_FILES}
-    found = [Located(value, where) for where, value in held.items() if isinstance(value, Mapping) and value]
+    found = [Located(value, where) for where, value in held.items() if isinstance(value, dict) and value]
     return iter(found[1:] if source.dialect in codecs.CODECS else [])
 
 
@@ -292,6 +295,11 @@ def _idle_rules(known: Known) -> Iterator[Finding]:
 
 
 def _dense_but_covered(known: Known) -> Iterator[Finding]:
+    """A class in a config need not mean the output head: some tools leave it dense, and engines read it so."""
+    from fewbit.models import hf
+
+    head = hf.output_head(known.model)
+    heads = {f"{n}.weight" for n, m in known.model.named_modules() if m is head}
     for name, info in known.source.dense.items():
         place = known.places[name]
         module = name.removesuffix(".weight")
@@ -300,7 +308,8 @@ def _dense_but_covered(known: Known) -> Iterator[Finding]:
         form, rule = known.source.plan.for_module(module)
         if form is not None and known.source.explicit:
             by = f"{rule.where} = {rule.pattern!r}" if rule else "the plan"
-            yield Finding("error", "stored-dense", module, f"{by} says it is quantized; it is stored as {info.dtype}")
+            severity: Severity = "warning" if rule and rule.match == "class" and place.target in heads else "error"
+            yield Finding(severity, "stored-dense", module, f"{by} says it is quantized; it is stored as {info.dtype}")
 
 
 def _bare_codes(known: Known) -> Iterator[Finding]:
@@ -352,11 +361,16 @@ def _kv_declared(known: Known) -> Iterator[Finding]:
         lacking = [of for of in "kv" if of not in scales and "kv" not in scales]
         if lacking:
             yield Finding("error", "kv-scale-missing", module, f"no {' and '.join(f'{of}_scale' for of in lacking)}")
+        if biases := [tensor for tensor in scales.values() if tensor.endswith("_bias")]:
+            text = (
+                f"{', '.join(biases)}: its tool takes it from keys and values before rounding them; here it is not read"
+            )
+            yield Finding("warning", "kv-bias", module, text)
 
 
 HEADER_RULES: tuple[Callable[[Known], Iterable[Finding]], ...] = (
-    _problems, _rivals, _unknown, _missing, _shapes, _counts, _idle_rules, _dense_but_covered, _bare_codes, _sibling_formats,
-    _tokenizer, _remote_code, _kv_declared,
+    _problems, _rivals, _unknown, _missing, _shapes, _counts, _idle_rules, _dense_but_covered, _bare_codes,
+    _sibling_formats, _tokenizer, _remote_code, _kv_declared,
 )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fewbit.errors import UnsupportedError
 from fewbit.modules.linear import Options, Part, moved, part
 from fewbit.quant.qtensor import QTensor, Quantized, Transform
+from fewbit.quant.spec import Format, describe
 
 ATTRIBUTE = "fewbit_experts"  # where a host holds its Experts
 
@@ -104,15 +105,29 @@ def empty_stack(count: int, q: Quantized, device: torch.device) -> Quantized:
 
 def put(stack: Quantized, e: int, q: Quantized, name: str) -> None:
     """Copy one expert into its place; all experts of a part share one format and shape."""
-    if q.weight.shape != stack.weight.shape[1:] or q.weight.spec.stored != stack.weight.spec.stored:
-        asked = f"{list(q.weight.shape)} {q.weight.spec.element.name}"
-        held = f"{list(stack.weight.shape[1:])} {stack.weight.spec.element.name}"
-        raise UnsupportedError(f"{name}: expert {e} is {asked}, the experts before it {held}")
+    if q.weight.shape != stack.weight.shape[1:] or not _alike(q.format, stack.format):
+        asked = f"{list(q.weight.shape)} {_told(q.format)}"
+        held = f"{list(stack.weight.shape[1:])} {_told(stack.format)}"
+        raise UnsupportedError(
+            f"{name}: expert {e} is {asked}, the experts before it {held}", ["experts of one projection share a format"]
+        )
+    if [t.kind for t in q.transforms] != [t.kind for t in stack.transforms]:
+        kinds = [", ".join(t.kind for t in each.transforms) or "none" for each in (q, stack)]
+        raise UnsupportedError(f"{name}: expert {e} has the transforms {kinds[0]}, the experts before it {kinds[1]}")
     for mine, theirs in zip(_groups(stack), _groups(q), strict=True):
         if mine.keys() != theirs.keys():
             raise UnsupportedError(f"{name}: expert {e} has planes {sorted(theirs)}, the others {sorted(mine)}")
         for plane, value in theirs.items():
             mine[plane][e].copy_(value)
+
+
+def _alike(a: Format, b: Format) -> bool:
+    acts = [f.act.stored if f.act else None for f in (a, b)]
+    return a.weight.stored == b.weight.stored and acts[0] == acts[1]
+
+
+def _told(form: Format) -> str:
+    return describe(form.weight) + (f" with activations {describe(form.act)}" if form.act else "")
 
 
 def _groups(q: Quantized) -> list[dict[str, Tensor]]:

@@ -98,12 +98,14 @@ def decode(q: QTensor) -> Tensor:
 
 
 def _from_codes(x: Tensor, spec: QuantSpec, scale: Tensor | None, zero: Tensor | None) -> Tensor:
-    """The inverse: the values of codes -> values."""
+    """The inverse: the values of codes -> values; x is worked on in place, fresh pages cost more than arithmetic."""
     if zero is not None and spec.zeros_in_codes:
-        x = _spread(x, spec.zeros[0].block, zero, torch.sub)
+        x = _spread(x, spec.zeros[0].block, zero, torch.Tensor.sub_)
     if scale is not None:
-        x = _spread(x, spec.scales[0].block, scale, torch.mul)
-    return _spread(x, spec.zeros[0].block, zero, torch.sub) if zero is not None and not spec.zeros_in_codes else x
+        x = _spread(x, spec.scales[0].block, scale, torch.Tensor.mul_)
+    if zero is not None and not spec.zeros_in_codes:
+        x = _spread(x, spec.zeros[0].block, zero, torch.Tensor.sub_)
+    return x
 
 
 def fake_quant(x: Tensor, spec: QuantSpec, planes: Planes | None = None) -> Tensor:
@@ -193,11 +195,12 @@ def _spread(x: Tensor, block: tuple[int, int], values: Tensor, op: Callable[[Ten
 
 
 def _values(plane: Tensor, element: Element, cols: int) -> Tensor:
-    """Packed codes -> float32 values; a byte of 2- or 4-bit codes is looked up whole."""
+    """Packed codes -> float32 values in memory of their own; a byte of 2- or 4-bit codes is looked up whole."""
     if element.bits in (2, 4):
         wide = _wide(element, plane.device).index_select(0, plane.reshape(-1).int())
         return wide.view(torch.float32).view(*plane.shape[:-1], -1)[..., :cols]
-    return elements.decode(load(plane, element, cols), element)
+    found = elements.decode(load(plane, element, cols), element)
+    return found.clone() if element is elements.F32 else found
 
 
 @cache

@@ -1,11 +1,13 @@
 """compressed-tensors: every layout through files and back, the library's own reading of them, rules, and lies."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fewbit import codecs
@@ -348,6 +350,9 @@ def test_a_hadamard_rotation_of_the_input(head_dim: int | None) -> None:
 
 
 TRANSFORM = {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "input"}]}
+SCORES = {"type": "hadamard", "head_dim": 64, "apply": [
+    {"targets": ["re:.*self_attn$"], "location": "q_attn"}, {"targets": ["re:.*self_attn$"], "location": "k_cache"},
+]}  # fmt: skip
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "marlin": ({"format": "marlin-24"}, "removed"),
     "sparse alone": ({"sparsity_config": {"format": "sparse-24-bitmask"}, "config_groups": {}}, "without quant"),
@@ -373,8 +378,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "groups that are a list": ({"config_groups": [W4]}, "must be an object"),
     "a target that is a number": ({"config_groups": {"g": {"targets": [4], "weights": W4}}}, "must be a string"),
     "a pattern that is none": ({"ignore": ["re:("]}, "regular expression"),
-    "a random rotation": (
-        {"transform_config": {"config_groups": {"u": {**TRANSFORM, "type": "random-hadamard"}}}}, "location input",
+    "a matrix of any kind": (
+        {"transform_config": {"config_groups": {"u": {**TRANSFORM, "type": "random-matrix"}}}}, "location input",
+    ),
+    "a rotation of outputs": (
+        {"transform_config": {"config_groups": {"u": {"type": "hadamard", "apply": [
+            {"targets": ["Linear"], "location": "output"}]}}}}, "location output",
+    ),
+    "a rotation of keys that the cache rounds": (
+        {"transform_config": {"config_groups": {"R3": SCORES}}, "kv_cache_scheme": {**FP8_ARGS, "strategy": "tensor"}},
+        "location q_attn",
     ),
     "a rotation of queries": (
         {"transform_config": {"config_groups": {"R3": {"type": "hadamard", "apply": [
@@ -389,6 +402,73 @@ def test_configs_that_are_refused(name: str) -> None:
     base = {**BASE, "config_groups": {"group_0": {"targets": ["Linear"], "weights": W4}}}
     with pytest.raises((UnsupportedError, CheckpointError, SpecError), match=message):
         CODEC.plan(base | changes)
+
+
+def write_checkpoint(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": config}))
+
+
+def test_queries_and_keys_turned_alike_need_nothing() -> None:
+    groups = {"group_0": {"targets": ["Linear"], "weights": W4}}
+    plan = plan_of(groups, transform_config={"config_groups": {"R3": SCORES}})
+    form, _ = plan.for_module(NAME)
+    assert form is not None and form.transforms == ()
+
+
+@pytest.mark.parametrize(("inverse", "permuted"), [(False, False), (True, False), (True, True)])
+def test_a_rotation_whose_matrix_stands_under_one_of_its_modules(tmp_path: Path, inverse: bool, permuted: bool) -> None:
+    """Files hold it once for each size, up to its norm; against the definition x P / sqrt(n)."""
+    assert CODEC.write and CODEC.fit and CODEC.config
+    sizes = {f"model.layers.{leaf}": k for leaf, k in (("0.down_proj", 256), ("1.down_proj", 256), ("0.up_proj", 128))}
+    plain = {name: filled(CODEC.fit(FORMATS["int4-g128"]), 64, k) for name, k in sizes.items()}
+    held = {k: torch.linalg.qr(random_weight(k, k, seed=k).double())[0] * k**0.5 for k in (128, 256)}
+    orders = {k: torch.randperm(k, generator=torch.Generator().manual_seed(k)) for k in held}
+    tensors = {f"{name}{ending}": t for name, q in plain.items() for ending, t in CODEC.write(q).items()}
+    for name in list(sizes)[::2]:
+        tensors[f"{name}.v_input.weight"] = held[sizes[name]]
+        tensors |= {f"{name}.v_input.perm": orders[sizes[name]]} if permuted else {}
+    whole = CODEC.config({name: q.format for name, q in plain.items()}, [], None)["quantization_config"]
+    step = {"targets": ["Linear"], "location": "input", "inverse": inverse}
+    scheme = {"type": "random-hadamard", "randomize": permuted, "apply": [step]}
+    write_checkpoint(tmp_path, tensors, {**whole, "transform_config": {"config_groups": {"v": scheme}}})
+    with codecs.open(tmp_path) as source:
+        assert source.problems == [] and source.modules.keys() == plain.keys() and not source.dense
+        for name, q in plain.items():
+            back, k, order = source.read(name), sizes[name], orders[sizes[name]]
+            assert isinstance(back, Quantized)
+            matrix = held[k][order][:, order] if permuted else held[k]
+            x = random_weight(3, k, seed=1)
+            want = (x.double() @ (matrix.T if inverse else matrix) / k**0.5).float() @ decode(q.weight).T
+            assert torch.allclose(linear(x, back), want, atol=1e-4)
+
+
+def test_a_random_rotation_without_its_matrix() -> None:
+    assert CODEC.write and CODEC.fit
+    groups = {"group_0": {"targets": ["Linear"], "weights": W4}}
+    plan = plan_of(groups, transform_config={"config_groups": {"v": {**TRANSFORM, "type": "random-hadamard"}}})
+    form, _ = plan.for_module(NAME)
+    assert form is not None
+    with pytest.raises(UnsupportedError, match="must be in the file"):
+        CODEC.read(form, CODEC.write(filled(CODEC.fit(FORMATS["int4-g128"]))))
+
+
+def test_embeddings_follow_the_rule_of_their_class(tmp_path: Path) -> None:
+    assert CODEC.write and CODEC.fit and CODEC.config
+    formats = {"model.embed_tokens": "int8-channel", "model.layers.0.mlp.up_proj": "int4-g128"}
+    held = {name: filled(CODEC.fit(FORMATS[row])) for name, row in formats.items()}
+    tensors = {f"{name}{ending}": t for name, q in held.items() for ending, t in CODEC.write(q).items()}
+    eight = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    groups = {"a": {"targets": ["Embedding"], "weights": eight}, "b": {"targets": ["Linear"], "weights": W4}}
+    write_checkpoint(tmp_path, tensors, {**BASE, "config_groups": groups})
+    with codecs.open(tmp_path) as source:
+        assert source.problems == []
+        for name, q in held.items():
+            back = source.read(name)
+            assert isinstance(back, Quantized) and torch.equal(decode(back.weight), decode(q.weight))
+    alike = dict.fromkeys(formats, held["model.embed_tokens"].format)
+    (group,) = CODEC.config(alike, [], None)["quantization_config"]["config_groups"].values()
+    assert group["targets"] == ["Linear", "model.embed_tokens"]
 
 
 def stored(row: str) -> tuple[Format, dict[str, Tensor]]:

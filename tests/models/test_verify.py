@@ -117,6 +117,36 @@ def test_lies(made: Any, tmp_path: Path, label: str, dialect: str, form: str, li
         fewbit.load(path)
 
 
+def test_a_dense_head_under_the_rule_of_a_class_is_a_habit(made: Any, tmp_path: Path) -> None:
+    """Some tools neither quantize the head nor say so; naming it is another matter."""
+    path = edit_config(
+        copy(made("compressed-tensors", "int4-g128"), tmp_path / "x"),
+        lambda c: c["quantization_config"].update(ignore=[]),
+    )
+    assert {f.severity for f in fewbit.verify(path) if f.name == "stored-dense"} == {"warning"}
+    fewbit.load(path)
+
+    def name_it(config: dict[str, Any]) -> None:
+        config["quantization_config"]["config_groups"]["group_0"]["targets"].append("lm_head")
+
+    assert {f.severity for f in fewbit.verify(edit_config(path, name_it)) if f.name == "stored-dense"} == {"error"}
+
+
+def test_the_bias_of_an_affine_cache_is_told_of(made: Any, tmp_path: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        for layer in range(2):
+            for leaf in "kv":
+                name = f"model.layers.{layer}.self_attn.{leaf}_proj.{leaf}"
+                tensors[f"{name}_scale"], tensors[f"{name}_bias"] = torch.tensor(0.01), torch.zeros(1, 2, 1, 32)
+
+    path = edit(copy(made("modelopt", "nvfp4-a16"), tmp_path / "x"), change)
+    scheme = {"num_bits": 8, "type": "float", "dynamic": False}
+    edit_config(path, lambda c: c["quantization_config"].update(kv_cache_scheme=scheme))
+    found = fewbit.verify(path)
+    assert {f.severity for f in found if f.name == "kv-bias"} == {"warning"}
+    assert not [f for f in found if f.severity == "error"]
+
+
 def test_shapes_against_config(made: Any, tmp_path: Path) -> None:
     path = edit_config(copy(made("gptq", "int4-g128"), tmp_path / "x"), lambda c: c.update(intermediate_size=512))
     assert any(f.name == "shape" for f in fewbit.verify(path))

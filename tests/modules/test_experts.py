@@ -114,7 +114,7 @@ def test_experts_of_two_formats_are_refused() -> None:
     first = Quantized(FORMATS["int4-g32"], encode(torch.randn(M, H), FORMATS["int4-g32"].weight))
     other = Quantized(FORMATS["int8-channel"], encode(torch.randn(M, H), FORMATS["int8-channel"].weight))
     held = empty_stack(E, first, torch.device("cpu"))
-    with pytest.raises(UnsupportedError, match=r"up_proj: expert 1 is .* int8, the experts before it .* int4"):
+    with pytest.raises(UnsupportedError, match=r"up_proj: expert 1 is .* int8 .*, the experts before it .* int4 "):
         put(held, 1, other, "up_proj")
 
 
@@ -133,3 +133,17 @@ def test_no_token_at_all() -> None:
     hidden = torch.randn(0, H)
     got = forward(Host(), hidden, torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2))
     assert got.shape == (0, H)
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "text"),
+    [
+        ("int4-g32", "int4-g64", r"expert 1 is .*64.*, the experts before it .*32"),
+        ("fp8-channel", "fp8-channel-a16", r"the experts before it .* with activations"),
+    ],
+)
+def test_experts_that_differ_in_group_or_activations_are_refused(first: str, other: str, text: str) -> None:
+    each = [Quantized(FORMATS[n], encode(torch.randn(M, H), FORMATS[n].weight)) for n in (first, other)]
+    held = empty_stack(E, each[0], torch.device("cpu"))
+    with pytest.raises(UnsupportedError, match=text):
+        put(held, 1, each[1], "up_proj")

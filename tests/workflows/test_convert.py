@@ -1,5 +1,8 @@
 """convert: codes carry over exactly where they can, and nowhere silently where they cannot."""
 
+import json
+import subprocess
+import sys
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -121,3 +124,20 @@ def test_transformers_reads_what_we_write(base: Path, tmp_path: Path) -> None:
         want = model.eval()(ids).logits.float()
         got = fewbit.load(tmp_path / "a", dtype=torch.float32)(ids).logits
     assert (got - want).norm() / want.norm() < 3e-2  # they compute in bfloat16
+
+
+def test_killed_or_out_of_disk(tmp_path: Path) -> None:
+    """What is left is refused or whole, the old model or the new; the same command says what to do, or works."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "tests.workflows.crash", str(tmp_path)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    for row in rows:
+        assert row["end"] in ("killed", "capacity", "done"), row
+        whole = {"awq"} if row["end"] == "done" else {"refused", "awq"} | ({"gptq"} if row["overwrite"] else set())
+        assert row["found"] in whole and row["after"] == "awq", row
+        assert row["again"] == "done" or "--overwrite" in row["again"], row
+        assert row["end"] != "capacity" or row["found"] == ("gptq" if row["overwrite"] else "refused"), row
+    assert {"killed", "capacity", "done"} == {row["end"] for row in rows}
+    assert {"refused", "awq", "gptq"} == {row["found"] for row in rows if row["end"] == "killed"}
