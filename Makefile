@@ -16,7 +16,7 @@ demo: .venv/ready  ## a small real model: what it is, whether it is sound, what 
 	$(BIN)/fewbit demo
 
 test: .venv/ready  ## everything that runs on a CPU
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m "not slow and not checkpoints"
 
 check: .venv/ready  ## format, lint, types
 	$(BIN)/ruff format --check .

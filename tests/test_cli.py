@@ -87,14 +87,12 @@ def test_interrupt_of_verify(tmp_path: Path) -> None:
     big = llama(tmp_path / "big", hidden_size=512, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=8)
     fewbit.convert(big, tmp_path / "q", "compressed-tensors", requantize="int4-g128")
     command = [sys.executable, "-m", "fewbit", "verify", str(tmp_path / "q")]
-    for wait in (0.3, 2.0):
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        time.sleep(wait)
-        child.send_signal(signal.SIGINT)
-        _, error = child.communicate(timeout=60)
-        assert child.returncode in (0, 130, -signal.SIGINT)
-        if child.returncode == 130:
-            assert "Traceback" not in error
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(2.0)  # past the interpreter's own start, where an interrupt is not ours to handle
+    child.send_signal(signal.SIGINT)
+    _, error = child.communicate(timeout=60)
+    assert child.returncode in (0, 130)
+    assert "Traceback" not in error
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from typing import Any
 
 from fewbit.codecs.codec import Codec, Located, quantization_config
 from fewbit.codecs.source import Entry, Source, group
+from fewbit.codecs.source import plan_of as source_plan
 from fewbit.errors import CheckpointError, UnsupportedError
 from fewbit.files.checkpoint import Checkpoint, open_checkpoint
 from fewbit.quant.plan import READERS, Plan
@@ -33,15 +34,16 @@ def _register() -> None:
 
 def plan_of(config: dict[str, Any]) -> Plan:
     """The plan of a quantization_config, whichever dialect it is."""
-    codec, _ = claimant(Located(config, "quantization_config"))
-    return codec.plan(config)
+    located = Located(config, "quantization_config")
+    codec, _ = claimant(located)
+    return source_plan(codec, located)
 
 
 _register()
 READERS.append(plan_of)
 
 
-def open(path: str | Path) -> Source:  # noqa: A001
+def open(path: str | Path) -> Source:
     """Open a folder or a file, find the one dialect that claims it, and sort its tensors."""
     checkpoint = open_checkpoint(path)
     try:

@@ -51,6 +51,8 @@ def _weight(spec: QuantSpec, tensors: Mapping[str, Tensor]) -> QTensor:
     if PACKED in tensors:
         if tensors[PACKED].dtype == torch.int32:
             return _packed(spec, tensors)
+        if spec.element.kind == "int" and tensors[PACKED].dtype == torch.uint8:
+            raise CheckpointError(f"{PACKED}: integers are packed in int32 words, found {tensors[PACKED].dtype}")
         codes = matrix(PACKED, tensors[PACKED], torch.uint8)
         outer = [(OUTER, need(tensors, OUTER, "NVFP4 has two levels of scales"))] if len(spec.scales) == 2 else []
         return bound(spec, (codes.shape[0], codes.shape[1] * 2), codes, scale, *outer)
@@ -78,7 +80,7 @@ def _packed(spec: QuantSpec, tensors: Mapping[str, Tensor]) -> QTensor:
 
 def _shape(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     found = need(tensors, SHAPE, "the packed columns do not say where they end").reshape(-1).tolist()
-    if len(found) != 2 or min(found) <= 0:
+    if len(found) != 2 or min(found) <= 0 or not all(isinstance(size, int) for size in found):
         raise CheckpointError(f"{SHAPE}: want two positive sizes, found {found}")
     return int(found[0]), int(found[1])
 

@@ -68,9 +68,17 @@ class Source:
         self.close()
 
 
+def plan_of(codec: Codec, located: Located) -> Plan:
+    """The plan of a config; a value of a type that no tool writes is the file's fault."""
+    try:
+        return codec.plan(located.config)
+    except (TypeError, AttributeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{located.where}: not a config of {codec.name}: {error}") from error
+
+
 def group(checkpoint: Checkpoint, codec: Codec, located: Located) -> Source:
     """Sort the tensors of a safetensors checkpoint into modules, dense tensors, KV scales and surplus."""
-    plan = codec.plan(located.config)
+    plan = plan_of(codec, located)
     source = Source(checkpoint.path, codec.name, "", checkpoint.config, plan, checkpoint, explicit=codec.explicit)
     modules: dict[str, dict[str, TensorInfo]] = {}
     endings = codec.shared(located.config) if codec.shared else ()

@@ -62,7 +62,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _unknown(raw: Mapping[str, Any]) -> list[str]:
-    near = [f"transformers {VERSION} knows {len(CONFIG_MAPPING)} types; architectures says {raw.get('architectures')}"]
+    known = f"transformers {VERSION} knows {len(CONFIG_MAPPING.keys())} types"
+    near = [f"{known}; architectures says {raw.get('architectures')}"]
     if "auto_map" in raw:
         near.append("auto_map names code in the checkpoint; trust_remote_code=True would import and run it")
     return near
