@@ -7,10 +7,10 @@ Other packages add to each through the entry-point groups `fewbit.codecs`, `fewb
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any
 
 import torch
 
+from fewbit import algos as algorithms
 from fewbit import codecs
 from fewbit.codecs import gguf
 from fewbit.codecs.codec import Codec
@@ -110,13 +110,11 @@ def kernels() -> list[KernelInfo]:
 
 def algos() -> list[AlgoInfo]:
     """Every algorithm that chooses codes."""
-    found = {"rtn": AlgoInfo("rtn", (), "round to nearest, with the scales of the format's own rule", OURS)}
-    for point in entry_points(group="fewbit.algos"):
-        if point.name in found:
-            first = found[point.name].origin
-            raise SpecError(f"two algorithms are called {point.name!r}: of {first} and {point.value}")
-        found[point.name] = _algo(point.name, point.load(), point.value)
-    return list(found.values())
+    origins = algorithms.origins()
+    return [
+        AlgoInfo(name, tuple(sorted(algo.needs)), algo.summary, origins.get(name, OURS))
+        for name, algo in algorithms.ALGOS.items()
+    ]
 
 
 def _dialect(codec: Codec, origin: str) -> DialectInfo:
@@ -165,10 +163,3 @@ def _kernels_of_others() -> Iterator[tuple[str, Kernel]]:
         loaded = point.load()
         for kernel in (loaded,) if isinstance(loaded, Kernel) else loaded():
             yield point.value, kernel
-
-
-def _algo(name: str, algo: Any, origin: str) -> AlgoInfo:
-    if not callable(algo):
-        raise SpecError(f"entry point {name!r} of fewbit.algos gives {type(algo).__name__}, not a function")
-    summary = (algo.__doc__ or "").strip().partition("\n")[0]
-    return AlgoInfo(name, tuple(sorted(getattr(algo, "NEEDS", ()))), summary, origin)

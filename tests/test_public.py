@@ -7,8 +7,8 @@ import fewbit
 
 NAMES = [
     "FORMATS", "CapacityError", "CheckpointError", "Element", "FewbitError", "Finding", "Format", "Plan", "QTensor",
-    "QuantSpec", "RequestError", "Scale", "SpecError", "UnsupportedError", "convert", "dialects", "doctor", "formats",
-    "inspect", "kernels", "load", "verify",
+    "QuantSpec", "RequestError", "Scale", "SpecError", "UnsupportedError", "convert", "dialects", "diff", "doctor",
+    "evaluate", "formats", "inspect", "kernels", "load", "quantize", "verify",
 ]  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from shutil import copytree
 import pytest
 import torch
 
-from fewbit import registry
+from fewbit import algos, registry
 from fewbit.errors import SpecError
 from fewbit.kernels import registry as kernels
 from fewbit.quant import formats
@@ -103,7 +103,7 @@ def test_names_are_unique() -> None:
 def test_an_installed_package_is_listed(site: Path) -> None:
     code = """
 import json, fewbit
-from fewbit import registry
+from fewbit import algos, registry
 rows = (registry.formats(), registry.dialects(), registry.kernels(), registry.algos())
 others = [row for table in rows for row in table if row.origin != "fewbit"]
 print(json.dumps({type(row).__name__: [row.name, row.origin] for row in others}))
@@ -113,7 +113,7 @@ assert "int4-g16" in fewbit.FORMATS and fewbit.FORMATS["int4-g16"].weight.scales
         "FormatInfo": ["int4-g16", "fewbit_toy.formats:INT4_G16"],
         "DialectInfo": ["toy-int4", "fewbit_toy.codec:CODEC"],
         "KernelInfo": ["toy-unpacked", "fewbit_toy.kernel:KERNEL"],
-        "AlgoInfo": ["toy-shrink", "fewbit_toy.algo:shrink"],
+        "AlgoInfo": ["toy-shrink", "fewbit_toy.algo:ALGO"],
     }
 
 
@@ -170,7 +170,7 @@ print("ok")
 def test_the_example_writes_its_dialect(site: Path, tmp_path: Path) -> None:
     code = """
 import sys, fewbit
-made = fewbit.convert(sys.argv[1], sys.argv[2], "toy-int4", requantize="int4-g16")
+made = fewbit.quantize(sys.argv[1], sys.argv[2], "int4-g16", algo="toy-shrink", to="toy-int4")
 assert made.dialect == "toy-int4" and len(made.modules) == 14, made
 info = fewbit.inspect(sys.argv[2])
 assert (info.dialect, {m.format for m in info.modules}) == ("toy-int4", {"int4-g16"})
@@ -184,11 +184,12 @@ print("ok")
 def test_the_example_algorithm_is_no_worse_than_rounding(site: Path) -> None:
     code = """
 import torch, fewbit
-from importlib.metadata import entry_points
+from fewbit import algos
 from fewbit.quant.reference import decode, encode
-shrink = entry_points(group="fewbit.algos")["toy-shrink"].load()
+algo = algos.get("toy-shrink")
 w, spec = torch.randn(32, 256, generator=torch.Generator().manual_seed(0)), fewbit.FORMATS["int4-g16"].weight
-assert (decode(shrink(w, None, spec)) - w).norm() <= (decode(encode(w, spec)) - w).norm()
+(found,) = algo.encode([w], [spec], None, algo.options())
+assert (decode(found.weight) - w).norm() <= (decode(encode(w, spec)) - w).norm()
 print("ok")
 """
     assert python(code, site).endswith("ok\n")
@@ -199,8 +200,8 @@ CLASH = [
     ("new = one:ROW; new = two:ROW", "formats", r"'new': one:ROW and two:ROW"),
     ("odd = fewbit.quant.pack:pack", "formats", r"'odd' of fewbit.formats gives function, not a Format"),
     ("rtn = other:algo", "algos", r"'rtn': of fewbit and other:algo"),
-    ("odd = fewbit.quant.pack:__doc__", "algos", r"'odd' of fewbit.algos gives str, not a function"),
-    ("own = fewbit.kernels.registry:KERNELS.__iter__", "kernels", r"'reference': of fewbit and fewbit.kernels"),
+    ("odd = fewbit.quant.pack:__doc__", "algos", r"'odd' of fewbit.algos gives str, not an Algo"),
+    ("own = fewbit.kernels.registry:KERNELS.__iter__", "kernels", r"'decoded': of fewbit and fewbit.kernels"),
 ]  # fmt: skip
 
 
@@ -210,8 +211,8 @@ def test_a_taken_name_names_both(points: str, group: str, message: str, monkeypa
         parts = (line.split(" = ") for line in points.split("; "))
         return EntryPoints(EntryPoint(n, value, f"fewbit.{group}") for n, value in parts).select(**wanted)
 
-    caches = (formats.origins, formats._more, kernels.kernels)
-    for module in (formats, kernels, registry):
+    caches = (formats.origins, formats._more, kernels.kernels, algos._points)
+    for module in (formats, kernels, registry, algos):
         monkeypatch.setattr(module, "entry_points", installed)
     for cache in caches:
         cache.cache_clear()

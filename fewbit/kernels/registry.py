@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import SpecError
-from fewbit.kernels import torch_dequant
+from fewbit.kernels import torch_decoded, torch_dequant
 from fewbit.quant.qtensor import Quantized
 from fewbit.quant.spec import Format
 
@@ -35,6 +35,7 @@ class Kernel:
     prepack: Callable[[Quantized], Any]
     run: Callable[..., Tensor]  # linear: (x, packed, bias); experts: (x, packed, rows of each expert)
     capability: tuple[int, int] = (0, 0)  # least CUDA compute capability
+    asked: bool = False  # only for who names it
     note: str = ""
 
     def refusal(self, format: Format, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -57,9 +58,17 @@ def _anything(format: Format, device: torch.device, dtype: torch.dtype) -> None:
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-REFERENCE = "reference"
+REFERENCE, DECODED = "reference", "decoded"
 
 KERNELS: tuple[Kernel, ...] = (
+    Kernel(
+        DECODED, "linear", (), FLOATS, _anything, torch_decoded.prepack_linear, torch_decoded.run_linear, asked=True,
+        note="the reference with weights decoded once: quantize, evaluate and diff run a layer on it and let it go",
+    ),
+    Kernel(
+        DECODED, "experts", (), FLOATS, _anything, torch_decoded.prepack_experts, torch_decoded.run_experts, asked=True,
+        note="the same, one expert at a time",
+    ),
     Kernel(
         REFERENCE, "linear", (), FLOATS, _anything, torch_dequant.prepack_linear, torch_dequant.run_linear,
         note="the oracle: weights decoded at each call, activations rounded as the format says",

@@ -14,7 +14,7 @@ def select(
 ) -> tuple[Kernel, Refusals]:
     """The first kernel that can. mode: "auto", or the name of the one kernel that may run."""
     refused: Refusals = []
-    named = [k for k in kernels() if k.op == op and mode in ("auto", k.name)]
+    named = [k for k in kernels() if k.op == op and (mode == k.name or (mode == "auto" and not k.asked))]
     if not named:
         known = sorted({k.name for k in kernels() if k.op == op} | {"auto"})
         raise SpecError(f"kernels={mode!r}: no {op} kernel has that name; known: {', '.join(known)}")

@@ -44,7 +44,7 @@ def run_linear(x: Tensor, packed: Rows, bias: Tensor | None = None) -> Tensor:
     else:
         y = _by_runs(rounded, packed.runs, q.weight.shape[-2])
         y = y if bias is None else y.add_(bias)
-    return _low_rank(x, q.transforms, y)
+    return low_rank(x, q.transforms, y)
 
 
 def _by_runs(x: Tensor, runs: Sequence[QTensor], n: int) -> Tensor:
@@ -57,7 +57,7 @@ def _by_runs(x: Tensor, runs: Sequence[QTensor], n: int) -> Tensor:
     return y
 
 
-def _low_rank(x: Tensor, transforms: Sequence[Transform], y: Tensor) -> Tensor:
+def low_rank(x: Tensor, transforms: Sequence[Transform], y: Tensor) -> Tensor:
     for transform in transforms:
         if transform.kind == "low_rank":
             a, b = (transform.tensors[name].to(x.dtype) for name in ("a", "b"))

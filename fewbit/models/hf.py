@@ -214,6 +214,10 @@ def attention_of(model: PreTrainedModel) -> str:
     return str(model.config._attn_implementation)
 
 
+def input_embedding(model: PreTrainedModel) -> nn.Module | None:
+    return model.get_input_embeddings()
+
+
 def output_head(model: PreTrainedModel) -> nn.Module | None:
     return model.get_output_embeddings()
 
@@ -232,3 +236,14 @@ def generation_config(path: str | Path) -> GenerationConfig | None:
     """The folder's generation_config.json, if it has one."""
     file = Path(path) / "generation_config.json"
     return GenerationConfig.from_pretrained(path, local_files_only=True) if file.is_file() else None
+
+
+def register_attention(name: str, function: Any) -> None:
+    """Let models route their attention to a function, with the mask of the eager path."""
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, eager_mask)
+
+
+def pretrained(path: str | Path, **options: Any) -> PreTrainedModel:
+    """transformers' own model of a folder (or of a name on its hub), weights loaded as transformers loads them."""
+    return transformers.AutoModelForCausalLM.from_pretrained(path, **options)

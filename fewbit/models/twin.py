@@ -61,13 +61,7 @@ def check(config: Any) -> Verdict:
     """Our path against eager transformers on the twin; our attention first, transformers' own where that differs."""
     try:
         small = shrink(config)
-        torch_state = torch.get_rng_state()
-        try:
-            torch.manual_seed(0)
-            truth = hf.random_model(small)
-            randomize(truth)
-        finally:
-            torch.set_rng_state(torch_state)
+        truth = random(small)
         wanted = logits(truth, small)
     except Exception as error:  # whatever a model definition raises on this config is the finding
         return Verdict(math.inf, "", f"no twin: {type(error).__name__}: {first_line(error)}")
@@ -80,6 +74,26 @@ def check(config: Any) -> Verdict:
         if found.exact:
             break
     return verdict
+
+
+def random(small: Any) -> Any:
+    """transformers' own model of a config, its weights always the same."""
+    torch_state = torch.get_rng_state()
+    try:
+        torch.manual_seed(0)
+        truth = hf.random_model(small)
+        randomize(truth)
+    finally:
+        torch.set_rng_state(torch_state)
+    return truth
+
+
+def filled(small: Any, attention: str) -> tuple[dict[str, Tensor], Any]:
+    """The twin of a shrunk config on our path: its weights by disk name, and the model that holds them."""
+    state = hf.disk_state(random(small))
+    model = hf.build(small, torch.float32, attention)
+    fill(model, Memory(state))
+    return state, model
 
 
 def attempt(small: Any, attention: str, state: dict[str, Tensor], wanted: list[Tensor]) -> Verdict:

@@ -18,6 +18,7 @@ from fewbit.quant.spec import QuantSpec
 NAME = "fewbit"
 HARMLESS = ("position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k")  # what the mask says already
 KV = "fewbit_kv"  # attribute of an attention module: (spec, planes of k, planes of v)
+WATCH_KV = "fewbit_watch_kv"  # attribute of an attention module: called with (key, value) as they would be cached
 
 
 def forward(
@@ -35,6 +36,8 @@ def forward(
 ) -> tuple[Tensor, None]:
     """query: [B, H, Q, D], key: [B, G, T, D], value: [B, G, T, Dv], mask: additive [B, 1, Q, T] -> [B, Q, H, Dv]."""
     known_or_raise(module, others)
+    if (watch := getattr(module, WATCH_KV, None)) is not None:
+        watch(key, value)
     if (kv := getattr(module, KV, None)) is not None:
         key, value = rounded(key, value, *kv)
     mask = attention_mask[..., : key.shape[-2]] if attention_mask is not None else None

@@ -5,6 +5,7 @@ is what it is told to call. Gate and up stay separate parts, since each may have
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol, Self
 
 import torch
@@ -16,6 +17,7 @@ from fewbit.quant.qtensor import QTensor, Quantized, Transform
 from fewbit.quant.spec import Format, describe
 
 ATTRIBUTE = "fewbit_experts"  # where a host holds its Experts
+WATCH = "fewbit_watch"  # where a host holds what watches it: a Watch
 
 
 class Host(Protocol):
@@ -28,6 +30,18 @@ class Host(Protocol):
     act_fn: Callable[[Tensor], Tensor]
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor: ...
+
+
+class Watch(Protocol):
+    """Told of every input of a projection, before the projection runs. What it sees changes no output."""
+
+    every: Sequence[int]  # experts to be shown all tokens, whatever the router chose
+
+    def routed(self, rows: Sequence[int]) -> None: ...
+
+    def __call__(self, projection: str, x: Tensor, rows: Sequence[int]) -> None: ...
+
+    def shown(self, projection: str, x: Tensor, expert: int) -> None: ...
 
 
 class Experts(nn.Module):
@@ -61,14 +75,34 @@ def forward(host: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tenso
     rows = torch.bincount(choices, minlength=host.num_experts)[: host.num_experts].tolist()
     order = order[: sum(rows)]
     token = order // top_k_index.shape[-1]
-    up = "gate_up_proj" if host.has_gate else "up_proj"
-    x = project(host, up, hidden[token], rows)
-    x = host._apply_gate(x) if host.has_gate else host.act_fn(x)
+    watch: Watch | None = getattr(host, WATCH, None)
+    if watch is not None:
+        watch.routed(rows)
+        show_all(host, hidden, watch)
+    x = raised(host, hidden[token], rows, partial(watch, rows=rows) if watch is not None else None)
     x = project(host, "down_proj", x, rows)
     if getattr(host, "has_post_expert_norm", False):
         x = host.post_expert_norm(x)
     x = x * top_k_weights.reshape(-1)[order, None]
     return torch.zeros_like(hidden).index_add_(0, token, x.to(hidden.dtype))
+
+
+def show_all(host: Any, hidden: Tensor, watch: Watch) -> None:
+    """Run the experts that are to see every token, one by one, for the watch alone."""
+    for e in watch.every:
+        raised(host, hidden, [len(hidden) * (i == e) for i in range(host.num_experts)], partial(watch.shown, expert=e))
+
+
+def raised(host: Any, x: Tensor, rows: Sequence[int], tell: Callable[[str, Tensor], None] | None) -> Tensor:
+    """x: [S, H] sorted by expert -> what the down projection reads."""
+    up = "gate_up_proj" if host.has_gate else "up_proj"
+    if tell is not None:
+        tell(up, x)
+    x = project(host, up, x, rows)
+    x = host._apply_gate(x) if host.has_gate else host.act_fn(x)
+    if tell is not None:
+        tell("down_proj", x)
+    return x
 
 
 def project(host: Any, name: str, x: Tensor, rows: Sequence[int]) -> Tensor:

@@ -1,52 +1,15 @@
-"""The command line: one verb per workflow. Heavy imports happen inside the verbs, so --help answers at once."""
+"""Verbs on checkpoints as they are: what one is, whether it is sound, the same in another dialect."""
 
 import json
-import os
-import sys
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from fewbit.errors import FewbitError
-
-app = typer.Typer(
-    name="fewbit",
-    help="Quantize any Hugging Face language model to any common low-bit format, prove what that cost, and serve it.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder, or one .gguf or .safetensors file.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+from fewbit.cli.show import Json, Model, progress, table
 
 
-def main() -> None:
-    """Run the command line; expected errors become one message and exit code 1."""
-    try:
-        sys.exit(app(standalone_mode=False) or 0)  # what typer.Exit carries comes back as the value
-    except FewbitError as error:
-        sys.exit(f"fewbit: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of a pipe went away: what is left to flush has nowhere to go
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except OSError as error:
-        sys.exit(f"fewbit: {error}")
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # a usage error of typer's has one
-            raise
-        asked = "" if sys.argv[1:] else error.format_message()  # no arguments: the message is the help itself
-        print(asked or f"fewbit: {error.format_message()}\nTry: fewbit --help", file=sys.stderr)
-        sys.exit(2)
-
-
-@app.command()
 def inspect(
     model: Model,
     all: Annotated[bool, typer.Option("--all", help="One line for every module, not one for each format.")] = False,
@@ -85,7 +48,6 @@ def inspect(
             print(f"  not {reason}")
 
 
-@app.command()
 def verify(model: Model, as_json: Json = False) -> None:
     """Prove a checkpoint whole without running it; exit code 1 when it is not."""
     from fewbit.models.verify import verify as run
@@ -101,7 +63,6 @@ def verify(model: Model, as_json: Json = False) -> None:
     raise typer.Exit(1 if errors else 0)
 
 
-@app.command()
 def convert(
     src: Model,
     to: Annotated[str, typer.Option("--to", help="A dialect: gptq, awq, fp8, compressed-tensors, gguf ... or dense.")],
@@ -134,7 +95,6 @@ def convert(
           f" {done.difference:.3g} of its tensor's largest")  # fmt: skip
 
 
-@app.command()
 def doctor(as_json: Json = False) -> None:
     """Show what this machine can do: devices, what is installed, which formats run fast, slow or emulated, and why."""
     from fewbit.workflows.doctor import doctor as run
@@ -144,7 +104,6 @@ def doctor(as_json: Json = False) -> None:
     print(json.dumps(report, indent=2) if as_json else render(report))
 
 
-@app.command()
 def demo(
     model: Annotated[str | None, typer.Argument(help="A checkpoint of your own instead of the demo model.")] = None,
     prompt: Annotated[str, typer.Option(help="What to ask.")] = "What is a quantized language model? One sentence.",
@@ -157,38 +116,4 @@ def demo(
         print(line, end="", flush=True)
 
 
-def table(title: str, columns: list[str], rows: Iterable[tuple[Any, ...]]) -> None:
-    """A table on a terminal, tab-separated lines otherwise."""
-    rows = list(rows)
-    if not rows:
-        return
-    if not sys.stdout.isatty():
-        print(f"\n{title}")
-        print("\n".join("\t".join(map(str, row)) for row in [tuple(columns), *rows]))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    drawn = Table(*columns, title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for row in rows:
-        drawn.add_row(*map(str, row))
-    Console().print(drawn)
-
-
-def progress(names: Iterable[str], label: str) -> Iterator[str]:
-    """A live bar on a terminal, a line now and then otherwise."""
-    names = list(names)
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import track
-
-        yield from track(names, label, console=Console(stderr=True))
-        return
-    for i, name in enumerate(names):
-        if i % max(1, len(names) // 4) == 0:
-            print(f"{label}: {i}/{len(names)} {name}", file=sys.stderr)
-        yield name
-
-
-if __name__ == "__main__":
-    main()
+VERBS = (inspect, verify, convert, doctor, demo)

@@ -1,0 +1,77 @@
+"""Verbs that say what a quantization cost: eval against the text and the base, diff module by module."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from fewbit.cli.show import Json, Model, progress, table
+
+Text = Annotated[str | None, typer.Option("--text", help="A text file; left out: the evaluation text that ships.")]
+Device = Annotated[str, typer.Option("--device", help="Where layers run: cpu, cuda ...")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; left out: the base's own.")]
+Format = Annotated[str | None, typer.Option("--format", help="Round the weights to this format as they are read.")]
+
+
+def eval_(
+    model: Model,
+    against: Annotated[str | None, typer.Option("--against", help="The base to compare with.")] = None,
+    text: Text = None,
+    format: Format = None,
+    context: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
+    windows: Annotated[int | None, typer.Option(help="At most so many windows.")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Perplexity, and against a base KL divergence and top-1 agreement, each with its 95 % interval."""
+    from fewbit.workflows.evaluate import evaluate, rows
+
+    found = evaluate(model, text=text, against=against, format=format, context=context, windows=windows,
+                     device=device, dtype=dtype, progress=progress)  # fmt: skip
+    if as_json:
+        print(json.dumps(found.to_json(), indent=2))
+        return
+    table(f"{model} over {found.tokens} tokens", ["figure", "value", "95 % interval"], rows(found))
+
+
+def diff(
+    a: Model,
+    b: Annotated[str | None, typer.Argument(metavar="[B]", help="What is compared with it.")] = None,
+    text: Text = None,
+    format: Format = None,
+    tokens: Annotated[int, typer.Option(help="How many tokens to run.")] = 2048,
+    context: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    kernels: Annotated[str, typer.Option(help="Kernels of A and of B: decoded,auto ...")] = "decoded,decoded",
+    activations: Annotated[str, typer.Option(help="Of A and of B: declared,off ...")] = "declared,declared",
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    all: Annotated[bool, typer.Option("--all", help="One line for every module.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run two models on the same tokens and say, module by module, where they part and who is guilty first."""
+    from fewbit.workflows.diff import diff as run
+    from fewbit.workflows.diff import figures, layer_rows, module_rows, verdict
+
+    found = run(a, b, text=text, format=format, tokens=tokens, context=context, kernels=_pair(kernels, "--kernels"),
+                activations=_pair(activations, "--activations"), device=device, dtype=dtype,
+                progress=progress)  # fmt: skip
+    if as_json:
+        print(json.dumps(found.to_json(), indent=2))
+        return
+    table("Modules", ["module", "formats", "weights", "same input", "own input", "explained"], module_rows(found, all))
+    table("Layers", ["layer", "same input", "own input"], layer_rows(found))
+    table("Logits", ["figure", "value", "95 % interval"], figures(found))
+    print(verdict(found))
+
+
+def _pair(text: str, flag: str) -> tuple[str, str]:
+    from fewbit.errors import RequestError
+
+    parts = text.split(",")
+    if len(parts) != 2:
+        raise RequestError(f"{flag} {text!r}: want two words with a comma, of A and of B")
+    return parts[0], parts[1]
+
+
+VERBS = (eval_, diff)

@@ -1,0 +1,1 @@
+"""Transforms: linear changes of coordinates that weights and activations undergo together."""
