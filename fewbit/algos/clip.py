@@ -117,7 +117,7 @@ def _keep(best: Found, now: Found) -> None:
 def _error(x: Tensor, chosen: Planes, spec: QuantSpec, w: Tensor, metric: Tensor | None) -> Tensor:
     scale, zero = values(chosen, spec, tuple(w.shape))
     ideal = in_codes(x, scale, zero, spec)
-    back = from_codes(nearest(spec.element)(ideal, ideal), scale, zero, spec)
+    back = from_codes(nearest(spec.element, x.device)(ideal, ideal), scale, zero, spec)
     return block_errors(back.sub_(x), metric)
 
 

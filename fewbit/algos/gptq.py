@@ -159,7 +159,7 @@ def _solve(stack: Stack, h: Tensor, options: Options, damp: float) -> list[Encod
 def _loop(stack: Stack, factors: Factor, index: Tensor, options: Options) -> list[QTensor]:
     whole = torch.cat(list(stack.weights))
     back = index.argsort()
-    rounding = nearest(stack.spec.element, middle(stack.spec))
+    rounding = nearest(stack.spec.element, whole.device, middle(stack.spec))
     wait = stack.waits and options.order != "static"
     codes = stack.begin(whole, index, factors.d[back], wait)
     w = whole.T[index].contiguous()

@@ -84,7 +84,7 @@ def hadamard(size: int, device: torch.device) -> Tensor:
     m = torch.ones(1, 1, device=device)
     while m.shape[0] < size:
         m = torch.cat([torch.cat([m, m], 1), torch.cat([m, -m], 1)])
-    return m / size**0.5
+    return m.div(size**0.5)
 
 
 def rotation(size: int, device: torch.device) -> Transform:

@@ -15,7 +15,6 @@ from torch import Tensor
 from fewbit.algos.algo import Algo, Encoded, Stats, shared_planes
 from fewbit.algos.search import TRIALS, Trial, encode_searched, search
 from fewbit.errors import SpecError
-from fewbit.quant import elements
 from fewbit.quant.ggml_rules import GGML_RULES
 from fewbit.quant.qtensor import Planes, QTensor, scale_codes
 from fewbit.quant.reference import assign, decode
@@ -55,7 +54,7 @@ def _fits(spec: QuantSpec) -> bool:
 def _encode(w: Tensor, spec: QuantSpec, options: Options) -> Encoded:
     plain = encode_plain(w, spec)
     base = {name: scale_codes(plain, name) for name in plain.planes if name != "codes"}
-    found = assign(w, spec, search(w, spec, base, None, options.trials, partial(_walk, options=options)))
+    found = assign(w, spec, search(w, spec, base, None, options.trials, partial(_walk, options=options), options.power))
     losses = {"loss": _loss(w, found, options.power), "rtn_loss": _loss(w, plain, options.power)}
     return Encoded(found, log=losses)
 
@@ -65,20 +64,17 @@ def _loss(w: Tensor, q: QTensor, power: float) -> float:
 
 
 def _walk(state: Trial, trials: int, options: Options) -> Planes:
-    state = Trial(state.x, state.cost, state.spec, state.held, state.best, options.power)
     state.shrink(trials)
+    weight = torch.ones_like(state.x) if state.cost is None else state.cost
     for _ in range(options.rounds):
         scale, units = state.rounded(state.best)
         dense = state.x - _sparse(state.x - units * scale, scale, options)
-        zero0 = state.best.get("zero0")
-        weight = torch.ones_like(units) if state.cost is None else state.cost
-        if zero0 is not None:
-            element = state.spec.zeros[0].element
+        if "zero0" in state.best:
             shift = ((units - dense / scale) * weight).sum(0) / weight.sum(0)
-            state.consider(state.best["scale0"], elements.encode(elements.decode(zero0, element) + shift, element))
+            state.consider(state.best["scale0"], state.shifted(shift))
         ideal = (units * dense * weight).sum(0) / (units * units * weight).sum(0)
         state.consider(state.stored(ideal), state.best.get("zero0"))
-    return state.best
+    return state.planes
 
 
 def _sparse(error: Tensor, scale: Tensor, options: Options) -> Tensor:

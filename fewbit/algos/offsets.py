@@ -64,7 +64,7 @@ def dense(t: Rounding) -> Tensor:
     scale, zero = values(t.planes, t.spec, t.shape)
     x = in_codes(t.w, scale, zero, t.spec)
     x = x.add_(t.offsets * spacing(x, t.spec.element))
-    return unblocked(from_codes(nearest(t.spec.element)(x, x), scale, zero, t.spec), t.shape)
+    return unblocked(from_codes(nearest(t.spec.element, x.device)(x, x), scale, zero, t.spec), t.shape)
 
 
 def move(t: Rounding, grad: Tensor, lr: float, lr_ends: float) -> None:
@@ -77,7 +77,7 @@ def move(t: Rounding, grad: Tensor, lr: float, lr_ends: float) -> None:
     inside = (moved >= t.spec.element.min - gap / 2) & (moved <= t.spec.element.max + gap / 2)
     t.offsets.sub_(g.sign().mul_(scale.sign() * lr).mul_(inside)).clamp_(-0.5, 0.5)
     if t.ends is not None:
-        slopes = _slopes(t.spec, t.ends, g, x, nearest(t.spec.element)(moved, moved), inside, scale, zero)
+        slopes = _slopes(t.spec, t.ends, g, x, nearest(t.spec.element, x.device)(moved, moved), inside, scale, zero)
         t.ends.factors = (t.ends.factors - lr_ends * slopes.sign()).clamp_(*SPAN)
         t.planes = t.ends.planes()
 

@@ -1,6 +1,7 @@
 """Rounding to the values of an element, not to its codes: what loops over columns and over trial scales do most.
 
-`nearest` agrees with decode of encode for every value, and stays in float32 all the way.
+`nearest` agrees with decode of encode for every value, and stays in float32 all the way: few small operations on a CPU,
+on a GPU even fewer, because there each one costs a launch.
 """
 
 from collections.abc import Callable
@@ -21,18 +22,27 @@ def middle(spec: QuantSpec) -> float:
     return float(2 ** (int(spec.element.bits) - 1)) if spec.zeros_in_codes else 0.0
 
 
-@cache
-def nearest(element: Element, shift: float = 0.0) -> Round:
+def decoded(codes: Tensor, element: Element) -> Tensor:
+    """elements.decode without its table, which would travel to a GPU at each call."""
+    return codes.view(torch.float8_e4m3fn).float() if element.name == "e4m3" else elements.decode(codes, element)
+
+
+def nearest(element: Element, device: torch.device, shift: float = 0.0) -> Round:
     """-> a function that rounds to the values of the element, less `shift`."""
     if element.kind == "int":
         low, high = element.min - shift, element.max - shift
         return lambda x, out: torch.round(x, out=out).clamp_(low, high)
-    if element.kind == "float":
-        return _float(element)
-    return lambda x, out: out.copy_(elements.decode(elements.encode(x, element), element))
+    if element.kind == "float" and device.type == "cpu":
+        return _by_steps(element)
+    edges, values = _edges(element, device)
+    return lambda x, out: torch.index_select(values, 0, _bins(x, edges), out=out.view(-1)).view(x.shape)
 
 
-def _float(element: Element) -> Round:
+def _bins(x: Tensor, edges: Tensor) -> Tensor:
+    return torch.bucketize(x.contiguous().view(-1), edges, out_int32=True)
+
+
+def _by_steps(element: Element) -> Round:
     """The step between neighbours is a power of two that the exponent of x gives, but below the normals it is fixed."""
     top, finest = element.top, 2.0 ** (1 - element.bias - element.mantissa)
     shift = element.mantissa << 23
@@ -43,3 +53,14 @@ def _float(element: Element) -> Round:
         return torch.div(x, step, out=out).round_().mul_(step).clamp_(-top, top)
 
     return to_float
+
+
+@cache
+def _edges(element: Element, device: torch.device) -> tuple[Tensor, Tensor]:
+    """-> the largest x that goes to each value but the last, and the values, in order."""
+    values = elements.values(element)
+    values = torch.unique(values[torch.isfinite(values)])
+    middles = ((values[1:].double() + values[:-1].double()) / 2).float()
+    upward = elements.decode(elements.encode(middles, element), element) == values[1:]
+    edges = torch.where(upward, torch.nextafter(middles, torch.full_like(middles, -torch.inf)), middles)
+    return edges.to(device), values.to(device)

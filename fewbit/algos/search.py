@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fewbit.algos.rounding import middle, nearest
+from fewbit.algos.rounding import decoded, middle, nearest
 from fewbit.quant import elements
 from fewbit.quant.blocks import At, blocked, over, part, pieces, regrid
 from fewbit.quant.elements import E8M0, Element
@@ -23,6 +23,7 @@ from fewbit.quant.spec import QuantSpec, Scale
 Walk = Callable[["Trial", int], Planes]  # how a search goes on from where it starts
 
 CHUNK = 1 << 17  # values worked on at a time on a CPU
+BATCH = 1 << 16  # values of all trials that are made at once
 TRIALS = 16
 LEAST = {1: 0.3, 2: 0.3, 3: 0.45, 4: 0.6, 5: 0.7, 6: 0.8, 7: 0.85, 8: 0.9}  # bits -> the most that a range shrinks
 
@@ -35,7 +36,7 @@ class Chain:
     outer: tuple[Tensor, ...]
 
     def value(self, stored: Tensor) -> Tensor:
-        inner = elements.decode(stored, self.scales[0].element)
+        inner = decoded(stored, self.scales[0].element)
         total = 1 / inner if self.scales[0].op == "div" else inner
         for scale, outer in zip(self.scales[1:], self.outer, strict=True):
             total = total + outer if scale.op == "add" else total / outer if scale.op == "div" else total * outer
@@ -70,7 +71,13 @@ def encode_searched(
 
 
 def search(
-    w: Tensor, spec: QuantSpec, base: Planes, weight: Tensor | None, trials: int = TRIALS, walk: Walk | None = None
+    w: Tensor,
+    spec: QuantSpec,
+    base: Planes,
+    weight: Tensor | None,
+    trials: int = TRIALS,
+    walk: Walk | None = None,
+    power: float = 2.0,
 ) -> Planes:
     """w: [N, K] float32; base: the planes to start from, unpacked -> planes that lose no more, in any block."""
     block = spec.scales[0].block
@@ -80,7 +87,7 @@ def search(
         outer = tuple(v if v.numel() == 1 else part(v, at, block, w.shape) for v in held.outer)
         start = {n: part(p, at, block, w.shape) for n, p in base.items() if n in ("scale0", "zero0")}
         x, cost = _laid_out(w[at], block), _cost(w, at, block, weight)
-        found.append((walk or by_trials)(Trial(x, cost, spec, Chain(spec.scales, outer), start), trials))
+        found.append((walk or by_trials)(Trial(x, cost, spec, Chain(spec.scales, outer), start, power), trials))
     axis = -1 if block[0] < 0 else -2
     return base | {name: torch.cat([f[name] for f in found], axis) for name in found[0]}
 
@@ -108,26 +115,30 @@ def by_trials(state: "Trial", trials: int) -> Planes:
     if state.spec.scales[0].element != E8M0:
         for _ in range(2):
             state.refit()
-    return state.best
+    return state.planes
 
 
 class Trial:
-    """x: [n, R, C]; the best planes so far, scale0 (and zero0) [R, C], and what they lose: cost * |error| ** power."""
+    """x: [n, R, C]; the best planes so far, scale0 (and zero0), and what they lose: cost * |error| ** power.
+
+    Inside, planes are [trials, R, C] and values [n, trials, R, C], so that small blocks try several ranges at once.
+    """
 
     def __init__(self, x: Tensor, cost: Tensor | None, spec: QuantSpec, held: Chain, start: Planes, power: float = 2.0):
-        self.x, self.cost, self.spec, self.held, self.power = x, cost, spec, held, power
-        self.round = nearest(spec.element, middle(spec))
-        self.best = dict(start)
-        self.loss = self._loss(start)
+        self.x, self.cost = x.unsqueeze(1), None if cost is None else cost.unsqueeze(1)
+        self.spec, self.held, self.power = spec, held, power
+        self.round = nearest(spec.element, x.device, middle(spec))
+        self.best = {name: plane[None] for name, plane in start.items()}
+        self.loss = self._loss(self.best)
 
-    def units(self, planes: Planes) -> tuple[Tensor, Tensor | None]:
-        """-> the scale, and the zero in codes, of each block."""
-        scale = self.held.value(planes["scale0"])
-        return scale, zero_units(planes.get("zero0"), scale, self.spec)
+    @property
+    def planes(self) -> Planes:
+        return {name: plane[0] for name, plane in self.best.items()}
 
     def rounded(self, planes: Planes) -> tuple[Tensor, Tensor]:
         """-> the scale, and what it multiplies: code - zero."""
-        scale, zero = self.units(planes)
+        scale = self.held.value(planes["scale0"])
+        zero = zero_units(planes.get("zero0"), scale, self.spec)
         ideal = self.x / scale
         if zero is not None:
             ideal += zero
@@ -140,41 +151,59 @@ class Trial:
         error = error.square_() if self.power == 2 else error.abs_().pow_(self.power)
         return torch.nan_to_num((error if self.cost is None else error.mul_(self.cost)).sum(0), nan=torch.inf)
 
+    def consider(self, scale0: Tensor, zero0: Tensor | None) -> None:
+        planes = {"scale0": scale0} | ({} if zero0 is None else {"zero0": zero0.expand_as(scale0)})
+        loss, which = self._loss(planes).min(0, keepdim=True)
+        better = loss < self.loss
+        self.loss = torch.where(better, loss, self.loss)
+        for name, plane in planes.items():
+            self.best[name] = torch.where(better, plane.gather(0, which), self.best[name])
+
+    def shrink(self, trials: int) -> None:
+        """Try other ranges around that of the planes to start from."""
+        scale = self.held.value(self.best["scale0"])
+        tried = torch.tensor(factors(self.spec, trials), device=scale.device)[:, None, None]
+        at_once = max(1, (BATCH if self.x.device.type == "cpu" else BATCH << 10) // self.x.numel())
+        for start in range(0, len(tried), at_once):
+            self.consider(*self._shrunk(scale, tried[start : start + at_once]))
+
+    def _shrunk(self, scale: Tensor, factor: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not self.spec.zeros:
+            return self.held.codes(scale * factor), None
+        element, zero = self.spec.element, self.spec.zeros[0].element
+        low, high = self.x.amin(0).clamp_(max=0) * factor, self.x.amax(0).clamp_(min=0) * factor
+        ideal = over(high - low, element.max - element.min)
+        stored = self.held.codes(torch.where(ideal > 0, ideal, scale))
+        value = self.held.value(stored)
+        offset = element.min - low / value if self.spec.zeros_in_codes else element.min * value - low
+        return stored, elements.encode(offset, zero)
+
+    def refit(self) -> None:
+        """The scale that suits the codes of the best so far; and, with zeros, those of its neighbours."""
+        _, found = self.rounded(self.best)
+        weighted = found if self.cost is None else found * self.cost
+        ideal = (weighted * self.x).sum(0) / (weighted * found).sum(0)
+        self.consider(self.stored(ideal), self.best.get("zero0"))
+        if "zero0" in self.best and self.spec.zeros_in_codes:
+            for step in (-1.0, 1.0):
+                self.consider(self.best["scale0"], self.shifted(step))
+
     def stored(self, ideal: Tensor) -> Tensor:
         """Multipliers as codes; one without sense, or of another sign, leaves the best as it is."""
         known = self.held.value(self.best["scale0"])
         return self.held.codes(torch.where(ideal.isfinite() & (ideal * known > 0), ideal, known))
 
-    def consider(self, scale0: Tensor, zero0: Tensor | None) -> None:
-        planes = {"scale0": scale0} | ({} if zero0 is None else {"zero0": zero0})
-        loss = self._loss(planes)
-        better = loss < self.loss
-        self.loss = torch.where(better, loss, self.loss)
-        self.best = {name: torch.where(better, planes[name], held) for name, held in self.best.items()}
-
-    def shrink(self, trials: int) -> None:
-        """Try other ranges around that of the planes to start from."""
-        scale = self.held.value(self.best["scale0"])
-        for factor in factors(self.spec, trials):
-            self.consider(*_shrunk(self.x, self.spec, self.held, scale, factor))
-
-    def refit(self) -> None:
-        """The scale that suits the codes of the best so far; and, with zeros, those of its neighbours."""
-        zero0 = self.best.get("zero0")
-        _, found = self.rounded(self.best)
-        weighted = found if self.cost is None else found * self.cost
-        self.consider(self.stored((weighted * self.x).sum(0) / (weighted * found).sum(0)), zero0)
-        if zero0 is not None and self.spec.zeros_in_codes:
-            zero = elements.decode(zero0, self.spec.zeros[0].element)
-            for step in (-1.0, 1.0):
-                self.consider(self.best["scale0"], elements.encode(zero + step, self.spec.zeros[0].element))
+    def shifted(self, step: Tensor | float) -> Tensor:
+        """The zeros of the best, some codes further."""
+        element = self.spec.zeros[0].element
+        return elements.encode(decoded(self.best["zero0"], element) + step, element)
 
 
 def zero_units(zero0: Tensor | None, scale: Tensor, spec: QuantSpec) -> Tensor | None:
     """Stored zeros -> what is added to w / scale before rounding (around the middle code where zeros are codes)."""
     if zero0 is None:
         return None
-    value = elements.decode(zero0, spec.zeros[0].element)
+    value = decoded(zero0, spec.zeros[0].element)
     return value - middle(spec) if spec.zeros_in_codes else value / scale
 
 
@@ -193,19 +222,6 @@ def _range(element: Element) -> tuple[float, float]:
     if element.bits <= 4:
         return 0.65, 1.6  # E2M1: the largest value may fall on 4 instead of 6
     return 0.8, 1.25
-
-
-def _shrunk(x: Tensor, spec: QuantSpec, held: Chain, scale: Tensor, factor: float) -> tuple[Tensor, Tensor | None]:
-    if not spec.zeros:
-        return held.codes(scale * factor), None
-    low, high = x.amin(0).clamp_(max=0) * factor, x.amax(0).clamp_(min=0) * factor
-    element, zero = spec.element, spec.zeros[0].element
-    ideal = over(high - low, element.max - element.min)
-    stored = held.codes(torch.where(ideal > 0, ideal, scale))
-    value = held.value(stored)
-    if spec.zeros_in_codes:
-        return stored, elements.encode(element.min - low / value, zero)
-    return stored, elements.encode(element.min * value - low, zero)
 
 
 def best_of(w: Tensor, a: QTensor, b: QTensor, weight: Tensor) -> QTensor:

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,6 @@ class Job:
     device: torch.device
     max_memory: int | None = None
     samples: Samples | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def kv(self) -> QuantSpec | None:
@@ -226,8 +225,11 @@ def gather(job: Job) -> Samples:
 
 def begin(job: Job, folder: Path | None = None) -> State | None:
     """The calibration batches at the first layer's input; None where no text is needed."""
-    if not job.needs:
-        return None
+    return start(job, folder) if job.needs else None
+
+
+def start(job: Job, folder: Path | None = None) -> State:
+    """The same whether or not the algorithms ask for a text."""
     rows = max(1, job.calibrate.batch_tokens // job.calibrate.length)
     return job.layers.start(gather(job).batches(rows), job.max_memory, folder)
 

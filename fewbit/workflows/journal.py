@@ -142,5 +142,5 @@ def _differences(folder: Path, found: Mapping[str, Any], asked: Mapping[str, Any
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = value.strip().replace("\n", ", ") if isinstance(value, str) else json.dumps(value)
     return text if len(text) < 160 else text[:157] + "..."
