@@ -70,12 +70,13 @@ def rows(group: int = 64) -> list[dict[str, str]]:
 ROWS = rows()
 
 
-def grouped(scheme: str) -> Grouped:
-    found = re.fullmatch(r"w(\d)-g(\d+)-(sym|asym)-([a-z]+)(?:-(\d+))?", scheme)
+def grouped(scheme: str, algorithms: str, signs: str = "sym|asym", bits: str = "[2348]") -> Grouped:
+    """The parts of a scheme, of those that the tool has."""
+    found = re.fullmatch(rf"w({bits})-g(\d+)-({signs})-({algorithms})(?:-(\d+))?", scheme)
     if not found:
-        raise SystemExit(f"scheme {scheme}: not one of this tool's; those of ROWS work, such as {ROWS[0]['scheme']}")
-    bits, group, sign, algorithm, iters = found.groups()
-    return Grouped(int(bits), int(group), sign == "sym", algorithm, int(iters or 200))
+        raise SystemExit(f"scheme {scheme}: not one of this tool's; what works: those beside it in ROWS")
+    width, group, sign, algorithm, iters = found.groups()
+    return Grouped(int(width), int(group), sign == "sym", algorithm, int(iters or 200))
 
 
 def samples(dense: Path, text: Path) -> list[list[int]]:
@@ -102,7 +103,7 @@ def recipe(scheme: str) -> list[Any]:
         return [QuantizationModifier(scheme={"fp8": "FP8_DYNAMIC", "nvfp4": "NVFP4"}[scheme], **linears)]
     if scheme == "w8a8":
         return [SmoothQuantModifier(smoothing_strength=0.8), GPTQModifier(scheme="W8A8", **linears)]
-    of = grouped(scheme)
+    of = grouped(scheme, "rtn|gptq")
     weights = {"num_bits": of.bits, "type": "int", "symmetric": of.symmetric, "strategy": "group",
                "group_size": of.group}  # fmt: skip
     groups = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}, "ignore": ["lm_head"]}
@@ -125,9 +126,10 @@ def llmcompressor(scheme: str, dense: Path, out: Path, text: Path) -> Steps:
 
 
 def gptqmodel(scheme: str, dense: Path, out: Path, text: Path) -> Steps:
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its default of half the cores fails below 3 of them
     from gptqmodel import GPTQModel, QuantizeConfig
 
-    of, ids = grouped(scheme), samples(dense, text)
+    of, ids = grouped(scheme, "gptq"), samples(dense, text)
     model = GPTQModel.load(str(dense), QuantizeConfig(bits=of.bits, group_size=of.group, sym=of.symmetric))
     data = [{"input_ids": row, "attention_mask": [1] * LENGTH} for row in ids]
     return lambda: model.quantize(data, batch_size=1), lambda: model.save(str(out))
@@ -138,7 +140,7 @@ def autoround(scheme: str, dense: Path, out: Path, text: Path) -> Steps:
     from auto_round import AutoRound
     from transformers import AutoTokenizer
 
-    of, ids = grouped(scheme), torch.tensor(samples(dense, text))
+    of, ids = grouped(scheme, "autoround"), torch.tensor(samples(dense, text))
     model, tokenizer = loaded(dense), AutoTokenizer.from_pretrained(dense)
 
     def quantize() -> None:
@@ -147,7 +149,15 @@ def autoround(scheme: str, dense: Path, out: Path, text: Path) -> Steps:
                          device_map="cpu")  # fmt: skip
         tool.quantize_and_save(str(out), format="auto_round")
 
-    return quantize, lambda: None
+    return quantize, lambda: lift(out)
+
+
+def lift(out: Path) -> None:
+    """autoround writes into a folder of its own naming below the one asked for."""
+    for folder in [config.parent for config in out.glob("*/config.json")]:
+        for file in folder.iterdir():
+            file.rename(out / file.name)
+        folder.rmdir()
 
 
 def modelopt(scheme: str, dense: Path, out: Path, text: Path) -> Steps:
@@ -158,7 +168,7 @@ def modelopt(scheme: str, dense: Path, out: Path, text: Path) -> Steps:
     names = {"fp8": "FP8_DEFAULT_CFG", "nvfp4": "NVFP4_DEFAULT_CFG"}
     config = copy.deepcopy(getattr(mtq, names.get(scheme, "INT4_AWQ_CFG")))
     if scheme not in names:
-        in_groups(config, grouped(scheme).group)
+        in_groups(config, grouped(scheme, "awq", "sym", "4").group)
     model, ids = loaded(dense), torch.tensor(samples(dense, text))
 
     def forward(model: Any) -> None:

@@ -41,7 +41,8 @@ class Encoded:
 
 
 Encode = Callable[[Sequence[Tensor], Sequence[QuantSpec], Stats | None, Any], list[Encoded]]
-Scaling = Callable[[Sequence[Tensor], Sequence[QuantSpec], QuantSpec | None, Stats, Any], Tensor]
+# (weights, specs, activation spec, stats, options, which channels must share a value [K] or None) -> [K]
+Scaling = Callable[[Sequence[Tensor], Sequence[QuantSpec], QuantSpec | None, Stats, Any, Tensor | None], Tensor]
 Run = Callable[[Mapping[str, Tensor], int], Tensor]  # (weights by name, batch number) -> output of the layer
 Tune = Callable[[Run, Mapping[str, Tensor], Mapping[str, QuantSpec], Sequence[Tensor], Any], dict[str, Encoded]]
 

@@ -1,4 +1,4 @@
-"""autoround: rounding offsets and block ranges of a whole layer, tuned by the sign of their gradients on its output.
+"""autoround: rounding offsets and block ranges of a whole layer, tuned by the signs of their gradients on its output.
 
 Offsets V in [-0.5, 0.5] of a step are added before rounding; the straight-through estimate treats rounding as the
 identity. The planes come from the reference's own rule, so what is trained is exactly what is stored.
@@ -20,10 +20,11 @@ from fewbit.quant.spec import QuantSpec
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """batch: sequences a step, seed: which when. minmax: tune ranges too. lr, minmax_lr: 0 = 0.8 and 0.3 / iters.
+    """batch: sequences a step, seed: which when. minmax: tune ranges too. lr, minmax_lr: 0 = 1 and 0.4 / iters.
 
     search: start from the ranges that lose least of the weights. relative: errors of a token count in units of its own
-    size, which is what the next norm makes of them; else the few huge tokens of a model drown all others.
+    size, which is what the next norm makes of them; else the few huge tokens of a model drown all others. soft: steps
+    shrink where the gradient is mostly noise (20 steps leave a fifth less error); without, every step is full.
     """
 
     iters: int = 200
@@ -33,6 +34,7 @@ class Options:
     minmax: bool = True
     search: bool = True
     relative: bool = True
+    soft: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -88,7 +90,7 @@ def descend(
 ) -> tuple[dict[str, QTensor], int]:
     """-> the codes where the loss, relative to rtn's on the same batches, was least, and the step of that."""
     best, at, kept = float("inf"), 0, {n: (t.offsets.clone(), t.planes) for n, t in tuned.items()}
-    lr, lr_ends = options.lr or 0.8 / options.iters, options.minmax_lr or 0.3 / options.iters
+    lr, lr_ends = options.lr or 1 / options.iters, options.minmax_lr or 0.4 / options.iters
     for step, batches in enumerate(draws(targets, options)):
         loss, grads = gradient(run, {n: dense(t) for n, t in tuned.items()}, targets, batches, options)
         ratio = loss / max(sum(before[i] for i in batches), 1e-30)
@@ -98,7 +100,7 @@ def descend(
                 kept[n] = (kept[n][0].copy_(t.offsets), t.planes)
         left = 1 - step / options.iters
         for n, t in tuned.items():
-            move(t, grads[n], lr * left, lr_ends * left)
+            move(t, grads[n], lr * left, lr_ends * left, options.soft)
     for n, t in tuned.items():
         t.offsets, t.planes = kept[n]
     return {n: finish(t) for n, t in tuned.items()}, at

@@ -1,8 +1,7 @@
 """GPTQ (arXiv 2210.17323): columns rounded one by one, the error of each made up for by those that follow.
 
-Two things go beyond the paper. The scales of a block are searched with errors weighted by what they cost after later
-columns have made up for them (the D of H = A D A^T). And afterwards codes, scales and zeros are revisited one by one
-with all others held, which only ever lowers tr(E H E^T).
+Two things go beyond the paper. The scales of a block are searched with errors weighted by the diagonal of H. And
+afterwards codes, scales and zeros are revisited one by one with all others held, which only ever lowers tr(E H E^T).
 
 order: "weight" takes blocks by their largest diagonal and keeps each together; "static" takes columns alone, with
 scales chosen before; "group" makes blocks of columns in the new order, which a checkpoint must store.
@@ -159,14 +158,15 @@ def _solve(stack: Stack, h: Tensor, options: Options, damp: float) -> list[Encod
 def _loop(stack: Stack, factors: Factor, index: Tensor, options: Options) -> list[QTensor]:
     whole = torch.cat(list(stack.weights))
     back = index.argsort()
+    diagonal = factors.h.diagonal()
     rounding = nearest(stack.spec.element, whole.device, middle(stack.spec))
     wait = stack.waits and options.order != "static"
-    codes = stack.begin(whole, index, factors.d[back], wait)
+    codes = stack.begin(whole, index, diagonal[back], wait)
     w = whole.T[index].contiguous()
     cut = runs(codes.group, stack.cols if wait else options.block)
 
     def choose(g: int, target: Tensor, at: slice) -> None:
-        stack.choose(codes, g, target, factors.d[at])
+        stack.choose(codes, g, target, diagonal[at])
 
     feed(w, factors.a, codes, rounding, cut, choose if wait else None)
     moves = stack.moves() if wait else None

@@ -21,7 +21,6 @@ class Factor:
     """H + damp * mean(diag H) I = A D A^T."""
 
     a: Tensor  # [K, K] float32, unit upper triangular
-    d: Tensor  # [K] float32: what an error in each column costs once later columns have made up for it
     h: Tensor  # [K, K] float32: the damped H
 
 
@@ -41,8 +40,7 @@ def factor(h: Tensor, damp: float) -> Factor | None:
     if int(info) or not bool(torch.isfinite(upper).all()):
         return None
     root = upper.flip(0, 1)
-    d = root.diagonal()
-    return Factor((root / d).float(), d.square().float(), full.float())
+    return Factor((root / root.diagonal()).float(), full.float())
 
 
 def usable(h: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class Options:
     power: float = 0.7  # p
     beta: float = 10.0  # how little is shrunk away, in units of a block's step
     rounds: int = 20
-    trials: int = TRIALS  # ranges tried before the first round
+    trials: int = TRIALS  # ranges tried where the format has no such scales
 
     def __post_init__(self) -> None:
         if not 0 < self.power <= 1 or self.beta <= 0 or self.rounds < 0 or self.trials < 1:
@@ -46,9 +46,9 @@ def encode(group: Sequence[Tensor], specs: Sequence[QuantSpec], stats: Stats | N
 
 
 def _fits(spec: QuantSpec) -> bool:
-    """Integers with one float scale per block, and zeros in codes if any."""
+    """Integers with one float scale per block."""
     one_level = len(spec.scales) == 1 and spec.scales[0].element.kind == "native" and spec.rule not in GGML_RULES
-    return spec.element.kind == "int" and one_level and (not spec.zeros or spec.zeros_in_codes)
+    return spec.element.kind == "int" and one_level
 
 
 def _encode(w: Tensor, spec: QuantSpec, options: Options) -> Encoded:
@@ -64,7 +64,7 @@ def _loss(w: Tensor, q: QTensor, power: float) -> float:
 
 
 def _walk(state: Trial, trials: int, options: Options) -> Planes:
-    state.shrink(trials)
+    """trials: none, a power below 1 would rather clip the few large weights, which matter most."""
     weight = torch.ones_like(state.x) if state.cost is None else state.cost
     for _ in range(options.rounds):
         scale, units = state.rounded(state.best)

@@ -67,15 +67,26 @@ def dense(t: Rounding) -> Tensor:
     return unblocked(from_codes(nearest(t.spec.element, x.device)(x, x), scale, zero, t.spec), t.shape)
 
 
-def move(t: Rounding, grad: Tensor, lr: float, lr_ends: float) -> None:
-    """One step against the sign of the gradient; grad: of the loss by the dense weight [N, K]."""
+def even(grad: Tensor) -> Tensor:
+    """A sign that fades where the gradient is small beside others of its row and column: there the sign is noise.
+
+    grad: [N, K] -> in -1..1; at twice the root mean square it is full.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    u = grad / grad.square().mean(0, keepdim=True).sqrt_().clamp_(min=tiny)
+    return u.div_(u.square().mean(1, keepdim=True).sqrt_().mul_(2).clamp_(min=tiny)).clamp_(-1, 1)
+
+
+def move(t: Rounding, grad: Tensor, lr: float, lr_ends: float, soft: bool = True) -> None:
+    """One step against the (soft) sign of the gradient; grad: of the loss by the dense weight [N, K]."""
     scale, zero = values(t.planes, t.spec, t.shape)
     g = blocked(grad, block_of(t.spec))
     x = in_codes(t.w, scale, zero, t.spec)
     gap = spacing(x, t.spec.element)
     moved = x + t.offsets * gap
     inside = (moved >= t.spec.element.min - gap / 2) & (moved <= t.spec.element.max + gap / 2)
-    t.offsets.sub_(g.sign().mul_(scale.sign() * lr).mul_(inside)).clamp_(-0.5, 0.5)
+    step = blocked(even(grad) if soft else grad.sign(), block_of(t.spec))
+    t.offsets.sub_((step * (scale.sign() * lr)).mul_(inside)).clamp_(-0.5, 0.5)
     if t.ends is not None:
         slopes = _slopes(t.spec, t.ends, g, x, nearest(t.spec.element, x.device)(moved, moved), inside, scale, zero)
         t.ends.factors = (t.ends.factors - lr_ends * slopes.sign()).clamp_(*SPAN)

@@ -34,12 +34,19 @@ def nearest(element: Element, device: torch.device, shift: float = 0.0) -> Round
         return lambda x, out: torch.round(x, out=out).clamp_(low, high)
     if element.kind == "float" and device.type == "cpu":
         return _by_steps(element)
-    edges, values = _edges(element, device)
-    return lambda x, out: torch.index_select(values, 0, _bins(x, edges), out=out.view(-1)).view(x.shape)
+    return _by_edges(*_edges(element, device))
 
 
-def _bins(x: Tensor, edges: Tensor) -> Tensor:
-    return torch.bucketize(x.contiguous().view(-1), edges, out_int32=True)
+def _by_edges(edges: Tensor, values: Tensor) -> Round:
+    def to_value(x: Tensor, out: Tensor) -> Tensor:
+        bins = torch.bucketize(x.contiguous().view(-1), edges, out_int32=True)
+        if out.is_contiguous():
+            torch.index_select(values, 0, bins, out=out.view(-1))
+        else:
+            out.copy_(values.index_select(0, bins).view(x.shape))
+        return out
+
+    return to_value
 
 
 def _by_steps(element: Element) -> Round:

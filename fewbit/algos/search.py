@@ -196,7 +196,8 @@ class Trial:
     def shifted(self, step: Tensor | float) -> Tensor:
         """The zeros of the best, some codes further."""
         element = self.spec.zeros[0].element
-        return elements.encode(decoded(self.best["zero0"], element) + step, element)
+        unit = 1.0 if self.spec.zeros_in_codes else self.held.value(self.best["scale0"])
+        return elements.encode(decoded(self.best["zero0"], element) + step * unit, element)
 
 
 def zero_units(zero0: Tensor | None, scale: Tensor, spec: QuantSpec) -> Tensor | None:

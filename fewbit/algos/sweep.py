@@ -34,13 +34,14 @@ class Codes:
     zero: Tensor | None  # [groups, N] in units of codes
     group: Tensor  # [K]
 
-    def units(self, at: slice) -> Tensor:
-        """-> [n, N]: what the scales multiply."""
-        return self.values[at] if self.zero is None else self.values[at] - self.zero[self.group[at]]
+    def units(self, at: slice, g: int | None = None) -> Tensor:
+        """-> [n, N]: what the scales multiply, of columns that are all of group g, or of any."""
+        index = self.group[at] if g is None else g
+        return self.values[at] if self.zero is None else self.values[at] - self.zero[index]
 
-    def weight(self, at: slice) -> Tensor:
+    def weight(self, at: slice, g: int | None = None) -> Tensor:
         """-> [n, N]: the decoded columns."""
-        return self.units(at) * self.scale[self.group[at]]
+        return self.units(at, g) * self.scale[self.group[at] if g is None else g]
 
 
 def runs(group: Tensor, longest: int) -> list[Run]:
@@ -62,7 +63,7 @@ def feed(w: Tensor, a: Tensor, codes: Codes, nearest: Round, cut: Sequence[Run],
         done = slice(0, at.start)
         target = torch.addmm(w[at], a[done, at].T, errors[done])
         if choose is not None and g is not None:
-            choose(g, target, at)
+            choose(g, _likely(w[at], target, a[at, at]), at)
         errors[at] = _round_run(codes, (at, g), target, w[at], a[at, at], nearest)
 
 
@@ -74,9 +75,15 @@ def descend(w: Tensor, h: Tensor, codes: Codes, nearest: Round, cut: Sequence[Ru
         slope, near = h[at] @ error, h[at, at]
         if moves is not None and g is not None:
             _refit(codes, at, g, error, slope, near, moves)
-        held = codes.weight(at)
+        held = codes.weight(at, g)
         _round_run(codes, (at, g), held + slope / diagonal[at, None], held, near / diagonal[at], nearest)
-        error[at] = w[at] - codes.weight(at)
+        torch.sub(w[at], codes.weight(at, g), out=error[at])
+
+
+def _likely(w: Tensor, target: Tensor, push: Tensor) -> Tensor:
+    """What columns are asked to become before those of their run err, with what they would carry to one another."""
+    carried: Tensor = torch.linalg.solve_triangular(push.T, target - w, upper=False, unitriangular=True)
+    return carried.add_(w)
 
 
 def _round_run(codes: Codes, run: Run, target: Tensor, origin: Tensor, push: Tensor, nearest: Round) -> Tensor:
@@ -125,7 +132,7 @@ def _refit(codes: Codes, at: slice, g: int, error: Tensor, slope: Tensor, near: 
     """Move the zero and the scale of one block where the cost is least with its codes held; error, slope follow."""
     if codes.zero is not None and moves.zeros is not None:
         _move_zero(codes, at, g, error, slope, near, moves.zeros)
-    units, scale = codes.units(at), codes.scale[g]
+    units, scale = codes.units(at, g), codes.scale[g]
     curve = near @ units
     gain, bend = (slope * units).sum(0), (curve * units).sum(0)
     ideal = scale + gain / bend

@@ -7,7 +7,8 @@ import typer
 
 from fewbit.cli.show import Json, Model, progress, table
 
-Text = Annotated[str | None, typer.Option("--text", help="A text file; left out: the evaluation text that ships.")]
+Text = Annotated[str | None, typer.Option("--text", help=(
+    "What to score: a text, .jsonl, .json or .parquet file; not the one calibrated on."))]  # fmt: skip
 Device = Annotated[str, typer.Option("--device", help="Where layers run: cpu, cuda ...")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; left out: the base's own.")]
 Format = Annotated[str | None, typer.Option("--format", help="Round the weights to this format as they are read.")]

@@ -103,9 +103,13 @@ def scaling(
     """[K], or [E, K] where each expert's input is made by itself."""
     source = wired.source if wired is not None else None
     apart = len(members) > 1 and source is not None and source.kind == "linear"
+    share = None
+    if source is not None and source.repeat > 1:
+        producer = held[rewrite.parameter(held, source.path)]
+        share = source.rows(producer.shape[-2], weights[members[0].names[0]].shape[-1]).to(producer.device)
     if apart:
-        return torch.stack([_one(targets, [m], weights, scalers, source) for m in members])
-    return _one(targets, members, weights, scalers, source)
+        return torch.stack([_one(targets, [m], weights, scalers, share) for m in members])
+    return _one(targets, members, weights, scalers, share)
 
 
 def _one(
@@ -113,7 +117,7 @@ def _one(
     members: Sequence[Group],
     weights: Mapping[str, Tensor],
     scalers: Sequence[tuple[Algo, Any]],
-    source: Any,
+    share: Tensor | None,
 ) -> Tensor:
     names = [name for member in members for name in member.names]
     stats = merged([m.stats for m in members if m.stats is not None])
@@ -122,8 +126,7 @@ def _one(
     for algo, options in scalers:
         assert algo.scale is not None
         specs = [targets[name].format.weight for name in names]
-        s = algo.scale(group, specs, targets[names[0]].format.act, stats, options)
-        s = rewrite.tied(s, source).to(total)
+        s = algo.scale(group, specs, targets[names[0]].format.act, stats, options, share).to(total)
         total, group, stats = total * s, [w * s for w in group], rescaled(stats, s)
     return total
 

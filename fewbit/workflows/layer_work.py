@@ -50,8 +50,11 @@ class Done:
     seconds: float = 0.0
 
 
-def quantize_layer(job: Job, unit: Unit, state: State | None) -> Done:
-    """state: the calibration batches at the layer's input, or None when no text is needed."""
+def quantize_layer(job: Job, unit: Unit, state: State | None, floats: State | None = None) -> Done:
+    """state: the calibration batches at the layer's input, or None when no text is needed.
+
+    floats: the same as the float model has them, which then move on to the next layer; what a tuned layer is to give.
+    """
     begun = time.monotonic()
     done = Done()
     targets = job.within(unit)
@@ -61,6 +64,7 @@ def quantize_layer(job: Job, unit: Unit, state: State | None) -> Done:
         with job.layers.loaded(unit) as module, torch.no_grad():
             groups, outputs = watch(job, unit, module, targets, state, done)
             done.first = outputs[0]
+            outputs = passed(job, unit, module, floats) if floats is not None else outputs
             weights = weights_of(job, targets)
             fold(job, unit, targets, groups, weights, done)
             if any(t.algo.tune for t in targets.values()):
@@ -69,6 +73,15 @@ def quantize_layer(job: Job, unit: Unit, state: State | None) -> Done:
                 encode_groups(job, targets, groups, weights, done)
     done.seconds = time.monotonic() - begun
     return done
+
+
+def passed(job: Job, unit: Unit, module: nn.Module, floats: State) -> list[Tensor]:
+    """The float stream behind a layer, and so its place in `floats`."""
+    outputs = [job.layers.run(unit, module, floats, i) for i in range(len(floats))]
+    if unit.name != WHOLE:
+        for i, out in enumerate(outputs):
+            floats[i] = out
+    return outputs
 
 
 def advance(job: Job, unit: Unit, state: State, instead: Mapping[str, Any], first: Tensor | None) -> float | None:
@@ -85,7 +98,7 @@ def advance(job: Job, unit: Unit, state: State, instead: Mapping[str, Any], firs
 
 
 def weights_of(job: Job, targets: Mapping[str, Target]) -> dict[str, Tensor]:
-    return {name: job.floats.read(f"{name}.weight").to(job.device, torch.float32) for name in targets}
+    return {name: job.floats.read(f"{name}.weight").to(job.device).float() for name in targets}
 
 
 def by_name(targets: Mapping[str, Target]) -> list[Group]:

@@ -21,8 +21,8 @@ from fewbit.workflows import job as jobs
 from fewbit.workflows.assemble import GGUF, Contents, assemble
 from fewbit.workflows.convert import quiet, tokenizer_files
 from fewbit.workflows.job import Job
-from fewbit.workflows.journal import Journal
-from fewbit.workflows.layer_work import Done, advance, by_name, encode_groups, quantize_layer, weights_of
+from fewbit.workflows.journal import FOLDER, Journal
+from fewbit.workflows.layer_work import Done, advance, by_name, encode_groups, passed, quantize_layer, weights_of
 from fewbit.workflows.plan import Forecast, peak, plan
 from fewbit.workflows.quantize_report import LOG, described, distributions, leave
 from fewbit.workflows.recipe import Recipe
@@ -125,7 +125,9 @@ def run(
 ) -> Quantization:
     """Do a prepared job."""
     begun = time.monotonic()
-    folder = _check(job, out, max_shard, overwrite)
+    folder = out.parent if out.suffix == ".gguf" else out
+    overwrite = overwrite or (folder / FOLDER).is_dir()  # what lies there is then ours: a run that was let begin
+    _check(job, out, max_shard, overwrite)
     with (
         Journal(folder, jobs.depends(job) | {"out": out.name}, restart) as journal,
         open(os.devnull, "w") as nowhere,
@@ -152,8 +154,8 @@ def run(
                         expected)  # fmt: skip
 
 
-def _check(job: Job, out: Path, max_shard: int, overwrite: bool) -> Path:
-    """Refuse early what would be refused late. -> the folder that holds the work."""
+def _check(job: Job, out: Path, max_shard: int, overwrite: bool) -> None:
+    """Refuse early what would be refused late."""
     if max_shard < 1:
         raise RequestError(f"max_shard={max_shard}: the largest shard is a number of bytes above 0")
     target = out / "model.gguf" if job.to == GGUF and out.suffix != ".gguf" else out
@@ -161,16 +163,17 @@ def _check(job: Job, out: Path, max_shard: int, overwrite: bool) -> Path:
     source = job.source.path.resolve()
     if source in (out.resolve(), target.resolve()):
         raise RequestError(f"{out}: is the model that is read; give another folder")
-    return out.parent if out.suffix == ".gguf" else out
 
 
 def work(job: Job, journal: Journal, log: RunLog) -> None:
     """Every unit that the journal does not have yet; finished ones only compute the inputs of the next."""
     last = max((u.index for u in job.units if u.name not in journal.done), default=-1)
     state = jobs.begin(job, journal.folder) if last >= 0 else None
+    tuned = state is not None and any(t.algo.tune for t in job.targets.values())
+    floats = jobs.begin(job, journal.folder) if tuned else None
     for unit in job.units[: last + 1]:
         if unit.name not in journal.done:
-            done = quantize_layer(job, unit, state)
+            done = quantize_layer(job, unit, state, floats)
             instead: Mapping[str, Quantized | Tensor] = {**done.values, **done.dense}
             if state is not None and unit.index < last:
                 done.error = advance(job, unit, state, instead, done.first)
@@ -179,6 +182,9 @@ def work(job: Job, journal: Journal, log: RunLog) -> None:
         elif state is not None and unit.index < last:
             with journal.open(unit.name) as file:
                 advance(job, unit, state, finished(job, Stored(file)), None)
+            if floats is not None:
+                with job.layers.loaded(unit) as module:
+                    passed(job, unit, module, floats)
     _outside(job, journal, log)
 
 

@@ -13,7 +13,7 @@ from fewbit.quant.qtensor import QTensor, make
 from fewbit.quant.reference import decode, encode
 from fewbit.quant.spec import QuantSpec
 
-SHAPES = ((24, 256), (1, 256), (7, 301))
+SHAPES = ((12, 256), (1, 256), (5, 301))
 
 
 @cache

@@ -74,13 +74,13 @@ CASES = [
     ("FP8_BLOCK", "rtn", "compressed-tensors", {}),
     ("FP8", "rtn", "compressed-tensors", {"observer": "mse"}),
     ("int4-g64", "rotate+gptq", "compressed-tensors", {}),
-    ("Q8_0", "rtn", "compressed-tensors", {}),
+    ("Q4_K_M", "rtn", "compressed-tensors", {}),
 ]
 
 
 @pytest.mark.parametrize(("form", "algo", "to", "more"), CASES, ids=lambda v: str(v) if isinstance(v, str) else "")
 def test_every_way(form: str, algo: str, to: str, more: dict, model: Path, ids: list[Tensor], tmp_path: Path) -> None:
-    if (form, to) == ("Q8_0", "compressed-tensors"):
+    if form == "Q4_K_M":
         with pytest.raises(RequestError, match="does not fit this model"):
             quantize(model, tmp_path / "out", form, algo=algo, to=to, calib=ids, **QUIET, **more)
         assert not (tmp_path / "out").exists()
@@ -130,9 +130,9 @@ quantize(sys.argv[1], sys.argv[2], "int4-g64", algo=sys.argv[3], options=OPTIONS
 """
 
 
-def run(model: Path, out: Path, algo: str, options: str = "None") -> subprocess.Popen[bytes]:
+def run(model: Path, out: Path, algo: str, options: str = "None") -> subprocess.Popen:
     script = SCRIPT.replace("OPTIONS", options)
-    return subprocess.Popen([sys.executable, "-c", script, str(model), str(out), algo], stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-c", script, str(model), str(out), algo])
 
 
 @pytest.mark.parametrize(("algo", "options"), [("gptq", "None"), ("autoround", "{'iters': 3}")])
@@ -142,7 +142,7 @@ def test_killed_at_random_points(algo: str, options: str, model: Path, tmp_path:
     assert whole.wait() == 0
     took = time.monotonic() - begun
     chance = random.Random(7)
-    for attempt in range(6):
+    for _ in range(6):
         process = run(model, tmp_path / "out", algo, options)
         try:
             process.wait(took * (0.3 + 0.7 * chance.random()))
@@ -150,10 +150,11 @@ def test_killed_at_random_points(algo: str, options: str, model: Path, tmp_path:
             process.send_signal(signal.SIGKILL)
         if process.wait() == 0:
             break
-        assert not list((tmp_path / "out").glob("*.safetensors")), f"attempt {attempt} left a model"
+        if (tmp_path / "out" / "model.safetensors.index.json").exists():
+            sound(tmp_path / "out")  # killed after the last file had its name
     else:
         process = run(model, tmp_path / "out", algo, options)
-        assert process.wait() == 0, process.stderr.read().decode()
+        assert process.wait() == 0
     assert digests(tmp_path / "whole") == digests(tmp_path / "out")
 
 
