@@ -52,6 +52,7 @@ class Algo:
     """encode: a group of weights [N_i, K] -> their codes. scale: the group's input scaling [K], W * s and x / s.
 
     tune: a whole layer at once. (run, weights, specs, targets: the layer's outputs by batch, options) -> by name.
+    leaves: the kinds of transforms that encode may leave beside the codes, by its options; a dialect must hold them.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Algo:
     needs: frozenset[Need] = frozenset()
     scale: Scaling | None = None
     tune: Tune | None = None
+    leaves: Callable[[Any], tuple[str, ...]] = lambda _: ()
 
 
 def options(algo: Algo, given: Mapping[str, Any]) -> Any:

@@ -177,7 +177,12 @@ def _loop(stack: Stack, factors: Factor, index: Tensor, options: Options) -> lis
     return stack.finish(codes.weight(slice(None))[back].T)
 
 
+def leaves(options: Options) -> tuple[str, ...]:
+    """What stands beside the codes: the turned runs of inputs, the order of columns."""
+    return (("rotate",) if options.hadamard else ()) + (("permute",) if options.order == "group" else ())
+
+
 ALGO = Algo(
     "gptq", "columns rounded one by one, the error of each made up for by the next", Options, encode,
-    frozenset({"hessian"}),
+    frozenset({"hessian"}), leaves=leaves,
 )  # fmt: skip

@@ -165,8 +165,10 @@ def _target(recipe: Recipe, rule: Rule | None, at: Place, codec: Any) -> Target 
     fits(form, at, row)
     algo = rule.algo if rule is not None and rule.algo else recipe.algo
     chain = chain_of(algo, form)
-    given = rule.options if rule is not None and rule.algo else recipe.options
-    return Target(form, row, chain, options(chain[-1], given), rule.match if rule else "default")
+    given = options(chain[-1], rule.options if rule is not None and rule.algo else recipe.options)
+    if left := chain[-1].leaves(given):
+        codec.fit(replace(formats.get(row), transforms=left))  # or the reasons why not, before any work
+    return Target(form, row, chain, given, rule.match if rule else "default")
 
 
 def _mixed(found: str | Mixture, at: Place) -> str:

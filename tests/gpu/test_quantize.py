@@ -10,7 +10,7 @@ from fewbit.workflows.evaluate import evaluate
 from fewbit.workflows.quantize import quantize
 from tests import tiny
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 CASES = [
     ("int4-g64", "rtn", "compressed-tensors"), ("int4-g64", "gptq", "gptq"), ("int4-g64-asym", "awq", "awq"),
     ("W8A8", "smooth+gptq", "compressed-tensors"), ("int2-g64", "autoround", "auto-round"),
