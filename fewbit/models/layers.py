@@ -130,6 +130,17 @@ class Layers:
             state[i] = caught[0]
         return state
 
+    def release(self) -> None:
+        """Let go of what is outside the layers; `logits` and `start` read it anew."""
+        targets = {target for name in self._held for target in self.places[name].targets}
+        ties = hf.ties(self.model)
+        targets |= {path for pair in ties.items() for path in pair if set(pair) & targets}
+        for path in targets:
+            module, leaf = owner(self.model, path)
+            if module._parameters.get(leaf) is not None:
+                assign(module, leaf, torch.empty_like(module._parameters[leaf], device="meta"))
+        self._held.clear()
+
     @contextlib.contextmanager
     def loaded(self, unit: Unit, instead: Mapping[str, Quantized | Tensor] | None = None) -> Iterator[nn.Module]:
         """The unit with its tensors in place; instead: what stands for some of them, by disk name."""

@@ -231,7 +231,9 @@ def begin(job: Job, folder: Path | None = None) -> State | None:
 def start(job: Job, folder: Path | None = None) -> State:
     """The same whether or not the algorithms ask for a text."""
     rows = max(1, job.calibrate.batch_tokens // job.calibrate.length)
-    return job.layers.start(gather(job).batches(rows), job.max_memory, folder)
+    state = job.layers.start(gather(job).batches(rows), job.max_memory, folder)
+    job.layers.release()
+    return state
 
 
 def _ids(data: Any) -> bool:

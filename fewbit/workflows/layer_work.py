@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -61,16 +61,16 @@ def quantize_layer(job: Job, unit: Unit, state: State | None, floats: State | No
     if state is None:
         encode_groups(job, targets, by_name(targets), weights_of(job, targets), done)
     else:
+        tuned = any(t.algo.tune for t in targets.values())
         with job.layers.loaded(unit) as module, torch.no_grad():
             groups, outputs = watch(job, unit, module, targets, state, done)
             done.first = outputs[0]
             outputs = passed(job, unit, module, floats) if floats is not None else outputs
-            weights = weights_of(job, targets)
-            fold(job, unit, targets, groups, weights, done)
-            if any(t.algo.tune for t in targets.values()):
+            weights = folded(job, unit, targets, groups, done) if tuned else {}
+            if tuned:
                 tune_layer(job, unit, module, targets, groups, weights, state, outputs, done)
-            else:
-                encode_groups(job, targets, groups, weights, done)
+        if not tuned:  # the layer itself has gone: codes are chosen with one group's weights in memory
+            encode_groups(job, targets, groups, folded(job, unit, targets, groups, done), done)
     done.seconds = time.monotonic() - begun
     return done
 
@@ -98,7 +98,23 @@ def advance(job: Job, unit: Unit, state: State, instead: Mapping[str, Any], firs
 
 
 def weights_of(job: Job, targets: Mapping[str, Target]) -> dict[str, Tensor]:
-    return {name: job.floats.read(f"{name}.weight").to(job.device).float() for name in targets}
+    return dict(Weights(job, tuple(targets)))
+
+
+class Weights(Mapping[str, Tensor]):
+    """Module -> its weight in float32, read each time it is asked for."""
+
+    def __init__(self, job: Job, names: Sequence[str]):
+        self.job, self.names = job, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.job.floats.read(f"{name}.weight").to(self.job.device).float()  # type: ignore[no-any-return]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def by_name(targets: Mapping[str, Target]) -> list[Group]:
@@ -189,14 +205,17 @@ def attention_name(job: Job, unit: Unit, path: str) -> str:
     raise UnsupportedError(f"{full}: no tensor on disk belongs to this attention module")
 
 
-def fold(
-    job: Job, unit: Unit, targets: Mapping[str, Target], groups: Sequence[Group], weights: dict[str, Tensor], done: Done
-) -> None:
-    """Scalings of every group that asks for one, into what comes before it or beside its codes."""
-    if any(len(targets[name].chain) > 1 or targets[name].algo.scale for group in groups for name in group.names):
-        from fewbit.workflows.folding import fold_groups
+def folded(
+    job: Job, unit: Unit, targets: Mapping[str, Target], groups: Sequence[Group], done: Done
+) -> Mapping[str, Tensor]:
+    """The weights, with the scaling of every group that asks for one in what comes before it or beside its codes."""
+    if not any(len(targets[name].chain) > 1 or targets[name].algo.scale for group in groups for name in group.names):
+        return Weights(job, tuple(targets))
+    from fewbit.workflows.folding import fold_groups
 
-        fold_groups(job, unit, targets, groups, weights, done)
+    weights = weights_of(job, targets)
+    fold_groups(job, unit, targets, groups, weights, done)
+    return weights
 
 
 def encode_groups(
@@ -210,6 +229,7 @@ def encode_groups(
             spent = (time.monotonic() - begun) / len(names)
             for name, found in zip(names, encoded, strict=True):
                 finish(job, name, targets[name], group, weights[name], found, spent, done)
+        group.stats = None  # its Hessian may be the largest thing in memory
 
 
 def _alike(targets: Mapping[str, Target], names: Sequence[str]) -> list[tuple[Algo, Any, list[str]]]:
