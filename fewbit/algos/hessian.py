@@ -31,16 +31,19 @@ def dead_columns(h: Tensor) -> Tensor:
 
 def factor(h: Tensor, damp: float) -> Factor | None:
     """h: [K, K], dead columns included -> its factors, or None where it has none."""
-    full = h.double()
+    full = h.double()  # worked on in place: of a wide layer each copy is a quarter of a gigabyte
     diagonal, dead = full.diagonal(), dead_columns(full)
     mean = diagonal[~dead].mean() if not bool(dead.all()) else diagonal.new_ones(())
     diagonal += damp * mean
     diagonal[dead] = mean  # nothing reads them: any weight does, and 1 keeps the factors finite
-    upper, info = torch.linalg.cholesky_ex(full.flip(0, 1))
-    if int(info) or not bool(torch.isfinite(upper).all()):
+    damped = full.float()
+    full = full.flip(0, 1)
+    full, info = torch.linalg.cholesky_ex(full)
+    if int(info) or not bool(torch.isfinite(full.diagonal()).all()):
         return None
-    root = upper.flip(0, 1)
-    return Factor((root / root.diagonal()).float(), full.float())
+    full = full.flip(0, 1)
+    full /= full.diagonal().clone()
+    return Factor(full.float(), damped) if bool(torch.isfinite(full).all()) else None
 
 
 def usable(h: Tensor) -> Tensor:

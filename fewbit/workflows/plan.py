@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -23,7 +23,7 @@ from fewbit.quant.qtensor import Quantized, empty
 from fewbit.quant.spec import Format
 from fewbit.workflows import job as jobs
 from fewbit.workflows.job import Job
-from fewbit.workflows.layer_work import Done, advance, quantize_layer
+from fewbit.workflows.layer_work import Done, advance, quantize_layer, watch
 
 # who loads what each dialect writes, as their documentation says
 ENGINES: dict[str, tuple[str, ...]] = {
@@ -154,27 +154,38 @@ def forecast(job: Job, after: int) -> tuple[float, int]:
     unit = min(job.units, key=lambda u: (not job.within(u), u.index))
     state = jobs.begin(job)
     started = time.monotonic() - begun
-    batches = len(state) if state is not None else 0
-    begun = time.monotonic()
-    done = quantize_layer(job, unit, only(state, 1))
-    once = time.monotonic() - begun
-    encode = sum(float(note.get("seconds", 0.0)) for note in done.notes)
-    passing = passes(job, unit, state, done)
-    rest = len(job.units)
-    seconds = started + rest * (once + passing * batches + max(batches - 1, 0) * max(once - encode, 0.0) * SHARE)
-    kept = state.hidden.in_memory if state is not None and any(t.algo.tune for t in job.targets.values()) else 0
-    return seconds + after / COPY, peak() + kept
-
-
-SHARE = 0.9  # of a watched pass over a batch that the next batches cost too; the rest is loading the layer
-
-
-def passes(job: Job, unit: Unit, state: State | None, done: Done) -> float:
-    """Seconds for the quantized layer to run one batch."""
     if state is None or unit.name == WHOLE:
+        return started + len(job.units) * _timed(lambda: quantize_layer(job, unit, state)) + after / COPY, peak()
+    batches = len(state)
+    held: list[Done] = []
+    once = _timed(lambda: held.append(quantize_layer(job, unit, only(state, 1), only(state, 1))))
+    instead = {**held[0].values, **held[0].dense}
+    watching = _slope(job, lambda part: watched(job, unit, part), state)
+    passing = _slope(job, lambda part: advance(job, unit, part, instead, None), state)
+    tuned = any(t.algo.tune for t in job.targets.values())
+    streams = 2 if tuned else 1  # a tuned run carries the float model's stream too
+    seconds = started + len(job.units) * (once + (batches - 1) * watching * streams + batches * passing)
+    return seconds + after / COPY, peak() + (2 * state.hidden.in_memory if tuned else 0)
+
+
+def watched(job: Job, unit: Unit, state: State) -> None:
+    """The part of a layer's work that goes with the text."""
+    with job.layers.loaded(unit) as module:
+        watch(job, unit, module, job.within(unit), state, Done())
+
+
+def _slope(job: Job, work: Callable[[State], Any], state: State) -> float:
+    """Seconds for each batch more."""
+    if len(state) < 2:
         return 0.0
+    more = min(3, len(state))
+    few, many = (min(_timed(lambda n=n: work(only(state, n))) for _ in range(2)) for n in (1, more))
+    return max(many - few, 0.0) / (more - 1)
+
+
+def _timed(work: Callable[[], Any]) -> float:
     begun = time.monotonic()
-    advance(job, unit, only(state, 1), {**done.values, **done.dense}, None)
+    work()
     return time.monotonic() - begun
 
 
