@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-# label, format, algorithm, options, dialect
+# label, format (or bits per weight, of these formats), algorithm, options, dialect
 OURS: list[tuple[str, str, str, list[str], str]] = [
     ("W4 g{g} sym rtn", "int4-g{g}", "rtn", [], "compressed-tensors"),
     ("W4 g{g} sym gptq", "int4-g{g}", "gptq", [], "compressed-tensors"),
@@ -27,6 +27,7 @@ OURS: list[tuple[str, str, str, list[str], str]] = [
     ("W4 g{g} sym hqq", "int4-g{g}", "hqq", [], "compressed-tensors"),
     ("W4 g{g} sym autoround 20", "int4-g{g}", "autoround", ["iters=20"], "auto-round"),
     ("W4 g{g} sym autoround 200", "int4-g{g}", "autoround", ["iters=200"], "auto-round"),
+    ("W4 g{g} sym mixed rtn", "4.25 of int3-g{g},int4-g{g},int5-g{g},int8-g{g}", "rtn", [], "compressed-tensors"),
     ("W3 g{g} sym gptq", "int3-g{g}", "gptq", [], "compressed-tensors"),
     ("W3 g{g} sym autoround 200", "int3-g{g}", "autoround", ["iters=200"], "auto-round"),
     ("W2 g64 sym gptq", "int2-g64", "gptq", [], "compressed-tensors"),
@@ -81,9 +82,11 @@ def ours(row: tuple[str, str, str, list[str], str], given: argparse.Namespace) -
     label, form, algo, options, dialect = row
     with TemporaryDirectory() as place:
         out = Path(place) / "out"
+        bits, mixed, formats = form.format(g=given.group).partition(" of ")
+        what = ["--target-bits", bits, "--from", formats] if mixed else ["-f", bits]
         sets = [word for option in options for word in ("--set", option)]
         done, wall, _ = run(fewbit(
-            "quantize", str(given.model), "-o", str(out), "-f", form.format(g=given.group), "-a", algo, *sets, "--to",
+            "quantize", str(given.model), "-o", str(out), *what, "-a", algo, *sets, "--to",
             dialect, "--calib", str(given.calib), "--calib-order", "first", "--device", given.device, "--no-report",
         ))  # fmt: skip
         value = perplexity(out, given)

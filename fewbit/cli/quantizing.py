@@ -86,7 +86,7 @@ def quantize(
     table("Most lost", ["module", "format", "algorithm", "relative error"], rows)
     if report:
         print(f"report: {done.report}")
-    print(f"serve:  fewbit serve {done.out}")
+    print(f"next:   fewbit eval {done.out} --against {model} --text FILE")
 
 
 def plan(
