@@ -4,7 +4,7 @@ Non-overlapping windows, every token but the first of a window scored, log-softm
 layer and are compared a piece of logits at a time; intervals come from a bootstrap over documents.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from math import expm1
@@ -22,9 +22,10 @@ from fewbit.models.text import tokenizer as read_tokenizer
 from fewbit.models.verify import verify_source
 from fewbit.quant.plan import Plan
 from fewbit.quant.spec import Format
+from fewbit.workflows.convert import Progress, quiet
 from fewbit.workflows.evaluate_format import rounded
 from fewbit.workflows.evaluate_intervals import RESAMPLES, Estimate, Figure, estimates
-from fewbit.workflows.evaluate_stream import COLUMNS, Progress, check_ids, check_vocabularies, run, scores
+from fewbit.workflows.evaluate_stream import COLUMNS, check_ids, check_vocabularies, run, scores
 from fewbit.workflows.evaluate_text import Windows, windows_of_ids, windows_of_text
 
 DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
@@ -53,10 +54,6 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def quiet(names: Iterable[str], label: str) -> Iterable[str]:
-    return names
 
 
 def evaluate(

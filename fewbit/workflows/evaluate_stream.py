@@ -1,6 +1,6 @@
 """Running a text through a model layer by layer, and scoring what comes out: never a whole model, no file of logits."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from fewbit.errors import RequestError
 from fewbit.models.hidden import Hidden
 from fewbit.models.layers import WHOLE, Layers, State
+from fewbit.workflows.convert import Progress
 
 PIECE = 16 << 20  # logits made at a time: 64 MB in float32, of which four may be alive
-Progress = Callable[[Iterable[str], str], Iterable[str]]
 
 
 @dataclass(slots=True)

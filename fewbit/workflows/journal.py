@@ -29,12 +29,11 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class Journal:
     """The work folder of one run. A context: leaving it keeps the folder, `remove` takes it away."""
 
-    def __init__(self, out: Path, depends: Mapping[str, Any], restart: bool = False):
-        self.folder = out / FOLDER
+    def __init__(self, folder: Path, depends: Mapping[str, Any], restart: bool = False):
+        self.folder = folder
         self.done: dict[str, dict[str, Any]] = {}
         if restart:
             shutil.rmtree(self.folder, ignore_errors=True)
-        self._made = not out.exists()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._file = (self.folder / "journal.jsonl").open("a+b")

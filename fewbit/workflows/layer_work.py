@@ -66,8 +66,8 @@ def quantize_layer(job: Job, unit: Unit, state: State | None, floats: State | No
             groups, outputs = watch(job, unit, module, targets, state, done)
             done.first = outputs[0]
             outputs = passed(job, unit, module, floats) if floats is not None else outputs
-            weights = folded(job, unit, targets, groups, done) if tuned else {}
             if tuned:
+                weights = folded(job, unit, targets, groups, done)
                 tune_layer(job, unit, module, targets, groups, weights, state, outputs, done)
         if not tuned:  # the layer itself has gone: codes are chosen with one group's weights in memory
             encode_groups(job, targets, groups, folded(job, unit, targets, groups, done), done)

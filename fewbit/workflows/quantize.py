@@ -125,8 +125,9 @@ def run(
 ) -> Quantization:
     """Do a prepared job."""
     begun = time.monotonic()
-    folder = out.parent if out.suffix == ".gguf" else out
-    overwrite = overwrite or (folder / FOLDER).is_dir()  # what lies there is then ours: a run that was let begin
+    folder = out.parent / f"{FOLDER}.{out.name}" if out.suffix == ".gguf" else out / FOLDER
+    # what an unfinished run half published is its own to replace; beginning anew is another run
+    overwrite = overwrite or (folder.is_dir() and not restart)
     _check(job, out, max_shard, overwrite)
     with (
         Journal(folder, jobs.depends(job) | {"out": out.name}, restart) as journal,
@@ -215,8 +216,6 @@ def _save(journal: Journal, unit: str, done: Done) -> None:
 def _tell(log: RunLog, unit: str, done: Done) -> None:
     for note in done.notes:
         log.module(**note)
-        if note.get("damped"):
-            log.damping(note["name"], damp=note.get("damp"))
     for warning in done.warnings:
         log.warning(warning)
     log.layer(unit, seconds=done.seconds, error=done.error)

@@ -212,6 +212,32 @@ def test_something_else_is_not_resumed(
     sound(out)
 
 
+def test_an_older_model_is_not_replaced_unasked(
+    model: Path, ids: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that may overwrite and is interrupted gives no leave to another run."""
+    from fewbit.errors import CheckpointError
+    from fewbit.workflows import quantize as module
+
+    out = tmp_path / "out"
+    quantize(model, out, "int8-channel", algo="rtn", **QUIET)
+    before = digests(out)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "assemble", interrupt)
+        quantize(model, out, "int4-g64", algo="rtn", overwrite=True, **QUIET)
+    with pytest.raises(RequestError, match="recipe: begun with"):
+        quantize(model, out, "int3-g64", algo="rtn", **QUIET)
+    with pytest.raises(CheckpointError, match="already holds a model"):
+        quantize(model, out, "int3-g64", algo="rtn", restart=True, **QUIET)
+    assert digests(out) == before
+    quantize(model, out, "int4-g64", algo="rtn", **QUIET)  # the same run goes on
+    assert {m.format for m in fewbit.inspect(out).modules} == {"int4-g64"}
+
+
 def test_a_damaged_journal_is_told(
     model: Path, ids: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,7 +276,7 @@ def test_a_full_disk_keeps_what_is_done(
 def test_two_runs_do_not_share_a_folder(model: Path, ids: list[Tensor], tmp_path: Path) -> None:
     from fewbit.workflows.journal import Journal
 
-    with Journal(tmp_path / "out", {}), pytest.raises(RequestError, match="another run is writing here"):
+    with Journal(tmp_path / "out" / FOLDER, {}), pytest.raises(RequestError, match="another run is writing here"):
         quantize(model, tmp_path / "out", "int4-g64", algo="rtn", **QUIET)
 
 
