@@ -142,7 +142,7 @@ def _solve(stack: Stack, h: Tensor, options: Options, damp: float) -> list[Encod
         stack, h, index = replace(stack, weights=[w[:, index] for w in stack.weights]), h[index][:, index], None
     if index is None:
         index = torch.arange(stack.k, device=h.device)
-    factors = factor(h[index][:, index], damp)
+    factors = factor(h, damp, index)
     try:
         solved = factors and _loop(stack, factors, index, options)
     except SpecError:

@@ -29,28 +29,38 @@ def dead_columns(h: Tensor) -> Tensor:
     return h.diagonal() <= 0
 
 
-def factor(h: Tensor, damp: float) -> Factor | None:
-    """h: [K, K], dead columns included -> its factors, or None where it has none."""
-    full = h.double()  # worked on in place: of a wide layer each copy is a quarter of a gigabyte
+def factor(h: Tensor, damp: float, index: Tensor | None = None) -> Factor | None:
+    """h: [K, K], dead columns included, taken in the order of index -> its factors, or None where it has none.
+
+    Of a wide layer each copy is a quarter of a gigabyte: the one in float64 is worked on in place.
+    """
+    index = torch.arange(len(h), device=h.device) if index is None else index
+    back = index.flip(0)  # lower factors of the reverse are upper ones
+    full = h[back[:, None], back].double()
     diagonal, dead = full.diagonal(), dead_columns(full)
     mean = diagonal[~dead].mean() if not bool(dead.all()) else diagonal.new_ones(())
     diagonal += damp * mean
     diagonal[dead] = mean  # nothing reads them: any weight does, and 1 keeps the factors finite
-    damped = full.float()
-    full = full.flip(0, 1)
-    full, info = torch.linalg.cholesky_ex(full)
-    if int(info) or not bool(torch.isfinite(full.diagonal()).all()):
+    kept = diagonal.flip(0).float()
+    lower, info = full.mT, torch.empty((), dtype=torch.int32, device=h.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, info))  # column-major, so nothing is copied
+    if int(info) or not bool(torch.isfinite(lower.diagonal()).all()):
         return None
-    full = full.flip(0, 1)
-    full /= full.diagonal().clone()
-    return Factor(full.float(), damped) if bool(torch.isfinite(full).all()) else None
+    lower /= lower.diagonal().clone()
+    a = lower.float()
+    del full, lower, diagonal
+    a = a.flip(0, 1)
+    damped = h[index[:, None], index]
+    damped.diagonal().copy_(kept)
+    return Factor(a, damped) if bool(torch.isfinite(a).all()) else None
 
 
 def usable(h: Tensor) -> Tensor:
-    """Symmetric to the bit, and without what rows of dead columns may hold."""
-    h = (h + h.T) / 2
+    """Symmetric to the bit, and without what rows of dead columns may hold; h itself where it is that already."""
+    if not torch.equal(h, h.T):
+        h = (h + h.T) / 2
     alive = (~dead_columns(h)).to(h.dtype)
-    return h * alive * alive[:, None]
+    return h if bool(alive.all()) else (h * alive).mul_(alive[:, None])
 
 
 def cost(error: Tensor, h: Tensor) -> float:
