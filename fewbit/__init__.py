@@ -16,6 +16,8 @@ from fewbit.errors import (
 )
 
 if TYPE_CHECKING:
+    from fewbit.engine.params import SamplingParams
+    from fewbit.llm import LLM
     from fewbit.models.build import load
     from fewbit.models.verify import Finding, verify
     from fewbit.quant.elements import Element
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
+    "LLM": "llm",
+    "SamplingParams": "engine.params",
     "load": "models.build",
     "inspect": "workflows.inspect",
     "verify": "models.verify",
@@ -54,6 +58,7 @@ _HOMES = {
 
 __all__ = [
     "FORMATS",
+    "LLM",
     "CapacityError",
     "CheckpointError",
     "Element",
@@ -64,6 +69,7 @@ __all__ = [
     "QTensor",
     "QuantSpec",
     "RequestError",
+    "SamplingParams",
     "Scale",
     "SpecError",
     "UnsupportedError",

@@ -15,6 +15,11 @@ def cache() -> Path:
     return Path(base)
 
 
+def compiler() -> str:
+    """The C++ compiler that the user wants, "" for the one that is there."""
+    return os.environ.get("CXX", "")
+
+
 def test_checkpoints() -> list[Path]:
     """Folders of checkpoints that a user wants tested, separated as in PATH."""
     return [Path(part) for part in os.environ.get("FEWBIT_TEST_CHECKPOINTS", "").split(os.pathsep) if part]

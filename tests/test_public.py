@@ -6,8 +6,8 @@ import sys
 import fewbit
 
 NAMES = [
-    "FORMATS", "CapacityError", "CheckpointError", "Element", "FewbitError", "Finding", "Format", "Plan", "QTensor",
-    "QuantSpec", "RequestError", "Scale", "SpecError", "UnsupportedError", "convert", "dialects", "diff", "doctor",
+    "FORMATS", "LLM", "CapacityError", "CheckpointError", "Element", "FewbitError", "Finding", "Format", "Plan", "QTensor",
+    "QuantSpec", "RequestError", "SamplingParams", "Scale", "SpecError", "UnsupportedError", "convert", "dialects", "diff", "doctor",
     "evaluate", "formats", "inspect", "kernels", "load", "quantize", "verify",
 ]  # fmt: skip
 

@@ -201,7 +201,7 @@ CLASH = [
     ("odd = fewbit.quant.pack:pack", "formats", r"'odd' of fewbit.formats gives function, not a Format"),
     ("rtn = other:algo", "algos", r"'rtn': of fewbit and other:algo"),
     ("odd = fewbit.quant.pack:__doc__", "algos", r"'odd' of fewbit.algos gives str, not an Algo"),
-    ("own = fewbit.kernels.registry:KERNELS.__iter__", "kernels", r"'decoded': of fewbit and fewbit.kernels"),
+    ("own = fewbit.kernels.registry:KERNELS.__iter__", "kernels", r"'packed': of fewbit and fewbit.kernels"),
 ]  # fmt: skip
 
 

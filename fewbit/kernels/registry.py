@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import SpecError
-from fewbit.kernels import torch_decoded, torch_dequant
+from fewbit.kernels import packed, torch_decoded, torch_dequant
 from fewbit.quant.qtensor import Quantized
 from fewbit.quant.spec import Format
 
@@ -61,6 +61,14 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 REFERENCE, DECODED = "reference", "decoded"
 
 KERNELS: tuple[Kernel, ...] = (
+    Kernel(
+        "packed", "linear", ("cpu",), (torch.bfloat16,), packed.supports, packed.prepack_linear, packed.run_linear,
+        note="codes of 2 to 8 bits read as they are stored, few rows in registers, many through the matrix units",
+    ),
+    Kernel(
+        "packed", "experts", ("cpu",), (torch.bfloat16,), packed.supports, packed.prepack_experts, packed.run_experts,
+        note="the same, one expert at a time",
+    ),
     Kernel(
         DECODED, "linear", (), FLOATS, _anything, torch_decoded.prepack_linear, torch_decoded.run_linear, asked=True,
         note="the reference with weights decoded once: quantize, evaluate and diff run a layer on it and let it go",

@@ -4,7 +4,7 @@ Peak memory is the final model plus the largest tensor: each tensor goes to its 
 the way when `format` asks for it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from fewbit.models.fill import Filler, is_stack, prepare
 from fewbit.models.finding import refuse_on_errors
 from fewbit.models.values import Watch
 from fewbit.models.verify import building, plausible, verify_source
-from fewbit.modules import attention
+from fewbit.modules import attention, paged
 from fewbit.modules.linear import Linear, Options
 from fewbit.quant.formats import FORMATS
 from fewbit.quant.plan import Plan, Rule
@@ -39,11 +39,13 @@ def load(
     format: str | Format | Plan | None = None,
     trust_remote_code: bool = False,
     unsafe_skip_verify: Sequence[str] = (),
+    attend: Callable[[Any], str] = twin.require,
 ) -> nn.Module:
     """A folder or a .gguf file -> the model in eval mode: model(input_ids).logits, model.generate(...).
 
     dtype: of everything that is not quantized; None = as the config says. kernels: "auto" or a kernel's name.
     activations: "declared", or "off" to leave them in dtype. format: quantize every linear and expert on arrival.
+    attend: config -> the attention that the architecture is built with, or an error.
     """
     if activations not in ("declared", "off"):
         raise SpecError(f"activations={activations!r}: known are 'declared' and 'off'")
@@ -56,7 +58,7 @@ def load(
             config = hf.read_config(path if trust_remote_code else source.config, trust_remote_code)
             plausible(source, config)
             options = Options(kernels, activations, resolve_dtype(dtype, config))
-            model = hf.build(config, options.dtype, twin.require(config))
+            model = hf.build(config, options.dtype, attend(config))
         refuse_on_errors(source.path, verify_source(source, model), unsafe_skip_verify)
         prepare(model)
         filler = Filler(model, hf.rules(model), options, torch.device(device), online(model, format))
@@ -125,7 +127,7 @@ def round_cache(model: nn.Module, source: codecs.Source, filler: Filler) -> None
     spec = source.plan.kv
     if spec is None or not source.kv or filler.options.activations == "off":
         return
-    if (used := hf.attention_of(model)) != attention.NAME:
+    if (used := hf.attention_of(model)) not in (attention.NAME, paged.NAME):
         reason = f"the model runs on transformers' own {used} attention, where ours is not exact"
         raise UnsupportedError("the checkpoint declares a quantized KV cache", [reason])
     for name in source.kv:

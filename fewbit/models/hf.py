@@ -244,6 +244,11 @@ def register_attention(name: str, function: Any) -> None:
     AttentionMaskInterface.register(name, eager_mask)
 
 
+def register_unmasked_attention(name: str, function: Any) -> None:
+    """The same without a mask: transformers makes none for a name that it has no mask function of."""
+    AttentionInterface.register(name, function)
+
+
 def pretrained(path: str | Path, **options: Any) -> PreTrainedModel:
     """transformers' own model of a folder (or of a name on its hub), weights loaded as transformers loads them."""
     return transformers.AutoModelForCausalLM.from_pretrained(path, **options)

@@ -1,0 +1,1 @@
+"""The engine: requests in, tokens out; scheduler, pages, sampler, text. No HTTP here."""

@@ -1,0 +1,68 @@
+"""EngineConfig: what a user asks of an engine, by vLLM's names; "auto" becomes Limits once the model is there."""
+
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any, Self
+
+from fewbit.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    model: str
+    tokenizer: str | None = None
+    served_model_name: tuple[str, ...] = ()
+    device: str = "auto"
+    dtype: str = "auto"
+    quantization: str | None = None  # the checkpoint's dialect, or a format to quantize to on arrival
+    kernels: str = "auto"
+    activations: str = "declared"
+    kv_cache_dtype: str = "auto"
+    kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    block_size: int = 16  # tokens of a page
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    max_queue: int = 1024  # requests that wait; more are refused
+    enable_prefix_caching: bool = True
+    tensor_parallel_size: int = 1
+    enforce_eager: bool = False
+    seed: int = 0
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "max_queue", "tensor_parallel_size"):
+            self._at_least(name, 1)
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes"):
+            if getattr(self, name) is not None:
+                self._at_least(name, 1)
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise RequestError(f"gpu_memory_utilization={self.gpu_memory_utilization}: want a share, above 0 up to 1")
+        if self.tensor_parallel_size != 1:
+            raise RequestError(f"tensor_parallel_size={self.tensor_parallel_size}: one rank is what runs so far")
+
+    def _at_least(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise RequestError(f"{name}={value!r}: want a whole number of at least {least}")
+
+    @classmethod
+    def of(cls, **asked: Any) -> Self:
+        """From keywords; one that is not known is refused, with the nearest that is."""
+        known = [f.name for f in fields(cls)]
+        for name in asked:
+            if name not in known:
+                near = get_close_matches(name, known, 3)
+                hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(known)}"
+                raise RequestError(f"{name}={asked[name]!r}: no such option; {hint}")
+        names = asked.get("served_model_name")
+        if isinstance(names, str):
+            asked["served_model_name"] = (names,)
+        elif names is not None:
+            asked["served_model_name"] = tuple(names)
+        return cls(**{name: value for name, value in asked.items() if value is not None or name != "served_model_name"})
+
+    @property
+    def served_names(self) -> tuple[str, ...]:
+        return self.served_model_name or (self.model,)

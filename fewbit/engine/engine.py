@@ -1,0 +1,211 @@
+"""Engine: requests in, deltas out, one step at a time. One thread calls it; nothing here knows of HTTP.
+
+A step is: the scheduler chooses tokens, the runner computes the logits that are wanted, the sampler draws, and each
+continuation is told what it was given. Continuations of one request differ by their seeds and share its prompt's pages.
+"""
+
+import random
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.engine.config import EngineConfig
+from fewbit.engine.guided import Grammars
+from fewbit.engine.outputs import Logprob
+from fewbit.engine.pages import PagePool
+from fewbit.engine.request import Delta, Finish, Request, Stream
+from fewbit.engine.sampler import Row, Sampled, Sampler, prompt_logprobs
+from fewbit.engine.scheduler import Scheduler, Work
+from fewbit.engine.start import Limits, Loaded, limits_of, load
+from fewbit.engine.text import Detokenizer, token_text
+from fewbit.errors import RequestError
+
+
+@dataclass(slots=True)
+class Stats:
+    """Where an engine stands; the counters only grow."""
+
+    running: int = 0
+    waiting: int = 0
+    pages_used: int = 0
+    pages_total: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    nan_rows: int = 0
+
+
+class Engine:
+    """config: as the user wrote it; limits: what became of "auto"."""
+
+    def __init__(self, config: EngineConfig):
+        self.config = config
+        self.loaded: Loaded = load(config)
+        self.limits: Limits = limits_of(config, self.loaded)
+        self.runner = self.loaded.runner(self.limits)
+        self.pool = PagePool(self.limits.pages, config.block_size,
+                             config.enable_prefix_caching and self.runner.paged)  # fmt: skip
+        self.scheduler = Scheduler(self.pool, self.limits.most_running, self.limits.budget, config.max_queue)
+        self.sampler = Sampler(self.vocab, self.loaded.device)
+        self.counters = Stats(pages_total=self.limits.pages)
+        self._streams: dict[str, list[Stream]] = {}
+        self._seeds = random.Random(config.seed)
+        self._grammars: Grammars | None = None
+
+    @property
+    def model_executor(self) -> "Engine":
+        """Where vLLM's users look for `shutdown`."""
+        return self
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.loaded.tokenizer
+
+    @property
+    def vocab(self) -> int:
+        return self.loaded.vocab
+
+    def add(self, request: Request) -> None:
+        """Take a request in, or say why it can never run."""
+        self._check(request)
+        params = request.params = request.params.checked(self.vocab, self.limits.max_len, len(request.prompt))
+        seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
+        grammar = self._grammar(params)
+        streams = [Stream(request, i, seed + i, list(request.prompt), Detokenizer(self.tokenizer, params),
+                          grammar.start() if grammar else None) for i in range(params.n)]  # fmt: skip
+        self.scheduler.add(streams)
+        self._streams[request.id] = streams
+        self.counters.prompt_tokens += len(request.prompt)
+
+    def _check(self, request: Request) -> None:
+        if request.id in self._streams:
+            raise RequestError(f"request id {request.id!r} is in use: each needs its own")
+        if not request.prompt:
+            raise RequestError("the prompt is empty: at least one token is needed")
+        wrong = [t for t in request.prompt if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < self.vocab]
+        if wrong:
+            raise RequestError(f"prompt: {wrong[0]!r} is no token id; they go from 0 to {self.vocab - 1}")
+        if len(request.prompt) >= self.limits.max_len:
+            raise RequestError(f"the prompt has {len(request.prompt)} tokens; with at least one to generate, "
+                               f"{self.limits.max_len - 1} fit (max_model_len {self.limits.max_len})")  # fmt: skip
+
+    def _grammar(self, params: Any) -> Any:
+        if params.structured_outputs is None:
+            return None
+        if self._grammars is None:
+            if self.tokenizer is None:
+                raise RequestError("structured outputs need a tokenizer, and this model came without one")
+            self._grammars = Grammars(self.tokenizer, self.vocab, self.loaded.ends)
+        return self._grammars.compile(params.structured_outputs)
+
+    def abort(self, request_id: str) -> None:
+        """Give a request up; its pages are free when this returns, and nothing more is told of it."""
+        for stream in self._streams.pop(request_id, []):
+            self.scheduler.remove(stream)
+
+    def has_work(self) -> bool:
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    def step(self) -> list[Delta]:
+        """One turn; what it gave to whom."""
+        works = self.scheduler.next()
+        if not works:
+            return []
+        self.counters.steps += 1
+        found = self.runner.run(works)
+        for work, logits in zip(works, found, strict=True):
+            self.scheduler.computed(work)
+            self._prompt_logprobs(work, logits)
+        ready = [(work.stream, logits[-1]) for work, logits in zip(works, found, strict=True) if work.samples]
+        if not ready:
+            return []
+        sampled = self.sampler.sample(torch.stack([row for _, row in ready]), [self._row(s) for s, _ in ready])
+        return [self._told(stream, sampled, i) for i, (stream, _) in enumerate(ready)]
+
+    def _row(self, stream: Stream) -> Row:
+        allowed = stream.matcher.mask() if stream.matcher is not None else None
+        return Row(stream.request.params, stream.request.prompt, stream.output, stream.seed, allowed, self.loaded.ends)
+
+    def _prompt_logprobs(self, work: Work, logits: Tensor) -> None:
+        """Collected chunk by chunk; the first token has none."""
+        stream, count = work.stream, work.stream.request.params.prompt_logprobs
+        if count is None or work.stop > stream.prompt_length:
+            return
+        if work.start == 0:
+            stream.prompt_logprobs = [None]
+        assert stream.prompt_logprobs is not None
+        following = stream.tokens[work.start + 1 : min(work.stop + 1, stream.prompt_length)]
+        found = prompt_logprobs(logits[: len(following)], following, count)
+        stream.prompt_logprobs += [self._spelt(each) for each in found]
+
+    def _told(self, stream: Stream, sampled: Sampled, i: int) -> Delta:
+        delta = Delta(stream.request.id, stream.index)
+        if not stream.told:
+            stream.told = True
+            delta.prompt_logprobs, delta.cached = stream.prompt_logprobs, stream.cached
+        if sampled.bad[i]:
+            self.counters.nan_rows += 1
+            return self._ended(stream, delta, "error", None)
+        token = sampled.tokens[i]
+        stream.tokens.append(token)
+        self.counters.generated_tokens += 1
+        delta.tokens = [token]
+        if (found := sampled.logprobs[i]) is not None:
+            delta.logprobs = [self._spelt(found)]
+        finish, reason = self._finish(stream, token)
+        ending = token in self.loaded.ends or token in stream.request.params.stop_token_ids
+        if finish != "stop" or not ending:  # the token that ends a text is not part of it
+            delta.text = stream.detokenizer.push([token])
+            if stream.detokenizer.stopped is not None:
+                finish, reason = "stop", stream.detokenizer.stopped
+        return delta if finish is None else self._ended(stream, delta, finish, reason)
+
+    def _finish(self, stream: Stream, token: int) -> tuple[Finish | None, int | str | None]:
+        params = stream.request.params
+        if stream.made > params.min_tokens:
+            if token in self.loaded.ends and not params.ignore_eos:
+                return "stop", None
+            if token in params.stop_token_ids:
+                return "stop", token
+        if stream.matcher is not None:
+            stream.matcher.accept(token)
+            if stream.matcher.finished:
+                return ("error", stream.matcher.error) if stream.matcher.error else ("stop", None)
+        if stream.made >= params.max_tokens or len(stream.tokens) >= self.limits.max_len:
+            return "length", None
+        return None, None
+
+    def _spelt(self, found: dict[int, Logprob]) -> dict[int, Logprob]:
+        if self.tokenizer is None:
+            return found
+        return {t: replace(of, decoded_token=token_text(self.tokenizer, t)) for t, of in found.items()}
+
+    def _ended(self, stream: Stream, delta: Delta, finish: Finish, reason: int | str | None) -> Delta:
+        delta.text += stream.detokenizer.finish()
+        delta.finish, delta.stop_reason = finish, reason
+        self.scheduler.remove(stream)
+        streams = self._streams[stream.request.id]
+        streams.remove(stream)
+        if not streams:
+            del self._streams[stream.request.id]
+        return delta
+
+    def stats(self) -> Stats:
+        now = self.counters
+        now.running, now.waiting = len(self.scheduler.running), len(self.scheduler.waiting)
+        now.pages_used = self.pool.used
+        now.prefix_queries, now.prefix_hits = self.pool.queries, self.pool.hits
+        now.preemptions = self.scheduler.preemptions
+        return now
+
+    def shutdown(self) -> None:
+        """Free the model and the cache."""
+        for request_id in list(self._streams):
+            self.abort(request_id)
+        self.runner.free()
+        self.loaded.free()

@@ -1,0 +1,108 @@
+"""From logits to tokens. Plain greedy rows cost one argmax; a row pays only for what it asks for.
+
+Everything stays on the logits' device until one copy brings tokens and logprobs to the host. A row's token depends on
+its own logits, parameters, seed and step, never on the rows beside it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbit.engine.outputs import Logprob
+from fewbit.engine.params import SamplingParams
+from fewbit.engine.sampler_draw import draw
+from fewbit.engine.sampler_edits import edit, edited
+
+
+@dataclass(slots=True)
+class Row:
+    """One continuation at one step. ends: the model's own end tokens, banned until min_tokens are there."""
+
+    params: SamplingParams
+    prompt: Sequence[int]
+    output: Sequence[int]
+    seed: int
+    allowed: Tensor | None = None  # [ceil(V / 32)] int32
+    ends: Sequence[int] | frozenset[int] = ()
+
+
+@dataclass(slots=True)
+class Sampled:
+    """bad: the row had NaN, or no finite logit to choose; its token means nothing."""
+
+    tokens: list[int]
+    logprobs: list[dict[int, Logprob] | None]
+    bad: list[bool]
+
+
+class Sampler:
+    def __init__(self, vocab: int, device: torch.device | str) -> None:
+        self.vocab, self.device = vocab, torch.device(device)
+
+    @torch.inference_mode()
+    def sample(self, logits: Tensor, rows: Sequence[Row]) -> Sampled:
+        """logits: [B, V] of any float type."""
+        asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+        tokens, best = _tokens(logits, rows)
+        extra = [] if not asked else _tops(logits, tokens, asked, max(rows[i].params.logprobs or 0 for i in asked))
+        host = torch.cat([tokens.double(), best.double(), *extra]).tolist()
+        count = len(rows)
+        finite = [abs(value) < float("inf") for value in host[count : 2 * count]]
+        found: list[dict[int, Logprob] | None] = [None] * count
+        for i, values in zip(asked, _pieces(host[2 * count :], len(asked)), strict=True):
+            found[i] = _named(int(host[i]), values, rows[i].params.logprobs or 0)
+        return Sampled([int(value) for value in host[:count]], found, [not one for one in finite])
+
+
+@torch.inference_mode()
+def prompt_logprobs(logits: Tensor, ids: Sequence[int], count: int) -> list[dict[int, Logprob]]:
+    """logits: [T, V], ids: the T tokens that followed -> of each, itself and the `count` likeliest."""
+    if not ids:
+        return []
+    tokens = torch.tensor(ids, device=logits.device)
+    host = torch.cat(_tops(logits, tokens, list(range(len(ids))), count)).tolist()
+    return [_named(token, values, count) for token, values in zip(ids, _pieces(host, len(ids)), strict=True)]
+
+
+def _tokens(logits: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    """-> [B] int64 tokens, and [B] a value that is finite where the row was sound."""
+    changed = any(edited(row) for row in rows)
+    drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
+    used = logits
+    if changed or drawn:
+        used = logits.to(torch.float32, copy=changed)
+    if changed:
+        edit(used, rows)
+    tokens = used.argmax(-1)
+    best = used.gather(1, tokens.unsqueeze(-1)).squeeze(-1)
+    if changed:  # a mask may have hidden a NaN
+        best = best + 0 * logits.amax(-1).float()
+    if drawn:
+        tokens[drawn] = draw(used if len(drawn) == len(rows) else used[drawn], [rows[i] for i in drawn])
+    return tokens, best
+
+
+def _tops(logits: Tensor, tokens: Tensor, chosen: list[int], count: int) -> list[Tensor]:
+    """Of the chosen rows: logprob and rank of the token, `count` likeliest logprobs and their ids -> each flat, f64."""
+    rows = logits if len(chosen) == logits.shape[0] else logits[chosen]
+    logprobs = rows.float().log_softmax(-1)
+    own = logprobs.gather(1, tokens[chosen].unsqueeze(-1))
+    rank = (logprobs > own).sum(-1, keepdim=True) + 1
+    values, ids = logprobs.topk(min(count, logprobs.shape[1]))
+    return [torch.cat([own.double(), rank.double(), values.double(), ids.double()], dim=1).flatten()]
+
+
+def _pieces(values: list[float], count: int) -> list[list[float]]:
+    size = len(values) // max(count, 1)
+    return [values[i * size : (i + 1) * size] for i in range(count)]
+
+
+def _named(token: int, values: list[float], count: int) -> dict[int, Logprob]:
+    """The token itself first, then the likeliest by rank."""
+    found = {token: Logprob(values[0], int(values[1]))}
+    half = (len(values) - 2) // 2
+    for rank in range(min(count, half)):
+        found.setdefault(int(values[2 + half + rank]), Logprob(values[2 + rank], rank + 1))
+    return found

@@ -1,0 +1,76 @@
+"""C++ beside the Python: compiled for this very processor when first needed, kept in the cache by what it was made of.
+
+OpenMP is the one that torch brought, so that there is one pool of threads: our part is linked against none and finds
+torch's in the process.
+"""
+
+import ctypes
+import hashlib
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from fewbit import env
+
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno")
+
+
+@cache
+def library(name: str) -> ctypes.CDLL | str:
+    """kernels/NAME.cpp as a library, or why there is none."""
+    compiler = shutil.which(env.compiler()) or shutil.which("g++") or shutil.which("clang++")
+    if platform.system() != "Linux" or compiler is None:
+        return "needs Linux and a C++ compiler (g++ or clang++), found none: apt install g++"
+    openmp = _openmp()
+    if openmp is None:
+        return "torch's own OpenMP library was not found beside it"
+    source = Path(__file__).with_name(f"{name}.cpp")
+    try:
+        built = _built(source, compiler)
+        ctypes.CDLL(str(openmp), ctypes.RTLD_GLOBAL)
+        return ctypes.CDLL(str(built))
+    except subprocess.CalledProcessError as error:
+        return f"{compiler} could not compile {source.name}: {error.stderr.strip()[:400]}"
+    except OSError as error:
+        return f"{source.name}: {error}"
+
+
+def _openmp() -> Path | None:
+    found = [Path(line.split()[-1]) for line in Path("/proc/self/maps").read_text().splitlines()
+             if "libgomp" in line or "libiomp5" in line]  # fmt: skip
+    return found[0] if found else None
+
+
+def _built(source: Path, compiler: str) -> Path:
+    """The library, from the cache or made now; several processes may do so at once."""
+    text = source.read_bytes()
+    parts = (text, " ".join(FLAGS).encode(), _run(compiler, "--version").encode(), _processor().encode())
+    digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
+    target = env.cache() / "kernels" / f"{source.stem}-{digest}.so"
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as place:
+            made = [Path(place) / "made.o", Path(place) / "made.so"]
+            _run(compiler, *FLAGS, "-c", str(source), "-o", str(made[0]))
+            _run(compiler, "-shared", str(made[0]), "-o", str(made[1]))
+            made[1].rename(target)
+    return target
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+
+
+def threads() -> int:
+    return torch.get_num_threads()

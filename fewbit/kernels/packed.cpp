@@ -1,0 +1,257 @@
+// y = x W^T for few rows of x, W read as it is stored: codes of 2 to 8 bits, one after the other along a row, turned into
+// bfloat16 in registers. Every code's value is exact in bfloat16, so products with x are exact in float32.
+// A group is `group` columns (16, 32 or a multiple of 64) that share a scale and a zero:
+//     value = (element[code] - zero) * scale * outer[row]           zeros in units of codes
+//     value = (element[code] * scale - zero) * outer[row]           zeros in units of values
+
+#include <cstdint>
+#include <cstring>
+#include <omp.h>
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__) && defined(__AVX512VL__)
+#include <immintrin.h>
+#define WIDE 1
+#endif
+
+enum { TABLE32, TABLE64, TABLE128, INT8, UINT8 };
+
+struct Weight {
+    const uint8_t* codes;   // [n, k * bits / 8]
+    const void* scale;      // [n, k / group]
+    const void* zero;       // the same, or null
+    const float* outer;     // [n]
+    const uint16_t* table;  // [256] bfloat16: what each code means
+    int64_t n, k, group;
+    int32_t bits, kind;
+    int32_t narrow;         // type of scale and zero: 0 float32, 1 float16, 2 bfloat16
+    int32_t zeros;          // 0: none, 1: in codes, 2: in values
+};
+
+static inline float of_bf16(uint16_t h) { uint32_t u = uint32_t(h) << 16; float f; memcpy(&f, &u, 4); return f; }
+static inline uint16_t to_bf16(float f) {
+    uint32_t u; memcpy(&u, &f, 4);
+    if ((u & 0x7fffffff) > 0x7f800000) return uint16_t((u >> 16) | 64);
+    return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+static inline float at(const void* p, int32_t narrow, int64_t i) {
+    if (narrow == 0) return ((const float*)p)[i];
+    if (narrow == 1) return float(((const _Float16*)p)[i]);
+    return of_bf16(((const uint16_t*)p)[i]);
+}
+static inline float code_value(const Weight& w, const uint8_t* row, int64_t c) {
+    const int64_t bit = c * w.bits;
+    uint32_t two = row[bit >> 3];
+    if ((bit & 7) + w.bits > 8) two |= uint32_t(row[(bit >> 3) + 1]) << 8;
+    return of_bf16(w.table[(two >> (bit & 7)) & ((1u << w.bits) - 1)]);
+}
+
+#ifdef WIDE
+// 64 codes, a byte each: the bits of 8 codes are brought into one lane of 64 bits, then each to its byte
+struct Unpack {
+    __m512i spread, shifts, mask;
+    __mmask64 bytes;
+    int bits;
+    explicit Unpack(int b) : bits(b) {
+        alignas(64) uint8_t index[64], shift[64];
+        for (int i = 0; i < 64; i++) index[i] = uint8_t((i >> 3) * b + (i & 7)), shift[i] = uint8_t((i & 7) * b);
+        spread = _mm512_load_si512(index), shifts = _mm512_load_si512(shift);
+        mask = _mm512_set1_epi8(char((1 << b) - 1));
+        bytes = b == 8 ? ~0ull : (1ull << (8 * b)) - 1;
+    }
+    inline __m512i operator()(const uint8_t* p) const {
+        if (bits == 8) return _mm512_loadu_si512(p);
+        const __m512i lanes = _mm512_permutexvar_epi8(spread, _mm512_maskz_loadu_epi8(bytes, p));
+        return _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, lanes), mask);
+    }
+};
+
+static inline __m512i bf16_of_ints(__m512i low, __m512i high) {
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(high), _mm512_cvtepi32_ps(low));
+}
+
+// 32 codes, a byte each -> 32 values in bfloat16
+template <int KIND> struct Lookup {
+    __m512i t0, t1, t2, t3;
+    explicit Lookup(const uint16_t* t) { t0 = _mm512_loadu_si512(t), t1 = _mm512_loadu_si512(t + 32), t2 = _mm512_loadu_si512(t + 64), t3 = _mm512_loadu_si512(t + 96); }
+    inline __m512i operator()(__m256i codes) const {
+        if (KIND == INT8) return bf16_of_ints(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes)), _mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
+        if (KIND == UINT8) return bf16_of_ints(_mm512_cvtepu8_epi32(_mm256_castsi256_si128(codes)), _mm512_cvtepu8_epi32(_mm256_extracti128_si256(codes, 1)));
+        const __m512i wide = _mm512_cvtepu8_epi16(codes);
+        if (KIND == TABLE32) return _mm512_permutexvar_epi16(wide, t0);
+        const __m512i low = _mm512_permutex2var_epi16(t0, wide, t1);
+        if (KIND == TABLE64) return low;
+        const __m512i high = _mm512_permutex2var_epi16(t2, wide, t3);
+        const __m512i value = _mm512_mask_blend_epi16(_mm512_test_epi16_mask(wide, _mm512_set1_epi16(64)), low, high);
+        return _mm512_or_si512(value, _mm512_slli_epi16(_mm512_and_si512(wide, _mm512_set1_epi16(128)), 8));  // the sign of a byte
+    }
+};
+
+template <int KIND> struct Decode {
+    Unpack unpack;
+    Lookup<KIND> lookup;
+    explicit Decode(const Weight& w) : unpack(w.bits), lookup(w.table) {}
+    inline void two(const uint8_t* p, __m512i& a, __m512i& b) const {
+        const __m512i codes = unpack(p);
+        a = lookup(_mm512_castsi512_si256(codes)), b = lookup(_mm512_extracti64x4_epi64(codes, 1));
+    }
+};
+
+// M rows of x against one row of W. sums: [M, k / group] of x, where there are zeros.
+template <int KIND, int M>
+static void row_times(const Weight& w, const Decode<KIND>& decode, int64_t r, const uint16_t* x, const float* sums, float* y) {
+    const int64_t bytes = 8 * w.bits;  // of 64 codes
+    const uint8_t* p = w.codes + r * (w.k / 64) * bytes;
+    const int64_t groups = w.k / w.group, first = r * groups;
+    __m512 total[M];
+    for (int m = 0; m < M; m++) total[m] = _mm512_setzero_ps();
+    if (w.group >= 64) {
+        for (int64_t g = 0; g < groups; g++) {
+            __m512 even[M], odd[M];
+            for (int m = 0; m < M; m++) even[m] = odd[m] = _mm512_setzero_ps();
+            for (int64_t c = g * w.group; c < (g + 1) * w.group; c += 64, p += bytes) {
+                __m512i a, b;
+                decode.two(p, a, b);
+                for (int m = 0; m < M; m++) {
+                    even[m] = _mm512_dpbf16_ps(even[m], (__m512bh)a, (__m512bh)_mm512_loadu_si512(x + m * w.k + c));
+                    odd[m] = _mm512_dpbf16_ps(odd[m], (__m512bh)b, (__m512bh)_mm512_loadu_si512(x + m * w.k + c + 32));
+                }
+            }
+            const __m512 s = _mm512_set1_ps(at(w.scale, w.narrow, first + g));
+            for (int m = 0; m < M; m++) total[m] = _mm512_fmadd_ps(_mm512_add_ps(even[m], odd[m]), s, total[m]);
+        }
+    } else {
+        const __m512 zero = _mm512_setzero_ps();
+        const int64_t step = 64 / w.group;  // 2 or 4 groups of a run
+        for (int64_t c = 0; c < w.k; c += 64, p += bytes) {
+            __m512i a, b;
+            decode.two(p, a, b);
+            const int64_t i = first + c / w.group;
+            __m512 s, t;
+            if (step == 2) {
+                s = _mm512_set1_ps(at(w.scale, w.narrow, i));
+                t = _mm512_set1_ps(at(w.scale, w.narrow, i + 1));
+            } else {
+                s = _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(at(w.scale, w.narrow, i)), _mm512_set1_ps(at(w.scale, w.narrow, i + 1)));
+                t = _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(at(w.scale, w.narrow, i + 2)), _mm512_set1_ps(at(w.scale, w.narrow, i + 3)));
+            }
+            for (int m = 0; m < M; m++) {
+                const __m512 u = _mm512_dpbf16_ps(zero, (__m512bh)a, (__m512bh)_mm512_loadu_si512(x + m * w.k + c));
+                const __m512 v = _mm512_dpbf16_ps(zero, (__m512bh)b, (__m512bh)_mm512_loadu_si512(x + m * w.k + c + 32));
+                total[m] = _mm512_fmadd_ps(u, s, total[m]);
+                total[m] = _mm512_fmadd_ps(v, t, total[m]);
+            }
+        }
+    }
+    for (int m = 0; m < M; m++) {
+        float found = _mm512_reduce_add_ps(total[m]);
+        if (w.zeros) {
+            float taken = 0;
+            for (int64_t g = 0; g < groups; g++) {
+                const float z = at(w.zero, w.narrow, first + g) * sums[m * groups + g];
+                taken += w.zeros == 1 ? z * at(w.scale, w.narrow, first + g) : z;
+            }
+            found -= taken;
+        }
+        y[m] = found * w.outer[r];
+    }
+}
+#else
+template <int KIND> struct Decode { explicit Decode(const Weight&) {} };
+template <int KIND, int M>
+static void row_times(const Weight& w, const Decode<KIND>&, int64_t r, const uint16_t* x, const float*, float* y) {
+    const uint8_t* row = w.codes + r * (w.k / 8) * w.bits;
+    const int64_t groups = w.k / w.group;
+    float total[M] = {};
+    for (int64_t g = 0; g < groups; g++) {
+        const float s = at(w.scale, w.narrow, r * groups + g), z = w.zeros ? at(w.zero, w.narrow, r * groups + g) : 0;
+        for (int64_t c = g * w.group; c < (g + 1) * w.group; c++) {
+            const float v = code_value(w, row, c), value = w.zeros == 1 ? (v - z) * s : v * s - z;
+            for (int m = 0; m < M; m++) total[m] += value * of_bf16(x[m * w.k + c]);
+        }
+    }
+    for (int m = 0; m < M; m++) y[m] = total[m] * w.outer[r];
+}
+#endif
+
+template <int KIND, int M>
+static void rows_times(const Weight& w, const uint16_t* x, const float* sums, uint16_t* y) {
+    const Decode<KIND> decode(w);
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < w.n; r++) {
+        float found[M];
+        row_times<KIND, M>(w, decode, r, x, sums, found);
+        for (int m = 0; m < M; m++) y[m * w.n + r] = to_bf16(found[m]);
+    }
+}
+
+template <int KIND>
+static void any_rows(const Weight& w, const uint16_t* x, int64_t rows, const float* sums, uint16_t* y) {
+    const int64_t groups = w.k / w.group;
+    while (rows) {
+        const int64_t m = rows >= 8 ? 8 : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
+        if (m == 8) rows_times<KIND, 8>(w, x, sums, y);
+        else if (m == 4) rows_times<KIND, 4>(w, x, sums, y);
+        else if (m == 2) rows_times<KIND, 2>(w, x, sums, y);
+        else rows_times<KIND, 1>(w, x, sums, y);
+        x += m * w.k, y += m * w.n, rows -= m;
+        if (sums) sums += m * groups;
+    }
+}
+
+template <int KIND>
+static void decode_rows(const Weight& w, int64_t start, int64_t stop, uint16_t* out) {
+    const Decode<KIND> decode(w);
+    const int64_t groups = w.k / w.group;
+#pragma omp parallel for schedule(static)
+    for (int64_t r = start; r < stop; r++) {
+        const uint8_t* row = w.codes + r * (w.k / 8) * w.bits;
+        uint16_t* to = out + (r - start) * w.k;
+        float s[4], less[4];  // of a run of 64 columns
+        for (int64_t c = 0; c < w.k; c += 64) {
+            const int64_t step = w.group < 64 ? 64 / w.group : 1, first = r * groups + c / w.group;
+            for (int64_t i = 0; i < 4; i++) {
+                const int64_t g = first + i * step / 4;
+                const float z = w.zeros ? at(w.zero, w.narrow, g) : 0;
+                s[i] = at(w.scale, w.narrow, g);
+                less[i] = (w.zeros == 1 ? z * s[i] : z) * w.outer[r];
+                s[i] *= w.outer[r];
+            }
+#ifdef WIDE
+            __m512i half[2];
+            decode.two(row + c / 8 * w.bits, half[0], half[1]);
+            for (int i = 0; i < 4; i++) {
+                const __m256i h = i & 1 ? _mm512_extracti64x4_epi64(half[i >> 1], 1) : _mm512_castsi512_si256(half[i >> 1]);
+                const __m512 v = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+                const __m512 value = _mm512_fmsub_ps(v, _mm512_set1_ps(s[i]), _mm512_set1_ps(less[i]));
+                _mm256_storeu_si256((__m256i*)(to + c + 16 * i), (__m256i)_mm512_cvtneps_pbh(value));
+            }
+#else
+            for (int i = 0; i < 64; i++) to[c + i] = to_bf16(code_value(w, row, c + i) * s[i >> 4] - less[i >> 4]);
+#endif
+        }
+    }
+}
+
+#define BY_KIND(call)                  \
+    switch (w->kind) {                 \
+        case TABLE32: call(TABLE32);   \
+        case TABLE64: call(TABLE64);   \
+        case TABLE128: call(TABLE128); \
+        case INT8: call(INT8);         \
+        default: call(UINT8);          \
+    }
+
+extern "C" {
+
+// x: [rows, k] bfloat16, sums: [rows, k / group] float32 or null -> y: [rows, n] bfloat16
+void packed_times(const Weight* w, const uint16_t* x, int64_t rows, const float* sums, uint16_t* y) {
+#define TIMES(KIND) return any_rows<KIND>(*w, x, rows, sums, y)
+    BY_KIND(TIMES)
+}
+
+// Rows start to stop of W -> out: [stop - start, k] bfloat16
+void packed_decode(const Weight* w, int64_t start, int64_t stop, uint16_t* out) {
+#define DECODE(KIND) return decode_rows<KIND>(*w, start, stop, out)
+    BY_KIND(DECODE)
+}
+
+}

@@ -1,0 +1,189 @@
+"""Linears on a CPU that read codes of 2 to 8 bits as they are stored, x and y in bfloat16; the work is in packed.cpp.
+
+Few rows: codes become bfloat16 in registers and meet x there, so a step takes as long as reading the codes. Many rows:
+runs of rows are decoded into cache and multiplied by torch, whose matrix units are then the limit.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from fewbit.kernels import torch_dequant
+from fewbit.kernels.compiled import library
+from fewbit.kernels.torch_dequant import Rows, expert, low_rank
+from fewbit.quant import elements
+from fewbit.quant.blocks import regrid
+from fewbit.quant.elements import Element
+from fewbit.quant.qtensor import QTensor, Quantized, scale_codes
+from fewbit.quant.reference import fake_quant, scale_values, transformed, zero_values
+from fewbit.quant.spec import Format
+
+RUN = 64  # columns of a run
+FEW = 16  # rows up to which codes are decoded in registers: beyond, matrix units win
+DECODED = 1 << 20  # values decoded at a time for many rows: 2 MB, the size of a core's cache
+TABLE32, TABLE64, TABLE128, INT8, UINT8 = range(5)  # packed.cpp's kinds
+NARROW = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Weight(ctypes.Structure):
+    """packed.cpp's Weight."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero", "outer", "table")),
+        *((name, ctypes.c_int64) for name in ("n", "k", "group")),
+        *((name, ctypes.c_int32) for name in ("bits", "kind", "narrow", "zeros")),
+    )
+
+
+@dataclass(slots=True)
+class Packed:
+    """A weight in the kernel's layout; `held` keeps alive what `weight` points to."""
+
+    source: Quantized
+    weight: Weight
+    held: tuple[Tensor | None, ...] = field(repr=False)
+
+
+def supports(format: Format, device: torch.device, dtype: torch.dtype) -> str | None:
+    spec = format.weight
+    if kind_of(spec.element) is None:
+        return f"takes codes of 2 to 8 bits whose values are exact in bfloat16, not {spec.element.name}"
+    blocks = [scale.block for scale in (*spec.scales, *spec.zeros)]
+    if not blocks or any(rows < 0 or (cols not in (0, 16, 32) and cols % RUN) for rows, cols in blocks):
+        return "takes scales of 16, 32 or a multiple of 64 columns, or of rows"
+    found = library("packed")
+    return found if isinstance(found, str) else None
+
+
+def kind_of(element: Element) -> int | None:
+    """How packed.cpp looks the codes of an element up, or None."""
+    if element.kind in ("run", "native", "exponent") or not 2 <= element.bits <= 8:
+        return None
+    if element.kind == "int" and element.bits == 8:
+        return INT8 if element.signed else UINT8
+    values = elements.values(element)
+    known = values[values.isfinite()]
+    if not torch.equal(known.bfloat16().float(), known):
+        return None
+    if len(values) <= 128:
+        return TABLE32 if len(values) <= 32 else TABLE64 if len(values) == 64 else TABLE128
+    mirrored = torch.equal(values[:128].nan_to_num(), -values[128:].nan_to_num())
+    return TABLE128 if mirrored else None
+
+
+def prepack_linear(q: Quantized) -> Packed | Rows:
+    """Codes stay where they are. Columns that do not come in whole runs are left to the reference."""
+    w = q.weight
+    n, k = w.shape
+    group = min(scale.block[1] or k for scale in (*w.spec.scales, *w.spec.zeros))
+    if k % RUN or k % group:
+        return torch_dequant.prepack_linear(q)
+    inner, outer = scales(w, group)
+    zero, mode = zeros(w, group, outer)
+    narrow = narrowest(inner, zero)
+    values = torch.zeros(256)
+    values[: 2 ** int(w.spec.element.bits)] = elements.values(w.spec.element)
+    held = (
+        w.planes["codes"].contiguous(), inner.to(NARROW[narrow]).contiguous(),
+        None if zero is None else zero.to(NARROW[narrow]).contiguous(), outer.float().contiguous(), values.bfloat16(),
+    )  # fmt: skip
+    pointers = [None if t is None else t.data_ptr() for t in held]
+    kind = kind_of(w.spec.element)
+    return Packed(q, Weight(*pointers, n, k, group, int(w.spec.element.bits), kind, narrow, mode), held)
+
+
+def spread(values: Tensor, w: QTensor, block: tuple[int, int], group: int) -> Tensor:
+    """One value per block -> one per row and group: [N, K / group]."""
+    n, k = w.shape
+    return regrid(values, (n, k), block, (1, group)).expand(n, k // group)
+
+
+def scales(w: QTensor, group: int) -> tuple[Tensor, Tensor]:
+    """-> the multiplier of each group [N, K / group], and one more of each row [N]: apart, the first may be narrow."""
+    chain = w.spec.scales
+    if len(chain) == 2 and chain[1].block[1] == 0 and chain[0].op == chain[1].op == "mul":
+        inner = elements.decode(scale_codes(w, "scale0"), chain[0].element)
+        outer = elements.decode(scale_codes(w, "scale1"), chain[1].element)
+        rows = regrid(outer, w.shape, chain[1].block, (1, 0)).expand(w.shape[0], 1)[:, 0]
+        return spread(inner, w, chain[0].block, group), rows
+    return spread(scale_values(w), w, chain[0].block if chain else (0, 0), group), torch.ones(w.shape[0])
+
+
+def zeros(w: QTensor, group: int, outer: Tensor) -> tuple[Tensor | None, int]:
+    """-> the offset of each group, before the row's own multiplier, and its units: 1 codes, 2 values."""
+    found = zero_values(w)
+    if found is None:
+        return None, 0
+    found = spread(found, w, w.spec.zeros[0].block, group)
+    return (found, 1) if w.spec.zeros_in_codes else (found / outer[:, None], 2)
+
+
+def narrowest(*planes: Tensor | None) -> int:
+    """Index of the first 16-bit type that holds all values exactly, else of float32."""
+    for i in (1, 2):
+        if all(p is None or torch.equal(p.to(NARROW[i]).float(), p) for p in planes):
+            return i
+    return 0
+
+
+def run_linear(x: Tensor, packed: Packed | Rows, bias: Tensor | None = None) -> Tensor:
+    """x: [..., K] bfloat16 -> [..., N]."""
+    if isinstance(packed, Rows):
+        return torch_dequant.run_linear(x, packed, bias)
+    q = packed.source
+    x = transformed(x, q.transforms)
+    rounded = fake_quant(x, q.format.act, q.act) if q.format.act else x
+    flat = rounded.reshape(-1, rounded.shape[-1]).contiguous()
+    y = few(flat, packed) if len(flat) <= FEW else many(flat, packed)
+    y = y.view(*x.shape[:-1], -1)
+    return low_rank(x, q.transforms, y if bias is None else y.add_(bias))
+
+
+def few(x: Tensor, packed: Packed) -> Tensor:
+    w = packed.weight
+    y = x.new_empty(len(x), w.n)
+    sums = x.view(len(x), -1, w.group).sum(-1, dtype=torch.float32) if w.zeros else None
+    of_sums = None if sums is None else sums.data_ptr()
+    _native().packed_times(ctypes.byref(w), x.data_ptr(), len(x), of_sums, y.data_ptr())
+    return y
+
+
+def many(x: Tensor, packed: Packed) -> Tensor:
+    w = packed.weight
+    y = x.new_empty(len(x), w.n)
+    step = max(1, DECODED // w.k)
+    buffer = x.new_empty(min(step, w.n), w.k)
+    for start in range(0, w.n, step):
+        stop = min(start + step, w.n)
+        _native().packed_decode(ctypes.byref(w), start, stop, buffer.data_ptr())
+        y[:, start:stop] = linear(x, buffer[: stop - start])
+    return y
+
+
+@cache
+def _native() -> Any:
+    found = library("packed")
+    assert not isinstance(found, str), found
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    found.packed_times.argtypes = [pointer, pointer, number, pointer, pointer]
+    found.packed_decode.argtypes = [pointer, number, number, pointer]
+    found.packed_times.restype = found.packed_decode.restype = None
+    return found
+
+
+def prepack_experts(q: Quantized) -> tuple[Packed | Rows, ...]:
+    return tuple(prepack_linear(expert(q, e)) for e in range(q.weight.shape[0]))
+
+
+def run_experts(x: Tensor, packed: Sequence[Packed | Rows], rows: Sequence[int]) -> Tensor:
+    """x: [S, K] sorted by expert, rows: how many belong to each -> [S, N]."""
+    runs = zip(x.split(list(rows)), packed, strict=True)
+    found = [run_linear(run, one) for run, one in runs if len(run)]
+    n = packed[0].source.weight.shape[-2]
+    return torch.cat(found) if found else x.new_empty(0, n)

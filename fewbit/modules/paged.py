@@ -1,0 +1,157 @@
+"""Attention over a paged cache, in plain torch: many requests of different lengths in one flat row of tokens.
+
+What a step works on travels beside the model's own arguments, as the thread's current Step. Keys and values go to their
+slots first; then each request reads its own slots back, and nothing else. Registered with transformers without a mask.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from fewbit.errors import UnsupportedError
+from fewbit.modules.attention import KV, explicit, known_or_raise, rounded
+
+NAME = "fewbit-paged"
+
+
+@dataclass(slots=True)
+class Cache:
+    """Keys and values of one layer: [slots, G, D]."""
+
+    key: Tensor
+    value: Tensor
+
+    @classmethod
+    def like(cls, slots: int, key: Tensor, value: Tensor, dtype: torch.dtype | None) -> "Cache":
+        """Room for so many tokens of these: [1, G, T, D]."""
+        return cls(*(torch.empty(slots, t.shape[1], t.shape[3], dtype=dtype or t.dtype, device=t.device)
+                     for t in (key, value)))  # fmt: skip
+
+    @property
+    def slot_bytes(self) -> int:
+        return sum(t.nbytes // len(t) for t in (self.key, self.value))
+
+    def write(self, slots: Tensor, key: Tensor, value: Tensor) -> None:
+        """key, value: [1, G, T, D]; slots: [T]."""
+        self.key[slots] = key[0].transpose(0, 1).to(self.key.dtype)
+        self.value[slots] = value[0].transpose(0, 1).to(self.value.dtype)
+
+    def read(self, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """-> [1, G, length, D] of each."""
+        return tuple(t.index_select(0, slots).to(dtype).transpose(0, 1)[None] for t in (self.key, self.value))  # type: ignore[return-value]
+
+
+@dataclass(slots=True)
+class Span:
+    """One request's part of a step: rows start to stop of the step's tokens are the last of `length` cached ones."""
+
+    start: int
+    stop: int
+    length: int
+    slots: Tensor  # [length] int64
+
+
+@dataclass(slots=True)
+class Step:
+    """One forward. Caches grow as layers are met; a layer's heads are seen, not read from a config."""
+
+    slots: Tensor  # [T] int64: where each token goes
+    spans: list[Span]
+    caches: dict[int, Cache]
+    capacity: int  # slots of a new cache
+    dtype: torch.dtype | None = None  # of a new cache; None: the model's
+    masks: dict[tuple[int, int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
+
+    def cache(self, layer: int, key: Tensor, value: Tensor) -> Cache:
+        if layer not in self.caches:
+            self.caches[layer] = Cache.like(self.capacity, key, value, self.dtype)
+        return self.caches[layer]
+
+    def mask(self, queries: int, length: int, window: int | None, like: Tensor) -> Tensor:
+        """Additive [queries, length]: the last queries of a text see what is before them, no farther than window."""
+        key = queries, length, window, like.dtype
+        if key not in self.masks:
+            at = torch.arange(length - queries, length, device=like.device)[:, None]
+            gap = at - torch.arange(length, device=like.device)
+            hidden = (gap < 0) if window is None else (gap < 0) | (gap >= window)
+            zero = torch.zeros(queries, length, dtype=like.dtype, device=like.device)
+            self.masks[key] = zero.masked_fill_(hidden, torch.finfo(like.dtype).min)
+        return self.masks[key]
+
+
+_current = threading.local()
+
+
+@contextmanager
+def stepping(step: Step) -> Iterator[None]:
+    """Within: attention of this thread works on this step."""
+    _current.step = step
+    try:
+        yield
+    finally:
+        _current.step = None
+
+
+def forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """query: [1, H, T, D], key: [1, G, T, D], value: [1, G, T, Dv] -> [1, T, H, Dv]."""
+    step: Step | None = getattr(_current, "step", None)
+    if step is None or attention_mask is not None or query.shape[0] != 1:
+        raise UnsupportedError(f"{type(module).__name__}: its attention does not run on a paged cache")
+    known_or_raise(module, others)
+    if (kv := getattr(module, KV, None)) is not None:
+        key, value = rounded(key, value, *kv)
+    cache = step.cache(int(getattr(module, "layer_idx")), key, value)  # noqa: B009
+    cache.write(step.slots, key, value)
+    out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    for span in step.spans:
+        out[span.start : span.stop] = _attend(
+            query[:, :, span.start : span.stop], cache, span, step, scaling, sliding_window, softcap, s_aux
+        )
+    return out[None], None
+
+
+def _attend(
+    query: Tensor,
+    cache: Cache,
+    span: Span,
+    step: Step,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """One request: [1, H, Q, D] -> [Q, H, Dv]."""
+    count, length, slots = query.shape[2], span.length, span.slots
+    if window is not None and length - count + 1 > window:  # nothing before this is seen by any of the queries
+        slots = slots[length - count + 1 - window :]
+        length = len(slots)
+    window = window if window is not None and length > window else None
+    key, value = cache.read(slots, query.dtype)
+    plain = count == 1 and window is None
+    if softcap is not None or sinks is not None:
+        mask = None if plain else step.mask(count, length, window, query)
+        return explicit(query, key, value, mask, scaling, softcap, sinks)[0].transpose(0, 1)
+    gqa = key.shape[1] != query.shape[1]
+    whole = count == length and window is None
+    mask = None if plain or whole else step.mask(count, length, window, query)
+    out = scaled_dot_product_attention(query, key, value, mask, is_causal=whole and not plain, scale=scaling,
+                                       enable_gqa=gqa)  # fmt: skip
+    return out[0].transpose(0, 1)

@@ -1,0 +1,89 @@
+"""The packed kernel against the oracle, over every format that it takes."""
+
+import pytest
+import torch
+
+from fewbit.kernels import packed
+from fewbit.kernels.compiled import library
+from fewbit.quant.formats import FORMATS
+from fewbit.quant.qtensor import Quantized, stack
+from fewbit.quant.reference import decode, encode, linear
+from fewbit.quant.spec import Format
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(isinstance(library("packed"), str), reason=str(library("packed")))
+TAKEN = [name for name, f in FORMATS.items() if packed.supports(f, CPU, torch.bfloat16) is None]
+ROWS = (1, 2, 3, 8, 13, packed.FEW, packed.FEW + 1, 40)
+
+
+def weight(name: str, n: int = 72, k: int = 512) -> Quantized:
+    values = torch.randn(n, k, generator=torch.Generator().manual_seed(len(name))) / k**0.5
+    return Quantized(FORMATS[name], encode(values, FORMATS[name].weight))
+
+
+def test_takes_what_people_serve() -> None:
+    common = {"int4-g128", "int4-g32-asym", "int8-channel", "int8-channel-a8", "fp8-channel", "fp8-block", "nvfp4",
+              "mxfp4", "mxfp8", "q4_0", "q4_k", "q6_k", "q8_0", "iq4_nl", "int4-g128-a8fp8",
+              "int3-g128", "int2-g64-asym", "q2_k", "q3_k", "q5_k", "mxfp6-e3m2"}  # fmt: skip
+    assert common <= set(TAKEN), common - set(TAKEN)
+    assert packed.supports(FORMATS["nf4"], CPU, torch.bfloat16) is not None
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_equals_the_oracle(name: str) -> None:
+    q = weight(name)
+    form = Format(q.format.weight)  # activations apart: a rounding that falls on the other side is no kernel's fault
+    held = packed.prepack_linear(Quantized(form, q.weight))
+    exact = decode(q.weight).double()
+    for rows in ROWS:
+        x = torch.randn(rows, 512, generator=torch.Generator().manual_seed(rows)).bfloat16()
+        want = x.double() @ exact.T
+        size = x.double().abs() @ exact.abs().T  # what errors are relative to
+        got = packed.run_linear(x, held).double()
+        # one rounding of the result; of many rows, one of each weight too
+        bound = 2.0**-8 * want.abs() + (2.0**-17 if rows <= packed.FEW else 2.0**-8) * size
+        assert bool(((got - want).abs() <= bound).all()), (rows, float(((got - want).abs() / size).max()))
+
+
+@pytest.mark.parametrize("name", ["int4-g128", "int8-channel-a8", "fp8-block", "nvfp4"])
+def test_activations_are_rounded_as_declared(name: str) -> None:
+    q = weight(name)
+    x, bias = torch.randn(5, 512).bfloat16(), torch.randn(72).bfloat16()
+    want = linear(x.float(), Quantized(q.format, q.weight), bias.float())
+    got = packed.run_linear(x, packed.prepack_linear(q), bias).float()
+    assert float((got - want).norm() / want.norm()) < 0.01
+
+
+@pytest.mark.parametrize("name", TAKEN[::7])
+def test_rows_do_not_know_of_one_another(name: str) -> None:
+    """Batch invariance of few rows, to the bit."""
+    q = packed.prepack_linear(weight(name))
+    x = torch.randn(packed.FEW, 512).bfloat16()
+    alone = torch.cat([packed.few(row[None], q) for row in x])
+    assert torch.equal(packed.few(x, q), alone)
+
+
+@pytest.mark.parametrize("name", ["int4-g32", "nvfp4", "q4_k"])
+def test_experts(name: str) -> None:
+    each = [weight(name, 64 + 0 * e) for e in range(3)]
+    whole = Quantized(FORMATS[name], stack([q.weight for q in each]))
+    held = packed.prepack_experts(whole)
+    x, rows = torch.randn(6, 512).bfloat16(), [2, 0, 4]
+    want = torch.cat([packed.run_linear(part, packed.prepack_linear(q))
+                      for part, q, n in zip(x.split(rows), each, rows, strict=True) if n])  # fmt: skip
+    assert torch.equal(packed.run_experts(x, held, rows), want)
+
+
+def test_columns_that_are_no_whole_runs() -> None:
+    q = Quantized(FORMATS["int8-channel"], encode(torch.randn(8, 72), FORMATS["int8-channel"].weight))
+    x = torch.randn(3, 72).bfloat16()
+    got = packed.run_linear(x, packed.prepack_linear(q))
+    torch.testing.assert_close(got, linear(x, q))
+
+
+def test_codes_are_not_copied() -> None:
+    for name in TAKEN:
+        q = weight(name)
+        held = packed.prepack_linear(q)
+        assert isinstance(held, packed.Packed) and held.held[0] is not None
+        assert held.held[0].data_ptr() == q.weight.planes["codes"].data_ptr(), name
