@@ -5,6 +5,7 @@
 //     value = (element[code] * scale - zero) * outer[row]           zeros in units of values
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <omp.h>
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__) && defined(__AVX512VL__)
@@ -13,6 +14,8 @@
 #endif
 
 enum { TABLE32, TABLE64, TABLE128, INT8, UINT8 };
+
+static const int AHEAD = 2048;  // bytes fetched ahead: with more than a few instructions a byte, the processor does not by itself
 
 struct Weight {
     const uint8_t* codes;   // [n, k * bits / 8]
@@ -95,7 +98,89 @@ template <int KIND> struct Decode {
     }
 };
 
-// M rows of x against one row of W. sums: [M, k / group] of x, where there are zeros.
+// The zeros' part of M sums. sums: [M, k / group] of x.
+template <int M>
+static inline void take_zeros(const Weight& w, int64_t first, const float* sums, float* found) {
+    const int64_t groups = w.k / w.group;
+    for (int m = 0; m < M; m++) {
+        float taken = 0;
+        for (int64_t g = 0; g < groups; g++) {
+            const float z = at(w.zero, w.narrow, first + g) * sums[m * groups + g];
+            taken += w.zeros == 1 ? z * at(w.scale, w.narrow, first + g) : z;
+        }
+        found[m] -= taken;
+    }
+}
+
+template <int M>
+static inline void finish(const Weight& w, int64_t r, const __m512* total, const float* sums, float* y) {
+    for (int m = 0; m < M; m++) y[m] = _mm512_reduce_add_ps(total[m]);
+    if (w.zeros) take_zeros<M>(w, r * (w.k / w.group), sums, y);
+    for (int m = 0; m < M; m++) y[m] *= w.outer[r];
+}
+
+// Scales of 16, 8, 4, 2 or 1 groups, each over its share of 16 lanes
+struct Scales {
+    __m512i lanes;
+    __mmask16 held;
+    explicit Scales(int64_t count) {
+        alignas(64) int32_t index[16];
+        for (int i = 0; i < 16; i++) index[i] = int32_t(i * count / 16);
+        lanes = _mm512_load_si512(index);
+        held = __mmask16((1u << count) - 1);
+    }
+    inline __m512 operator()(const Weight& w, int64_t i, int64_t left) const {
+        const int64_t size = w.narrow ? 2 : 4;
+        _mm_prefetch((const char*)w.scale + i * size + AHEAD / 4, _MM_HINT_T0);
+        const __mmask16 mask = held & __mmask16((1u << (left > 16 ? 16 : left)) - 1);
+        __m512 found;
+        if (w.narrow == 0) found = _mm512_maskz_loadu_ps(mask, (const float*)w.scale + i);
+        else {
+            const __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t*)w.scale + i);
+            found = w.narrow == 1 ? _mm512_cvtph_ps(half) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+        }
+        return _mm512_permutexvar_ps(lanes, found);
+    }
+};
+
+// Codes of 4 bits, 128 columns at a time: word i of 32 holds columns 4i to 4i + 3, and looking a word up in a table that is
+// there twice leaves out what lies above its lowest 4 bits. x comes as `by_words` has it, [M, 4, 32] a run.
+template <int M>
+static void row_of_nibbles(const Weight& w, const Scales& scales, __m512i table, int64_t r, const uint16_t* x, const float* sums, float* y) {
+    const int64_t runs = (w.k + 127) / 128, groups = w.k / w.group, first = r * groups;
+    const uint8_t* p = w.codes + r * (w.k / 2);
+    __m512 total[M];
+    for (int m = 0; m < M; m++) total[m] = _mm512_setzero_ps();
+    for (int64_t i = 0; i < runs; i++) {
+        const __mmask32 words = 128 * (i + 1) <= w.k ? 0xffffffffu : 0xffffu;
+        _mm_prefetch((const char*)p + 64 * i + AHEAD, _MM_HINT_T0);
+        const __m512i codes = _mm512_maskz_loadu_epi16(words, p + 64 * i);
+        const __m512i v0 = _mm512_permutexvar_epi16(codes, table), v1 = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), table);
+        const __m512i v2 = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 8), table), v3 = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 12), table);
+        const int64_t g = 128 * i / w.group;
+        const __m512 s = scales(w, first + g, groups - g);
+        for (int m = 0; m < M; m++) {
+            const uint16_t* at = x + (m * runs + i) * 128;
+            __m512 even = _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)v0, (__m512bh)_mm512_loadu_si512(at));
+            __m512 odd = _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)v1, (__m512bh)_mm512_loadu_si512(at + 32));
+            even = _mm512_dpbf16_ps(even, (__m512bh)v2, (__m512bh)_mm512_loadu_si512(at + 64));
+            odd = _mm512_dpbf16_ps(odd, (__m512bh)v3, (__m512bh)_mm512_loadu_si512(at + 96));
+            total[m] = _mm512_fmadd_ps(_mm512_add_ps(even, odd), s, total[m]);
+        }
+    }
+    finish<M>(w, r, total, sums, y);
+}
+
+// x: [rows, k] -> [rows, runs of 128, 4, 32], zeros behind k
+static uint16_t* by_words(const uint16_t* x, int64_t rows, int64_t k) {
+    const int64_t runs = (k + 127) / 128;
+    uint16_t* out = (uint16_t*)calloc(rows * runs * 128, 2);
+    for (int64_t m = 0; m < rows; m++)
+        for (int64_t c = 0; c < k; c++) out[(m * runs + c / 128) * 128 + (c & 3) * 32 + (c & 127) / 4] = x[m * k + c];
+    return out;
+}
+
+// M rows of x against one row of W
 template <int KIND, int M>
 static void row_times(const Weight& w, const Decode<KIND>& decode, int64_t r, const uint16_t* x, const float* sums, float* y) {
     const int64_t bytes = 8 * w.bits;  // of 64 codes
@@ -109,6 +194,7 @@ static void row_times(const Weight& w, const Decode<KIND>& decode, int64_t r, co
             for (int m = 0; m < M; m++) even[m] = odd[m] = _mm512_setzero_ps();
             for (int64_t c = g * w.group; c < (g + 1) * w.group; c += 64, p += bytes) {
                 __m512i a, b;
+                _mm_prefetch((const char*)p + AHEAD, _MM_HINT_T0);
                 decode.two(p, a, b);
                 for (int m = 0; m < M; m++) {
                     even[m] = _mm512_dpbf16_ps(even[m], (__m512bh)a, (__m512bh)_mm512_loadu_si512(x + m * w.k + c));
@@ -120,19 +206,13 @@ static void row_times(const Weight& w, const Decode<KIND>& decode, int64_t r, co
         }
     } else {
         const __m512 zero = _mm512_setzero_ps();
-        const int64_t step = 64 / w.group;  // 2 or 4 groups of a run
-        for (int64_t c = 0; c < w.k; c += 64, p += bytes) {
+        const int64_t step = 32 / w.group;  // groups of half a run
+        const Scales scales(step);
+        for (int64_t c = 0, i = first; c < w.k; c += 64, i += 2 * step, p += bytes) {
             __m512i a, b;
+            _mm_prefetch((const char*)p + AHEAD, _MM_HINT_T0);
             decode.two(p, a, b);
-            const int64_t i = first + c / w.group;
-            __m512 s, t;
-            if (step == 2) {
-                s = _mm512_set1_ps(at(w.scale, w.narrow, i));
-                t = _mm512_set1_ps(at(w.scale, w.narrow, i + 1));
-            } else {
-                s = _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(at(w.scale, w.narrow, i)), _mm512_set1_ps(at(w.scale, w.narrow, i + 1)));
-                t = _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(at(w.scale, w.narrow, i + 2)), _mm512_set1_ps(at(w.scale, w.narrow, i + 3)));
-            }
+            const __m512 s = scales(w, i, step), t = scales(w, i + step, step);
             for (int m = 0; m < M; m++) {
                 const __m512 u = _mm512_dpbf16_ps(zero, (__m512bh)a, (__m512bh)_mm512_loadu_si512(x + m * w.k + c));
                 const __m512 v = _mm512_dpbf16_ps(zero, (__m512bh)b, (__m512bh)_mm512_loadu_si512(x + m * w.k + c + 32));
@@ -141,18 +221,7 @@ static void row_times(const Weight& w, const Decode<KIND>& decode, int64_t r, co
             }
         }
     }
-    for (int m = 0; m < M; m++) {
-        float found = _mm512_reduce_add_ps(total[m]);
-        if (w.zeros) {
-            float taken = 0;
-            for (int64_t g = 0; g < groups; g++) {
-                const float z = at(w.zero, w.narrow, first + g) * sums[m * groups + g];
-                taken += w.zeros == 1 ? z * at(w.scale, w.narrow, first + g) : z;
-            }
-            found -= taken;
-        }
-        y[m] = found * w.outer[r];
-    }
+    finish<M>(w, r, total, sums, y);
 }
 #else
 template <int KIND> struct Decode { explicit Decode(const Weight&) {} };
@@ -172,8 +241,29 @@ static void row_times(const Weight& w, const Decode<KIND>&, int64_t r, const uin
 }
 #endif
 
+#ifdef WIDE
+template <int M>
+static void rows_times_nibbles(const Weight& w, const uint16_t* x, const float* sums, uint16_t* y) {
+    alignas(64) uint16_t two[32];
+    memcpy(two, w.table, 32), memcpy(two + 16, w.table, 32);
+    const __m512i table = _mm512_load_si512(two);
+    const Scales scales(w.group < 128 ? 128 / w.group : 1);
+    uint16_t* words = by_words(x, M, w.k);
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < w.n; r++) {
+        float found[M];
+        row_of_nibbles<M>(w, scales, table, r, words, sums, found);
+        for (int m = 0; m < M; m++) y[m * w.n + r] = to_bf16(found[m]);
+    }
+    free(words);
+}
+#endif
+
 template <int KIND, int M>
 static void rows_times(const Weight& w, const uint16_t* x, const float* sums, uint16_t* y) {
+#ifdef WIDE
+    if (KIND == TABLE32 && w.bits == 4 && (w.group < 128 || w.group % 128 == 0)) return rows_times_nibbles<M>(w, x, sums, y);
+#endif
     const Decode<KIND> decode(w);
 #pragma omp parallel for schedule(static)
     for (int64_t r = 0; r < w.n; r++) {
@@ -231,6 +321,36 @@ static void decode_rows(const Weight& w, int64_t start, int64_t stop, uint16_t* 
     }
 }
 
+// M rows of x against W in bfloat16
+template <int M>
+static void dense_rows(const uint16_t* w, int64_t n, int64_t k, const uint16_t* x, uint16_t* y) {
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < n; r++) {
+        const uint16_t* p = w + r * k;
+        float found[M];
+#ifdef WIDE
+        __m512 even[M], odd[M];
+        for (int m = 0; m < M; m++) even[m] = odd[m] = _mm512_setzero_ps();
+        for (int64_t c = 0; c < k; c += 64) {
+            _mm_prefetch((const char*)(p + c) + AHEAD, _MM_HINT_T0);
+            _mm_prefetch((const char*)(p + c) + AHEAD + 64, _MM_HINT_T0);
+            const __m512i a = _mm512_loadu_si512(p + c), b = _mm512_loadu_si512(p + c + 32);
+            for (int m = 0; m < M; m++) {
+                even[m] = _mm512_dpbf16_ps(even[m], (__m512bh)a, (__m512bh)_mm512_loadu_si512(x + m * k + c));
+                odd[m] = _mm512_dpbf16_ps(odd[m], (__m512bh)b, (__m512bh)_mm512_loadu_si512(x + m * k + c + 32));
+            }
+        }
+        for (int m = 0; m < M; m++) found[m] = _mm512_reduce_add_ps(_mm512_add_ps(even[m], odd[m]));
+#else
+        for (int m = 0; m < M; m++) {
+            found[m] = 0;
+            for (int64_t c = 0; c < k; c++) found[m] += of_bf16(p[c]) * of_bf16(x[m * k + c]);
+        }
+#endif
+        for (int m = 0; m < M; m++) y[m * n + r] = to_bf16(found[m]);
+    }
+}
+
 #define BY_KIND(call)                  \
     switch (w->kind) {                 \
         case TABLE32: call(TABLE32);   \
@@ -246,6 +366,18 @@ extern "C" {
 void packed_times(const Weight* w, const uint16_t* x, int64_t rows, const float* sums, uint16_t* y) {
 #define TIMES(KIND) return any_rows<KIND>(*w, x, rows, sums, y)
     BY_KIND(TIMES)
+}
+
+// x: [rows, k], w: [n, k] -> y: [rows, n], all bfloat16; k in whole runs
+void packed_dense(const uint16_t* w, int64_t n, int64_t k, const uint16_t* x, int64_t rows, uint16_t* y) {
+    while (rows) {
+        const int64_t m = rows >= 8 ? 8 : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
+        if (m == 8) dense_rows<8>(w, n, k, x, y);
+        else if (m == 4) dense_rows<4>(w, n, k, x, y);
+        else if (m == 2) dense_rows<2>(w, n, k, x, y);
+        else dense_rows<1>(w, n, k, x, y);
+        x += m * k, y += m * n, rows -= m;
+    }
 }
 
 // Rows start to stop of W -> out: [stop - start, k] bfloat16

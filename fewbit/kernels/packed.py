@@ -25,6 +25,7 @@ from fewbit.quant.reference import fake_quant, scale_values, transformed, zero_v
 from fewbit.quant.spec import Format
 
 RUN = 64  # columns of a run
+FEW_DENSE = 8  # the same where there is nothing to decode
 FEW = 16  # rows up to which codes are decoded in registers: beyond, matrix units win
 DECODED = 1 << 20  # values decoded at a time for many rows: 2 MB, the size of a core's cache
 TABLE32, TABLE64, TABLE128, INT8, UINT8 = range(5)  # packed.cpp's kinds
@@ -166,14 +167,32 @@ def many(x: Tensor, packed: Packed) -> Tensor:
     return y
 
 
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x: [..., K], weight: [N, K]; few rows in bfloat16 on a CPU by our own loop, which keeps up with the memory."""
+    k = x.shape[-1]
+    rows = x.numel() // k if k else 0
+    ours = x.dtype == torch.bfloat16 == weight.dtype and x.device.type == "cpu" and 0 < rows <= FEW_DENSE
+    learning = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if not ours or learning or k % RUN or not weight.is_contiguous() or _native() is None:
+        return linear(x, weight, bias)
+    flat = x.reshape(rows, k).contiguous()
+    y = x.new_empty(rows, len(weight))
+    _native().packed_dense(weight.data_ptr(), len(weight), k, flat.data_ptr(), rows, y.data_ptr())
+    y = y.view(*x.shape[:-1], -1)
+    return y if bias is None else y.add_(bias)
+
+
 @cache
 def _native() -> Any:
+    """The library, or None."""
     found = library("packed")
-    assert not isinstance(found, str), found
+    if isinstance(found, str):
+        return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     found.packed_times.argtypes = [pointer, pointer, number, pointer, pointer]
     found.packed_decode.argtypes = [pointer, number, number, pointer]
-    found.packed_times.restype = found.packed_decode.restype = None
+    found.packed_dense.argtypes = [pointer, number, number, pointer, number, pointer]
+    found.packed_times.restype = found.packed_decode.restype = found.packed_dense.restype = None
     return found
 
 

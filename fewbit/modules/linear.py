@@ -9,9 +9,9 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from fewbit.errors import UnsupportedError
+from fewbit.kernels.packed import dense_linear
 from fewbit.kernels.registry import Kernel, Op
 from fewbit.kernels.select import select
 from fewbit.quant.qtensor import Planes, QTensor, Quantized, Transform
@@ -72,7 +72,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.parts:
-            return linear(x, self.weight, self.bias)
+            return dense_linear(x, self.weight, self.bias)
         if len(self.parts) == 1:
             only = self.parts[0]
             return only.kernel.run(x, only.packed, self.bias)

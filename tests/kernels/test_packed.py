@@ -87,3 +87,15 @@ def test_codes_are_not_copied() -> None:
         held = packed.prepack_linear(q)
         assert isinstance(held, packed.Packed) and held.held[0] is not None
         assert held.held[0].data_ptr() == q.weight.planes["codes"].data_ptr(), name
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("k", [64, 576, 40])
+def test_dense(rows: int, k: int) -> None:
+    x, w, bias = torch.randn(rows, k).bfloat16(), torch.randn(72, k).bfloat16(), torch.randn(72).bfloat16()
+    want = x.double() @ w.double().T
+    size = x.double().abs() @ w.double().abs().T
+    got = packed.dense_linear(x, w).double()
+    assert bool(((got - want).abs() <= 2.0**-8 * want.abs() + 2.0**-17 * size).all())
+    biased = packed.dense_linear(x[None], w, bias)[0]
+    assert bool(((biased.double() - want - bias.double()).abs() <= 2.0**-7 * (want.abs() + bias.double().abs())).all())
