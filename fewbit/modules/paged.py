@@ -1,7 +1,8 @@
-"""Attention over a paged cache, in plain torch: many requests of different lengths in one flat row of tokens.
+"""Attention over a paged cache: many requests of different lengths in one flat row of tokens.
 
 What a step works on travels beside the model's own arguments, as the thread's current Step. Keys and values go to their
-slots first; then each request reads its own slots back, and nothing else. Registered with transformers without a mask.
+slots first; then each request reads its own slots back, and nothing else. Few queries go to a kernel where one takes
+them; the others, and the oracle, are plain torch. Registered with transformers without a mask.
 """
 
 import threading
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from fewbit.errors import UnsupportedError
+from fewbit.kernels import attend
 from fewbit.modules.attention import KV, explicit, known_or_raise, rounded
 
 NAME = "fewbit-paged"
@@ -67,6 +69,14 @@ class Step:
     capacity: int  # slots of a new cache
     dtype: torch.dtype | None = None  # of a new cache; None: the model's
     masks: dict[tuple[int, int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
+    few: attend.Queries | None = field(init=False, default=None)  # spans short enough for the kernel of single queries
+    rest: list[Span] = field(init=False)
+
+    def __post_init__(self) -> None:
+        short = [s for s in self.spans if s.stop - s.start <= attend.FEW]
+        self.rest = [s for s in self.spans if s.stop - s.start > attend.FEW]
+        if short:
+            self.few = attend.Queries.of([(s.start, s.stop, s.length, s.slots) for s in short])
 
     def cache(self, layer: int, key: Tensor, value: Tensor) -> Cache:
         if layer not in self.caches:
@@ -121,7 +131,12 @@ def forward(
     cache.write(step.slots, key, value)
     out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    for span in step.spans:
+    spans = step.spans
+    if step.few is not None and attend.refusal(query, cache.key, cache.value) is None:
+        rows = query[0].transpose(0, 1).contiguous()
+        attend.attend(rows, cache.key, cache.value, out, step.few, scaling, sliding_window, softcap, s_aux)
+        spans = step.rest
+    for span in spans:
         out[span.start : span.stop] = _attend(
             query[:, :, span.start : span.stop], cache, span, step, scaling, sliding_window, softcap, s_aux
         )

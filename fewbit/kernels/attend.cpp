@@ -1,0 +1,120 @@
+// Attention of single queries over cached keys and values that lie anywhere: a list of slots for each query.
+//
+// A task is one query's heads that share a key head: every key and value is read once for all of them. Scores are kept
+// for a whole text, so that softmax is the plain one: highest first, then the sum.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <omp.h>
+#include <vector>
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+#include <immintrin.h>
+#define WIDE 1
+#endif
+
+struct Attend {
+    const void* query;            // [tokens, heads, size]
+    const void* key;              // [slots, key_heads, size]
+    const void* value;            // [slots, key_heads, value_size]
+    void* out;                    // [tokens, heads, value_size]
+    const int64_t* rows;          // [count] tokens that are queries
+    const int64_t* const* slots;  // [count] where the text of each lies
+    const int64_t* lengths;       // [count] how much of it is seen
+    const float* sinks;           // [heads] or null
+    int64_t count, heads, key_heads, size, value_size, window;  // window 0: none
+    float scaling, softcap;       // softcap 0: none
+    int32_t narrow;               // 0: float32, 1: bfloat16, everywhere
+};
+
+static inline float of_bf16(uint16_t h) { uint32_t u = uint32_t(h) << 16; float f; memcpy(&f, &u, 4); return f; }
+static inline uint16_t to_bf16(float f) {
+    uint32_t u; memcpy(&u, &f, 4);
+    if ((u & 0x7fffffff) > 0x7f800000) return uint16_t((u >> 16) | 64);
+    return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+static inline float load(const float* p) { return *p; }
+static inline float load(const uint16_t* p) { return of_bf16(*p); }
+static inline void store(float* p, float v) { *p = v; }
+static inline void store(uint16_t* p, float v) { *p = to_bf16(v); }
+
+#ifdef WIDE
+static inline __m512 sixteen(const float* p) { return _mm512_loadu_ps(p); }
+static inline __m512 sixteen(const uint16_t* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16)); }
+static inline __m512 part(const float* p, int64_t left) { return _mm512_maskz_loadu_ps(left >= 16 ? 0xffff : (1u << left) - 1, p); }
+static inline __m512 part(const uint16_t* p, int64_t left) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(left >= 16 ? 0xffff : (1u << left) - 1, p)), 16));
+}
+#endif
+
+template <typename T>
+static inline float dot(const T* a, const float* b, int64_t n) {
+#ifdef WIDE
+    __m512 total = _mm512_setzero_ps();
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) total = _mm512_fmadd_ps(sixteen(a + i), _mm512_loadu_ps(b + i), total);
+    if (i < n) total = _mm512_fmadd_ps(part(a + i, n - i), part(b + i, n - i), total);
+    return _mm512_reduce_add_ps(total);
+#else
+    float total = 0;
+    for (int64_t i = 0; i < n; i++) total += load(a + i) * b[i];
+    return total;
+#endif
+}
+
+// out += weight * v
+template <typename T>
+static inline void add(float* out, const T* v, float weight, int64_t n) {
+    int64_t i = 0;
+#ifdef WIDE
+    const __m512 w = _mm512_set1_ps(weight);
+    for (; i + 16 <= n; i += 16) _mm512_storeu_ps(out + i, _mm512_fmadd_ps(sixteen(v + i), w, _mm512_loadu_ps(out + i)));
+#endif
+    for (; i < n; i++) out[i] += weight * load(v + i);
+}
+
+template <typename T>
+static void task(const Attend& a, int64_t row, int64_t g, std::vector<float>& scratch) {
+    const int64_t shared = a.heads / a.key_heads, token = a.rows[row], stop = a.lengths[row];
+    const int64_t start = a.window && stop > a.window ? stop - a.window : 0, length = stop - start;
+    const int64_t* slots = a.slots[row] + start;
+    scratch.assign(shared * (length + a.size + a.value_size), 0.0f);
+    float *scores = scratch.data(), *query = scores + shared * length, *sums = query + shared * a.size;
+    const T* asked = (const T*)a.query + (token * a.heads + g * shared) * a.size;
+    for (int64_t i = 0; i < shared * a.size; i++) query[i] = load(asked + i);
+    for (int64_t t = 0; t < length; t++) {
+        const T* key = (const T*)a.key + (slots[t] * a.key_heads + g) * a.size;
+        for (int64_t h = 0; h < shared; h++) scores[h * length + t] = dot(key, query + h * a.size, a.size) * a.scaling;
+    }
+    for (int64_t h = 0; h < shared; h++) {
+        float* mine = scores + h * length;
+        if (a.softcap) for (int64_t t = 0; t < length; t++) mine[t] = a.softcap * tanhf(mine[t] / a.softcap);
+        const bool sink = a.sinks != nullptr;
+        float top = sink ? a.sinks[g * shared + h] : -INFINITY, total = 0;
+        for (int64_t t = 0; t < length; t++) top = mine[t] > top ? mine[t] : top;
+        for (int64_t t = 0; t < length; t++) total += mine[t] = expf(mine[t] - top);
+        if (sink) total += expf(a.sinks[g * shared + h] - top);
+        for (int64_t t = 0; t < length; t++) mine[t] /= total;
+    }
+    for (int64_t t = 0; t < length; t++) {
+        const T* value = (const T*)a.value + (slots[t] * a.key_heads + g) * a.value_size;
+        for (int64_t h = 0; h < shared; h++) add(sums + h * a.value_size, value, scores[h * length + t], a.value_size);
+    }
+    T* out = (T*)a.out + (token * a.heads + g * shared) * a.value_size;
+    for (int64_t i = 0; i < shared * a.value_size; i++) store(out + i, sums[i]);
+}
+
+template <typename T>
+static void tasks(const Attend& a) {
+#pragma omp parallel
+    {
+        std::vector<float> scratch;
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < a.count * a.key_heads; i++) task<T>(a, i / a.key_heads, i % a.key_heads, scratch);
+    }
+}
+
+extern "C" void attend(const Attend* a) {
+    if (a->narrow) tasks<uint16_t>(*a);
+    else tasks<float>(*a);
+}

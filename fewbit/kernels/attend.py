@@ -1,0 +1,81 @@
+"""Attention of a few queries over a paged cache on a CPU; the work is in attend.cpp. Its oracle is modules.paged."""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.kernels.compiled import library
+
+FEW = 4  # queries of one request up to which each reads the cache for itself
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class Attend(ctypes.Structure):
+    """attend.cpp's Attend."""
+
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in ("query", "key", "value", "out", "rows", "slots", "lengths", "sinks")),
+        *((n, ctypes.c_int64) for n in ("count", "heads", "key_heads", "size", "value_size", "window")),
+        *((n, ctypes.c_float) for n in ("scaling", "softcap")),
+        ("narrow", ctypes.c_int32),
+    )
+
+
+@dataclass(slots=True)
+class Queries:
+    """Which tokens of a step are asked for, and the text that each sees; the same in every layer."""
+
+    rows: Tensor
+    slots: Tensor  # pointers
+    lengths: Tensor
+    held: list[Tensor] = field(repr=False)  # what they point to
+
+    @classmethod
+    def of(cls, spans: Sequence[tuple[int, int, int, Tensor]]) -> "Queries":
+        """spans: (first token, last token + 1, length, slots) of each request."""
+        each = [(row, text.data_ptr(), length - stop + row + 1) for start, stop, length, text in spans
+                for row in range(start, stop)]  # fmt: skip
+        rows, slots, lengths = (torch.tensor([e[i] for e in each], dtype=torch.int64) for i in range(3))
+        return cls(rows, slots, lengths, [text for *_, text in spans])
+
+
+def refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """Why these tensors cannot be attended to here."""
+    if query.device.type != "cpu" or query.dtype not in DTYPES or not query.dtype == key.dtype == value.dtype:
+        return "takes float32 or bfloat16 on a CPU, the cache in the type of the queries"
+    found = library("attend")
+    return found if isinstance(found, str) else None
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    queries: Queries,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> None:
+    """query: [T, H, D], key: [slots, G, D], value: [slots, G, Dv], all contiguous -> rows of out: [T, H, Dv]."""
+    held = None if sinks is None else sinks.detach().float().contiguous()
+    _native().attend(ctypes.byref(Attend(
+        query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), queries.rows.data_ptr(),
+        queries.slots.data_ptr(), queries.lengths.data_ptr(), None if held is None else held.data_ptr(),
+        len(queries.rows), query.shape[1], key.shape[1], query.shape[2], value.shape[2], window or 0, scaling,
+        softcap or 0.0, DTYPES[query.dtype],
+    )))  # fmt: skip
+
+
+@cache
+def _native() -> Any:
+    found = library("attend")
+    assert not isinstance(found, str), found
+    found.attend.argtypes, found.attend.restype = [ctypes.c_void_p], None
+    return found
