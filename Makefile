@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DIR ?=
 
-.PHONY: demo test check fix fixtures sweep fuzz bench test-gpu clean
+.PHONY: demo test check fix fixtures sweep fuzz soak bench test-gpu clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -12,8 +12,8 @@ DIR ?=
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
 	touch $@
 
-demo: .venv/ready  ## a small real model: what it is, whether it is sound, what it says
-	$(BIN)/fewbit demo
+demo: .venv/ready  ## a small real model, served with its page and asked one question; Ctrl-C ends it
+	@$(BIN)/fewbit demo || [ $$? -eq 130 ]
 
 test: .venv/ready  ## everything that runs on a CPU
 	$(BIN)/python -m pytest -n 2 -m "not slow and not checkpoints"
@@ -35,6 +35,9 @@ sweep: .venv/ready  ## every causal-LM type of transformers, compared with trans
 
 fuzz: .venv/ready  ## hostile files, for 60 seconds
 	$(BIN)/python tests/fuzz/fuzz_files.py --seconds 60
+
+soak: .venv/ready  ## ten minutes of load; memory, descriptors, threads and pages end where they began
+	$(BIN)/python -m tests.server.soak --seconds 600
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/encode.py

@@ -6,9 +6,9 @@ import sys
 import fewbit
 
 NAMES = [
-    "FORMATS", "LLM", "CapacityError", "CheckpointError", "Element", "FewbitError", "Finding", "Format", "Plan", "QTensor",
-    "QuantSpec", "RequestError", "SamplingParams", "Scale", "SpecError", "UnsupportedError", "convert", "dialects", "diff", "doctor",
-    "evaluate", "formats", "inspect", "kernels", "load", "quantize", "verify",
+    "FORMATS", "LLM", "CapacityError", "CheckpointError", "Element", "FewbitError", "Finding", "Format", "Plan",
+    "QTensor", "QuantSpec", "RequestError", "SamplingParams", "Scale", "SpecError", "UnsupportedError", "convert",
+    "dialects", "diff", "doctor", "evaluate", "formats", "inspect", "kernels", "load", "quantize", "verify",
 ]  # fmt: skip
 
 

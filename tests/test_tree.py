@@ -20,7 +20,7 @@ MAY = {
     "models": {"errors", "files", "quant", "codecs", "kernels", "modules", "transforms"},
     "workflows": {"errors", "env", "files", "quant", "codecs", "kernels", "modules", "models", "algos", "transforms"},
     "engine": {"errors", "env", "quant", "codecs", "kernels", "modules", "models"},
-    "server": {"errors", "env", "engine", "models", "workflows"},
+    "server": {"errors", "env", "files", "engine", "models", "workflows"},
     "registry": {"errors", "quant", "codecs", "kernels", "algos"},
 }
 TOP = {"cli", "compat", "llm", "lm_eval", "__init__", "__main__"}  # may import everything

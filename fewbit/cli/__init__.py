@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from fewbit.cli import checkpoints, quality, quantizing
+from fewbit.cli import checkpoints, quality, quantizing, serving, serving_demo, speaking
 from fewbit.errors import FewbitError
 
 app = typer.Typer(
@@ -39,8 +39,12 @@ def main() -> None:
         sys.exit(2)
 
 
-for verb in (*checkpoints.VERBS, *quantizing.VERBS, *quality.VERBS):
-    app.command(verb.__name__.rstrip("_").replace("_", "-"))(verb)
+for home in (checkpoints, quantizing, quality, serving, speaking, serving_demo):
+    for verb in home.VERBS:
+        settings = serving.SETTINGS.get(verb)
+        app.command(verb.__name__.rstrip("_").replace("_", "-"), context_settings=settings)(verb)
+for group in speaking.GROUPS:
+    app.add_typer(group)
 
 if __name__ == "__main__":
     main()

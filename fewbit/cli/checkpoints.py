@@ -104,16 +104,4 @@ def doctor(as_json: Json = False) -> None:
     print(json.dumps(report, indent=2) if as_json else render(report))
 
 
-def demo(
-    model: Annotated[str | None, typer.Argument(help="A checkpoint of your own instead of the demo model.")] = None,
-    prompt: Annotated[str, typer.Option(help="What to ask.")] = "What is a quantized language model? One sentence.",
-    tokens: Annotated[int, typer.Option(help="How many tokens to generate.")] = 48,
-) -> None:
-    """Fetch a small real model, show what it is, prove it whole, and let it speak."""
-    from fewbit.workflows.demo import demo as run
-
-    for line in run(model, prompt, tokens):
-        print(line, end="", flush=True)
-
-
-VERBS = (inspect, verify, convert, doctor, demo)
+VERBS = (inspect, verify, convert, doctor)

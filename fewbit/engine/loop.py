@@ -148,9 +148,8 @@ class Loop:
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
-    # ---- from here on the engine's thread
-
     def _main(self) -> None:
+        """The engine's thread; so is all that it calls."""
         try:
             self.engine = self._make()
             self.room = self.engine.limits.most_running + self.engine.config.max_queue

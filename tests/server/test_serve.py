@@ -1,0 +1,169 @@
+"""The verb serve as a process: flags, files, signals, and how it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server.served import until
+
+VERB = "import torch; torch.set_num_threads(1); from fewbit.cli.serving import serve; import typer; typer.run(serve)"
+DYING = ("from fewbit.engine.engine import Engine; step = Engine.step\n"
+         "def fails(self):\n    raise MemoryError('the card is gone')\nEngine.step = fails\n")  # fmt: skip
+
+
+class Child:
+    def __init__(self, *args: object, code: str = VERB, **env: str):
+        command = [sys.executable, "-c", code, *map(str, args)]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **env})
+        self.said: list[str] = []
+        self.url = ""
+
+    def up(self) -> "Child":
+        assert self.process.stderr
+        for line in self.process.stderr:
+            self.said.append(line)
+            if " at http" in line:
+                self.url = line.split(" at ")[1].split()[0]
+                return self
+        raise AssertionError("".join(self.said))
+
+    def ended(self, seconds: float = 30) -> int:
+        code = self.process.wait(seconds)
+        assert self.process.stderr
+        self.said.append(self.process.stderr.read())
+        self.process.stderr.close()
+        return code
+
+    def post(self, **body: Any) -> httpx.Response:
+        return httpx.post(self.url + "/v1/completions", json=body, timeout=60, trust_env=False)
+
+    def children(self) -> list[int]:
+        found = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        listed = [p.read_text().split() for p in found.parent.parent.glob("*/children")]
+        return [int(one) for some in listed for one in some]
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Child]]:
+    made: list[Child] = []
+
+    def one(*args: object, **env: str) -> Child:
+        made.append(Child(*args, **env))
+        return made[-1].up()
+
+    yield one
+    for child in made:
+        if child.process.poll() is None:
+            child.process.kill()
+            child.ended()
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_sigterm_finishes_what_runs(folder: Path, start: Callable[..., Child]) -> None:
+    child = start(folder, "--port", 0, "-tp", 1, "--served-model-name", "mine")
+    below = child.children()
+    assert len(below) == 1  # the renderer of templates
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(child.post, prompt="a", max_tokens=400, ignore_eos=True, temperature=0)
+        until(lambda: httpx.get(child.url + "/stats", trust_env=False).json()["running"])
+        child.process.send_signal(signal.SIGTERM)
+        assert running.result().json()["usage"]["completion_tokens"] == 400
+    assert child.ended() == 0
+    assert not any(map(alive, below))
+
+
+def test_an_engine_that_dies(folder: Path, start: Callable[..., Child]) -> None:
+    child = start(folder, "--port", 0, code=DYING + VERB)
+    below = child.children()
+    found = child.post(prompt="a")
+    assert found.status_code == 503 and "the card is gone" in found.text
+    assert httpx.get(child.url + "/health", trust_env=False).status_code == 503
+    assert child.ended(5) == 1
+    assert not any(map(alive, below))
+
+
+def test_killed_outright_leaves_no_orphan(folder: Path, start: Callable[..., Child]) -> None:
+    child = start(folder, "--port", 0)
+    below = child.children()
+    child.process.kill()
+    child.ended()
+    until(lambda: not any(map(alive, below)))
+
+
+def test_flags_over_environment_over_file(folder: Path, tmp_path: Path, start: Callable[..., Child]) -> None:
+    file = tmp_path / "serve.yaml"
+    settings = {"model": str(folder), "max-model-len": "256", "max_num_seqs": 3, "served-model-name": ["file"]}
+    file.write_text(json.dumps({**settings, "port": 0, "api-key": "k"}))
+    env = {"FEWBIT_MAX_NUM_SEQS": "5", "FEWBIT_SERVED_MODEL_NAME": "environment"}
+    child = start("--config", file, "--served-model-name", "flag", **env)
+    head = {"authorization": "Bearer k"}
+    found = httpx.get(child.url + "/info", headers=head, trust_env=False).json()
+    assert found["models"] == ["flag"] and found["engine"]["max_num_seqs"] == 5
+    assert found["engine"]["max_model_len"] == 256 and found["model"]["architecture"] == "LlamaForCausalLM"
+    assert httpx.get(child.url + "/info", trust_env=False).status_code == 401
+
+
+def test_demo_once(folder: Path) -> None:
+    code = "from fewbit.cli.serving_demo import demo; import typer; typer.run(demo)"
+    env = {**os.environ, "DEMO_ONCE": "1"}
+    command = [sys.executable, "-c", code, str(folder), "--port", "0", "--tokens", "3", "--prompt", "it's"]
+    found = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    assert found.returncode == 0, found.stderr
+    assert "> it's" in found.stdout and "curl http://127.0.0.1:" in found.stdout
+
+
+MISTAKES: list[tuple[list[str], str]] = [
+    (["MODEL", "--max-model-len", "99999"], "512"),
+    (["MODEL", "--max-model-len", "long"], "8k"),
+    (["MODEL", "--quantization", "nonsense"], "nonsense"),
+    (["MODEL", "--tool-call-parser", "x"], "hermes"),
+    (["MODEL", "--chat-template", "/no/such"], "no such file"),
+    (["MODEL", "--override-generation-config", '{"temperature": -1}'], "temperature"),
+    (["MODEL", "--config", "FILE"], "served_model_name"),
+    (["MODEL", "--port", "99999"], "65535"),
+    (["MODEL", "--ssl-keyfile", "x"], "both"),
+    (["/no/such/model"], "/no/such/model"),
+]
+
+
+@pytest.mark.parametrize(("args", "words"), MISTAKES, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_mistakes(folder: Path, tmp_path: Path, args: list[str], words: str) -> None:
+    """As errors of ours, before anything is served; in this process, for they are many."""
+    import typer
+    from typer.main import get_command
+
+    from fewbit.cli.serving import serve
+    from fewbit.errors import FewbitError
+
+    file = tmp_path / "wrong.yaml"
+    file.write_text("served_model_nme: x")
+    app = typer.Typer()
+    app.command()(serve)
+    filled = [a.replace("MODEL", str(folder)).replace("FILE", str(file)) for a in args]
+    with pytest.raises(FewbitError, match=words):
+        get_command(app).main(filled, standalone_mode=False)
+
+
+def test_sampling_defaults_of_the_checkpoint(tmp_path: Path) -> None:
+    from fewbit.cli.serving_run import defaults, listed, tokens_of
+
+    (tmp_path / "generation_config.json").write_text('{"temperature": 1, "top_k": 20, "max_new_tokens": 9, "x": 1}')
+    assert defaults(str(tmp_path), "auto", None) == {"temperature": 1.0, "top_k": 20, "max_tokens": 9}
+    assert defaults(str(tmp_path), "vllm", '{"top_p": 0.5}') == {"top_p": 0.5}
+    assert listed(["a", "b,c", '["d"]']) == ("a", "b", "c", "d")
+    assert [tokens_of(text) for text in ("8k", "8K", "100", "auto")] == [8000, 8192, 100, None]
