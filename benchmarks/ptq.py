@@ -13,6 +13,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -48,7 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("model", type=Path)
     parser.add_argument("--calib", type=Path, required=True)
     parser.add_argument("--eval", type=Path, required=True)
-    parser.add_argument("--only", default="", help="rows whose label contains this; several with commas")
+    parser.add_argument("--only", default="", help="rows whose label has these words; several such with commas")
     parser.add_argument("--group", type=int, default=64, help="group length of the W4 and W3 rows")
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--device", default="cpu")
@@ -102,7 +103,20 @@ def peer(python: Path, row: dict, given: argparse.Namespace, dense: Path) -> str
         command = [str(python), str(script), row["tool"], row["scheme"], str(dense), str(out), str(given.calib)]
         done, wall, _ = run(command)
         value = perplexity(out, given)
-    return f"{row['tool']}\t{row['scheme']}\t{value:.2f}\t{done['seconds']:.1f}\t{wall:.1f}\t{done['peak']:.0f}"
+    return f"{row['tool']}\t{row['label']}\t{value:.2f}\t{done['seconds']:.1f}\t{wall:.1f}\t{done['peak']:.0f}"
+
+
+def wanted(label: str, asked: list[str]) -> bool:
+    """Whether all words of one of those asked for are in the label."""
+    return any(set(words.split()) <= set(label.split()) for words in asked)
+
+
+def shown(row: Callable[[], str]) -> None:
+    """A row, or why there is none: the others go on."""
+    try:
+        print(row(), flush=True)
+    except RuntimeError as error:
+        print(error, file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -110,15 +124,12 @@ def main() -> None:
     print("tool\tscheme\tperplexity\tseconds\tprocess seconds\tpeak MiB", flush=True)
     print(f"-\tfloat\t{perplexity(given.model, given):.2f}", flush=True)
     words = given.only.split(",")
-    rows = [row for row in OURS if any(word in row[0].format(g=given.group) for word in words)]
+    rows = [row for row in OURS if wanted(row[0].format(g=given.group), words)]
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(given.jobs) as pool:
         for future in [pool.submit(ours, row, given) for row in rows]:
-            try:
-                print(future.result(), flush=True)
-            except RuntimeError as error:
-                print(error, file=sys.stderr, flush=True)
+            shown(future.result)
     if given.peers:
         import ptq_peers
 
@@ -126,10 +137,10 @@ def main() -> None:
             dense = Path(place) / "dense"
             subprocess.run([*fewbit("convert", str(given.model), "--to", "dense", "-o", str(dense))], check=True,
                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-            for row in ptq_peers.ROWS:
+            for row in ptq_peers.rows(given.group):
                 python = given.peers / row["tool"] / "bin" / "python"
-                if python.exists() and any(word in row["label"] for word in words):
-                    print(peer(python, row, given, dense), flush=True)
+                if python.exists() and wanted(row["label"], words):
+                    shown(lambda row=row, python=python: peer(python, row, given, dense))
 
 
 if __name__ == "__main__":

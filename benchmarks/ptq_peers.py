@@ -4,7 +4,7 @@
 
 On the CPU, with the first 128 x 512 tokens of the text in order. Prints one line of JSON: seconds of quantizing (no
 import, no loading; writing only where the tool does both in one call: autoround), peak resident MiB, version of the
-tool. What the tool prints goes to stderr. benchmarks/ptq.py takes ROWS from here and runs them.
+tool. What the tool prints goes to stderr. benchmarks/ptq.py takes `rows` from here and runs them.
 
 Schemes: fp8, nvfp4, w8a8, and w4-g64-sym-rtn and so on (bits, group length, sym or asym, algorithm, and iterations of
 autoround).
@@ -67,14 +67,11 @@ def rows(group: int = 64) -> list[dict[str, str]]:
     return [{"label": label, "tool": tool, "scheme": scheme} for label, tool, scheme in table]
 
 
-ROWS = rows()
-
-
 def grouped(scheme: str, algorithms: str, signs: str = "sym|asym", bits: str = "[2348]") -> Grouped:
     """The parts of a scheme, of those that the tool has."""
     found = re.fullmatch(rf"w({bits})-g(\d+)-({signs})-({algorithms})(?:-(\d+))?", scheme)
     if not found:
-        raise SystemExit(f"scheme {scheme}: not one of this tool's; what works: those beside it in ROWS")
+        raise SystemExit(f"scheme {scheme}: not one of this tool's; what works: those of `rows`")
     width, group, sign, algorithm, iters = found.groups()
     return Grouped(int(width), int(group), sign == "sym", algorithm, int(iters or 200))
 
