@@ -15,6 +15,7 @@ from fewbit.engine.config import EngineConfig
 from fewbit.engine.guided import Grammars
 from fewbit.engine.outputs import Logprob
 from fewbit.engine.pages import PagePool
+from fewbit.engine.params import SamplingParams
 from fewbit.engine.request import Delta, Finish, Request, Stream
 from fewbit.engine.sampler import Row, Sampled, Sampler, prompt_logprobs
 from fewbit.engine.scheduler import Scheduler, Work
@@ -94,7 +95,11 @@ class Engine:
             raise RequestError(f"the prompt has {len(request.prompt)} tokens; with at least one to generate, "
                                f"{self.limits.max_len - 1} fit (max_model_len {self.limits.max_len})")  # fmt: skip
 
-    def _grammar(self, params: Any) -> Any:
+    def prepare(self, params: SamplingParams) -> None:
+        """Compile a grammar before the request comes: the one call that another thread may make."""
+        self._grammar(params)
+
+    def _grammar(self, params: SamplingParams) -> Any:
         if params.structured_outputs is None:
             return None
         if self._grammars is None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from fewbit.engine import guided_probe
 from fewbit.errors import RequestError, UnsupportedError
 
-SECONDS = 0.8  # for one grammar, with the way there and back
+SECONDS = 5.0  # for one grammar, with the way there and back; its share of a processor has a far lower limit
 START = 20.0
 
 

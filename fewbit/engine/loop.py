@@ -112,6 +112,9 @@ class Loop:
 
     async def submit(self, requests: Sequence[Request]) -> Feed:
         """Queue requests that are read together. CapacityError: no room now."""
+        for request in requests:
+            if request.params.structured_outputs is not None:  # up to half a second, for which nobody else shall wait
+                await asyncio.to_thread(self.engine.prepare, request.params)
         feed = Feed(self, requests)
         self._enter(feed)
         self._commands.append(("add", feed))

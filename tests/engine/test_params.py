@@ -85,10 +85,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("given", "says"), WRONG, ids=[f"{i} {min(one)[:20]}" for i, (one, _) in enumerate(WRONG)])
 def test_refused(given: dict[str, Any], says: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(RequestError) as error:
         SamplingParams(**given)
-    assert time.perf_counter() - start < 0.2
+    assert time.process_time() - start < 0.2
     assert says in str(error.value) and len(str(error.value)) < 1000
 
 
@@ -126,14 +126,14 @@ KEYS = st.one_of(st.sampled_from([*NAMES, "guided_decoding", "bad_words"]), st.t
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(KEYS, st.one_of(ANY, st.dictionaries(KINDS, ANY, max_size=2)), max_size=4))
 def test_any_keywords_construct_or_are_refused(keywords: dict[str, Any]) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         params = SamplingParams(**keywords)
     except RequestError as error:
         assert len(str(error)) < 1000
     else:
         params.checked(10**20, 100, 5)
-    assert time.perf_counter() - start < 0.25
+    assert time.process_time() - start < 0.25
 
 
 def test_signature_and_value() -> None:

@@ -74,9 +74,9 @@ def test_no_half_characters(make: Any) -> None:
 def test_time_is_linear(token: str) -> None:
     tokenizer = byte_fallback()
     ids = [tokenizer.convert_tokens_to_ids(token)] * 20_000
-    start = time.perf_counter()
+    start = time.process_time()
     spoken(tokenizer, ids, skip_special_tokens=token != "</s>")
-    assert time.perf_counter() - start < 8
+    assert time.process_time() - start < 8
 
 
 def test_nothing_to_say() -> None:
@@ -134,10 +134,10 @@ def test_held_back_until_it_cannot_be_a_stop() -> None:
 def test_long_stops_cost_little() -> None:
     strings = ["a" * 4000 + chr(0x100 + i) for i in range(64)]
     follower = Stops(strings, False)
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(100):
         follower.push("a" * 10)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize("least", [0, 4, 6])

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from fewbit.engine.params import SamplingParams
 from fewbit.engine.request import Delta, Request
 from fewbit.errors import CapacityError
 
@@ -48,6 +49,9 @@ class EchoEngine:
         request.params = request.params.checked(self.vocab, self.limits.max_len, len(request.prompt))
         self.rows[request.id] = Rows(request, dict.fromkeys(range(request.params.n), 0))
         self.counts.prompt_tokens += len(request.prompt)
+
+    def prepare(self, params: SamplingParams) -> None:
+        pass
 
     def abort(self, request_id: str) -> None:
         self.threads.add(threading.get_ident())

@@ -60,14 +60,19 @@ EXPLOSIVE: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+def clock() -> float:
+    """Seconds that this process, server and client in one, was at work, whatever else the machine does."""
+    return time.process_time()
+
+
 def shown(value: Any) -> str:
     return json.dumps(value)[:40]
 
 
 def refused(served: Running, path: str, content: bytes, **headers: str) -> None:
-    start = time.monotonic()
+    start = clock()
     found = served.http.post(path, content=content, headers={"content-type": "application/json", **headers})
-    seconds = time.monotonic() - start
+    seconds = clock() - start
     assert 400 <= found.status_code < 500, found.text[:500]
     assert seconds < 1, f"took {seconds:.2f} s"
     error = found.json()["error"]
@@ -88,9 +93,9 @@ def test_chats(served: Running, fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize("fields", EXPLOSIVE, ids=shown)
 def test_explosive(served: Running, fields: dict[str, Any]) -> None:
     """Refused, or served as cheaply as any other."""
-    start = time.monotonic()
+    start = clock()
     found = served.post(TEXT, {"prompt": "hi", "max_tokens": 4, **fields})
-    assert found.status_code in (200, 400) and time.monotonic() - start < 1
+    assert found.status_code in (200, 400) and clock() - start < 1
     assert served.good()
 
 
@@ -138,9 +143,9 @@ HEADS = {
 
 @pytest.mark.parametrize("name", HEADS)
 def test_heads(served: Running, name: str) -> None:
-    start = time.monotonic()
+    start = clock()
     assert exchange(served, HEADS[name])[9:10] == b"4"
-    assert time.monotonic() - start < 1
+    assert clock() - start < 1
     assert served.good()
 
 
@@ -153,10 +158,10 @@ def test_one_byte_chunks(served: Running) -> None:
     head = (b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
             b"transfer-encoding: chunked\r\nconnection: close\r\n\r\n")  # fmt: skip
     good = b'{"prompt": "ab", "max_tokens": 2}'
-    start = time.monotonic()
+    start = clock()
     assert exchange(served, head, *(b"1\r\n%c\r\n" % byte for byte in good), b"0\r\n\r\n").startswith(b"HTTP/1.1 200")
     assert exchange(served, head + chunked(b'{"prompt": "ab", "max_tokens": 0}', 1)).startswith(b"HTTP/1.1 400")
-    assert time.monotonic() - start < 1
+    assert clock() - start < 1
     assert exchange(served, head + chunked(b"x" * (5 << 20), 1 << 16)).startswith(b"HTTP/1.1 4")
     assert served.good()
 
