@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -32,6 +33,8 @@ class Journal:
     def __init__(self, folder: Path, depends: Mapping[str, Any], restart: bool = False):
         self.folder = folder
         self.done: dict[str, dict[str, Any]] = {}
+        self._writer = ThreadPoolExecutor(1)  # the next unit is worked on while one is written and hashed
+        self._pending: Future[None] | None = None
         if restart:
             shutil.rmtree(self.folder, ignore_errors=True)
         try:
@@ -82,9 +85,19 @@ class Journal:
             raise_write_error(self.folder, error)
 
     def save(self, unit: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
-        """Put a finished unit on disk, then say so."""
+        """Begin to put a finished unit on disk, then to say so; returns when the unit before it is there."""
         # cloned: siblings may hold one and the same tensor, which the library refuses to write
         data = save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()})
+        self.flush()
+        self._pending = self._writer.submit(self._save, unit, data, dict(notes))
+
+    def flush(self) -> None:
+        """Return when everything is on disk, or raise what kept it from there."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _save(self, unit: str, data: bytes, notes: dict[str, Any]) -> None:
         name = f"{len(self.done):05d}.safetensors"
         partial = self.folder / f"{name}.partial"
         try:
@@ -99,7 +112,7 @@ class Journal:
                 text = f"{self.folder}: no space for {len(data)} bytes; free some, and the same command goes on here"
                 raise CapacityError(text) from error
             raise_write_error(partial, error)
-        line = {"unit": unit, "file": name, "sha256": hashlib.sha256(data).hexdigest(), "notes": dict(notes)}
+        line = {"unit": unit, "file": name, "sha256": hashlib.sha256(data).hexdigest(), "notes": notes}
         self._append(line)
         self.done[unit] = line
 
@@ -124,6 +137,7 @@ class Journal:
         shutil.rmtree(self.folder)
 
     def close(self) -> None:
+        self._writer.shutdown()
         self._file.close()
 
     def __enter__(self) -> Self:

@@ -225,10 +225,11 @@ def encode_groups(
         for algo, options, names in _alike(targets, group.names):
             begun = time.monotonic()
             specs = [targets[name].format.weight for name in names]
-            encoded = algo.encode([weights[name] for name in names], specs, group.stats, options)
+            read = [weights[name] for name in names]
+            encoded = algo.encode(read, specs, group.stats, options)
             spent = (time.monotonic() - begun) / len(names)
-            for name, found in zip(names, encoded, strict=True):
-                finish(job, name, targets[name], group, weights[name], found, spent, done)
+            for name, weight, found in zip(names, read, encoded, strict=True):
+                finish(job, name, targets[name], group, weight, found, spent, done)
         group.stats = None  # its Hessian may be the largest thing in memory
 
 
@@ -252,7 +253,7 @@ def finish(
     form = Format(target.format.weight, target.format.act, tuple(t.kind for t in transforms))
     q = Quantized(form, found.weight, act_planes(job, name, target, group), transforms)
     done.values[name] = q
-    gap = decode(found.weight) - weight if not found.transforms else None
+    gap = decode(found.weight).sub_(weight) if not found.transforms else None
     note = {"name": name, "format": target.row, "algo": target.algo.name, "shape": list(weight.shape),
             "bytes": found.weight.nbytes, "bits": bits_per_weight(form.weight, weight.shape), "seconds": spent,
             "rule": target.rule, **found.log}  # fmt: skip
@@ -266,10 +267,10 @@ def output_error(gap: Tensor, weight: Tensor, stats: Stats | None) -> float:
 
     def size(x: Tensor) -> Tensor:
         if stats is None:
-            return x.square().sum()
+            return torch.linalg.vector_norm(x).square()
         if stats.hessian is not None:
             return ((x @ stats.hessian) * x).sum()
-        return (x.square() * stats.square).sum()
+        return torch.linalg.vector_norm(x, dim=0).square() @ stats.square  # column by column: nothing as large as x
 
     total = size(weight)
     return float((size(gap).clamp(min=0) / total).sqrt()) if total > 0 else 0.0

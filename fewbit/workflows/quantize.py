@@ -140,6 +140,7 @@ def run(
         log.start(model=str(job.source.path), command=command, recipe=job.recipe.to_yaml())
         expected = plan(job) if report and not resumed else None
         work(job, journal, log)
+        journal.flush()
         contents = contents_of(job, journal)
         assemble(out, job.codec, contents, max_shard, overwrite, quiet)
         units = {unit: line["notes"] for unit, line in journal.done.items()}
