@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <omp.h>
+#include <vector>
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__) && defined(__AVX512VL__)
 #include <immintrin.h>
 #define WIDE 1
@@ -321,6 +322,17 @@ static void decode_rows(const Weight& w, int64_t start, int64_t stop, uint16_t* 
     }
 }
 
+// Runs of x, each `length` long -> their sums
+static std::vector<float> group_sums(const uint16_t* x, int64_t count, int64_t length) {
+    std::vector<float> out(count);
+    for (int64_t i = 0; i < count; i++) {
+        float lanes[16] = {};  // apart, so that the compiler may add them side by side
+        for (int64_t j = 0; j < length; j++) lanes[j & 15] += of_bf16(x[i * length + j]);
+        for (int j = 0; j < 16; j++) out[i] += lanes[j];
+    }
+    return out;
+}
+
 // M rows of x against W in bfloat16
 template <int M>
 static void dense_rows(const uint16_t* w, int64_t n, int64_t k, const uint16_t* x, uint16_t* y) {
@@ -362,9 +374,11 @@ static void dense_rows(const uint16_t* w, int64_t n, int64_t k, const uint16_t* 
 
 extern "C" {
 
-// x: [rows, k] bfloat16, sums: [rows, k / group] float32 or null -> y: [rows, n] bfloat16
-void packed_times(const Weight* w, const uint16_t* x, int64_t rows, const float* sums, uint16_t* y) {
-#define TIMES(KIND) return any_rows<KIND>(*w, x, rows, sums, y)
+// x: [rows, k] -> y: [rows, n], bfloat16
+void packed_times(const Weight* w, const uint16_t* x, int64_t rows, uint16_t* y) {
+    std::vector<float> sums;
+    if (w->zeros) sums = group_sums(x, rows * (w->k / w->group), w->group);
+#define TIMES(KIND) return any_rows<KIND>(*w, x, rows, w->zeros ? sums.data() : nullptr, y)
     BY_KIND(TIMES)
 }
 

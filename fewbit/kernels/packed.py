@@ -149,9 +149,7 @@ def run_linear(x: Tensor, packed: Packed | Rows, bias: Tensor | None = None) -> 
 def few(x: Tensor, packed: Packed) -> Tensor:
     w = packed.weight
     y = x.new_empty(len(x), w.n)
-    sums = x.view(len(x), -1, w.group).sum(-1, dtype=torch.float32) if w.zeros else None
-    of_sums = None if sums is None else sums.data_ptr()
-    _native().packed_times(ctypes.byref(w), x.data_ptr(), len(x), of_sums, y.data_ptr())
+    _native().packed_times(ctypes.byref(w), x.data_ptr(), len(x), y.data_ptr())
     return y
 
 
@@ -189,7 +187,7 @@ def _native() -> Any:
     if isinstance(found, str):
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    found.packed_times.argtypes = [pointer, pointer, number, pointer, pointer]
+    found.packed_times.argtypes = [pointer, pointer, number, pointer]
     found.packed_decode.argtypes = [pointer, number, number, pointer]
     found.packed_dense.argtypes = [pointer, number, number, pointer, number, pointer]
     found.packed_times.restype = found.packed_decode.restype = found.packed_dense.restype = None
