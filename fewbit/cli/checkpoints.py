@@ -41,6 +41,9 @@ def inspect(
         print(f"... and {len(dense) - 12} more: --all")
     for name, why in list(info.surplus.items())[: None if all else 4]:
         print(f"not used: {name}: {why}")
+    for why in sorted({m.weights_only for m in info.modules} - {""}):
+        print(f"activations on {device}: served as they are, weights alone quantized: {why}"
+              " (serve --emulate-activations rounds them in software)")  # fmt: skip
     chosen = {(m.kernel, m.refused) for m in info.modules}
     for kernel, refused in sorted(chosen):
         print(f"kernel on {device}: {kernel}")

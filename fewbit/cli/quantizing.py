@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fewbit.cli.show import Json, Model, table
+from fewbit.cli.show import Json, Model, shares, table
 
 Format = Annotated[str, typer.Option("--format", "-f", help=(
     "A format (`fewbit formats` of Python lists them), a scheme (W4A16, FP8_DYNAMIC, FP8_BLOCK, W8A8, NVFP4, MXFP4, "
@@ -40,10 +40,7 @@ Size = Annotated[str | None, typer.Option("--target-size", help="Choose formats 
 From = Annotated[str | None, typer.Option("--from", metavar="FORMATS", help="Formats to choose from, with commas.")]
 
 
-def quantize(
-    model: Model,
-    out: Annotated[Path, typer.Option("-o", "--output", help="The folder (or .gguf file) to write.")],
-    format: Format = "",
+def common(
     algo: Algo = None,
     option: Option = None,
     to: To = "compressed-tensors",
@@ -61,6 +58,21 @@ def quantize(
     device: Device = "cpu",
     dtype: Dtype = None,
     max_memory: Memory = None,
+) -> dict[str, Any]:
+    """The arguments of both verbs, as the workflow takes them."""
+    return {
+        "algo": algo, "options": options_of(option or []), "to": to, "group_size": group_size, "kv": kv,
+        "ignore": ignore or [], "calib": calib, "samples": calib_samples, "length": calib_len, "seed": seed,
+        "chat": chat, "order": order, "observer": observer, "experts": experts, "device": device, "dtype": dtype,
+        "max_memory": nbytes(max_memory),
+    }  # fmt: skip
+
+
+@shares(common)
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Option("-o", "--output", help="The folder (or .gguf file) to write.")],
+    format: Format = "",
     target_bits: Bits = None,
     target_size: Size = None,
     choose_from: From = None,
@@ -69,11 +81,12 @@ def quantize(
     restart: Annotated[bool, typer.Option(help="Begin anew instead of going on with an interrupted run.")] = False,
     report: Annotated[bool, typer.Option(help="Forecast first; leave a page, a model card, the recipe.")] = True,
     as_json: Json = False,
+    *,
+    given: dict[str, Any],
 ) -> None:
     """Quantize a model layer by layer, from disk to disk. Interrupted, the same command goes on where it stopped."""
     from fewbit.workflows.quantize import quantize as run
 
-    given = _common(locals())
     chosen = _chosen(model, format, target_bits, target_size, choose_from, out, given)
     done = run(model, out, chosen, **given, max_shard=max_shard, overwrite=overwrite, restart=restart,
                show=not as_json, report=report, command=_command())  # fmt: skip
@@ -89,34 +102,20 @@ def quantize(
     print(f"next:   fewbit eval {done.out} --against {model} --text FILE")
 
 
+@shares(common)
 def plan(
     model: Model,
     format: Format,
-    algo: Algo = None,
-    option: Option = None,
-    to: To = "compressed-tensors",
-    group_size: Group = None,
-    kv: Kv = None,
-    ignore: Ignore = None,
-    calib: Calib = None,
-    calib_samples: Samples = 128,
-    calib_len: Length = 512,
-    seed: Seed = 0,
-    chat: Chat = False,
-    order: Order = "shuffled",
-    observer: Observer = "max",
-    experts: Experts = "weights-only",
-    device: Device = "cpu",
-    dtype: Dtype = None,
-    max_memory: Memory = None,
     measure: Annotated[bool, typer.Option(help="Run one layer, for time and memory.")] = True,
     all: Annotated[bool, typer.Option("--all", help="One line for every module.")] = False,
     as_json: Json = False,
+    *,
+    given: dict[str, Any],
 ) -> None:
     """Say what quantize would give and cost, with the same arguments; nothing is written."""
     from fewbit.workflows.plan import forecast_of, told
 
-    found = forecast_of(model, format, measure=measure, **_common(locals()))
+    found = forecast_of(model, format, measure=measure, **given)
     if as_json:
         print(json.dumps(found.to_json(), indent=2))
         return
@@ -124,29 +123,6 @@ def plan(
     if all:
         rows = [(m.name, m.format, m.algo, f"{m.bits:.3f}", m.rule) for m in found.modules]
         table("Modules", ["module", "format", "algorithm", "bits", "rule"], rows)
-
-
-def _common(given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of both verbs as the workflow takes them."""
-    return {
-        "algo": given["algo"],
-        "options": options_of(given["option"] or []),
-        "to": given["to"],
-        "group_size": given["group_size"],
-        "kv": given["kv"],
-        "ignore": given["ignore"] or [],
-        "calib": given["calib"],
-        "samples": given["calib_samples"],
-        "length": given["calib_len"],
-        "seed": given["seed"],
-        "chat": given["chat"],
-        "order": given["order"],
-        "observer": given["observer"],
-        "experts": given["experts"],
-        "device": given["device"],
-        "dtype": given["dtype"],
-        "max_memory": nbytes(given["max_memory"]),
-    }
 
 
 def _chosen(

@@ -130,6 +130,8 @@ def _plain(value: Any, several: bool) -> Any:
 def text_of(path: Path) -> str:
     from fewbit.errors import RequestError
 
+    if not path.is_file():
+        raise RequestError(f"{path}: there is no such file")
     with path.open("rb") as file:
         data = file.read(LARGEST + 1)
     if len(data) > LARGEST:

@@ -1,11 +1,13 @@
 """What serve does with its flags: the engine's, the server's, the facts of the checkpoint, and a line when it is up."""
 
+import asyncio
 import contextlib
 import json
 import logging
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,14 @@ def run(given: dict[str, Any], up: Callable[[str], None] = lambda url: None) -> 
     """given: the flags by name. up: told the URL. -> the exit status."""
     from fewbit.engine.config import EngineConfig
     from fewbit.server.config import ServerConfig
+    from fewbit.server.run import free
 
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO, stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("fewbit").setLevel(logging.INFO)
     asked = {name: value for name in ENGINE if (value := converted(name, given[name])) is not None}
-    config = EngineConfig.of(**asked)
+    config = EngineConfig.of(**served(asked, EngineConfig))
     server = ServerConfig(**server_of(given, config))
+    free(server.host, server.port)
     known = facts(config)
     start = time.monotonic()
     print(f"fewbit: loading {config.model}", file=sys.stderr, flush=True)
@@ -62,6 +66,29 @@ def converted(name: str, value: Any) -> Any:
     if name == "served_model_name":
         return listed(value)
     return value
+
+
+def served(asked: dict[str, Any], kind: type) -> dict[str, Any]:
+    """The engine's options; those that no engine of this version has are refused, and a device that is not here."""
+    known = {field.name for field in fields(kind)}
+    for name, value in asked.items():
+        if name not in known and value is not False:
+            raise RequestError(f"--{name.replace('_', '-')}: this version cannot do that yet; leave it out")
+    present(str(asked.get("device", "auto")))
+    return {name: value for name, value in asked.items() if name in known}
+
+
+def present(device: str) -> None:
+    """Refuse a device that is not here. Nothing is started on one that is: ranks may be processes of their own."""
+    import torch
+
+    try:
+        found = torch.device("cpu" if device == "auto" else device)
+    except RuntimeError as error:
+        raise RequestError(f"device {device!r}: {str(error).splitlines()[0]}; auto takes what is there") from error
+    count = torch.cuda.device_count() if found.type == "cuda" else 1
+    if found.type == "cuda" and (found.index or 0) >= count:
+        raise RequestError(f"device {device!r}: torch sees {count} such devices here; auto takes what is there")
 
 
 def tokens_of(text: str) -> int | None:
@@ -95,7 +122,7 @@ def server_of(given: dict[str, Any], config: Any) -> dict[str, Any]:
     return {name: given[name] for name in same} | {
         "api_key": tuple(given["api_key"] or ()),
         "allowed_origins": listed(given["allowed_origins"]),
-        "chat_template": template(given["chat_template"]),
+        "chat_template": compiled(template(given["chat_template"])),
         "sampling_defaults": defaults(config.model, given["generation_config"], given["override_generation_config"]),
         "access_log": not given["disable_access_log"],
         "max_body": nbytes(given["max_body_size"]),
@@ -111,6 +138,21 @@ def template(given: str | None) -> str | None:
     if not path.is_file():
         raise RequestError(f"--chat-template {given!r}: there is no such file, and it is not a template either")
     return text_of(path)
+
+
+def compiled(text: str | None) -> str | None:
+    """A template of the user's, known to be one before a model is loaded for it."""
+    from fewbit.server.text import Text
+
+    if text is not None:
+        rendering = Text(None, text, 1)
+        try:
+            asyncio.run(rendering.warm())
+        except RequestError as error:
+            raise RequestError(f"--chat-template: {error}") from error
+        finally:
+            rendering.close()
+    return text
 
 
 def defaults(model: str, where: str, over: str | None) -> dict[str, Any]:

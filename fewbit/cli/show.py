@@ -1,13 +1,35 @@
-"""What the verbs print with: tables and progress, for a terminal and for a pipe."""
+"""What the verbs have in common: options that several take, and tables and progress for a terminal and for a pipe."""
 
+import functools
+import inspect
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any
 
 import typer
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder, or one .gguf or .safetensors file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+
+
+def shares(options: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A verb that takes the options of another function too, and what that makes of them as its `given`."""
+    theirs = inspect.signature(options).parameters
+
+    def around(verb: Callable[..., None]) -> Callable[..., None]:
+        mine = [p for name, p in inspect.signature(verb).parameters.items() if name != "given"]
+
+        @functools.wraps(verb)
+        def run(**asked: Any) -> None:
+            given = options(**{name: asked.pop(name) for name in theirs})
+            verb(**asked, given=given)
+
+        told = [p.replace(kind=p.KEYWORD_ONLY) for p in (*mine, *theirs.values())]
+        run.__signature__ = inspect.Signature(told)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in told}
+        return run
+
+    return around
 
 
 def table(title: str, columns: list[str], rows: Iterable[tuple[Any, ...]]) -> None:

@@ -74,10 +74,12 @@ def chat(
 
 def started(model: str, **options: Any) -> Any:
     """An engine with a tokenizer."""
+    from fewbit.cli.serving_run import present
     from fewbit.engine.config import EngineConfig
     from fewbit.engine.engine import Engine
     from fewbit.errors import RequestError
 
+    present(options["device"])
     engine = Engine(EngineConfig.of(model=model, **options))
     if engine.tokenizer is None:
         raise RequestError(f"{model}: came without a tokenizer, and a text needs one")
@@ -133,14 +135,17 @@ def run_batch(
     max_model_len: Length = None,
 ) -> None:
     """Answer a file of requests in OpenAI's batch format."""
+    from fewbit.cli.serving_run import present
     from fewbit.engine.config import EngineConfig
     from fewbit.engine.engine import Engine
     from fewbit.errors import RequestError
     from fewbit.server.batch import read, run
     from fewbit.server.config import ServerConfig
 
-    if output_file.exists():
-        raise RequestError(f"{output_file}: is there already; give another name")
+    writable(output_file)
+    if not input_file.is_file():
+        raise RequestError(f"{input_file}: there is no such file")
+    present(device)
     asked = read(input_file.read_text(encoding="utf-8"), str(input_file))
     names = (served_model_name,) if served_model_name else tuple({line.body.get("model") or model for line in asked})
     config = EngineConfig.of(model=model, served_model_name=names, dtype=dtype, device=device,
@@ -159,6 +164,16 @@ def run_batch(
     print(f"{len(answers) - failed} answered, {failed} failed: {output_file}")
     if failed:
         raise typer.Exit(1)
+
+
+def writable(path: Path) -> None:
+    """Refuse a place for answers before any is made."""
+    from fewbit.errors import RequestError
+
+    if path.exists():
+        raise RequestError(f"{path}: is there already; give another name")
+    if not path.parent.is_dir():
+        raise RequestError(f"{path}: there is no folder {path.parent} to put it in")
 
 
 bench = typer.Typer(name="bench", help="Measure speed: an engine in this process, or any OpenAI server.",
@@ -203,10 +218,12 @@ def throughput(
 
 
 def batch(model: str, count: int, input_len: int, output_len: int, repeat: int, **options: Any) -> Any:
+    from fewbit.cli.serving_run import present
     from fewbit.engine.bench import measure
     from fewbit.engine.config import EngineConfig
     from fewbit.engine.engine import Engine
 
+    present(options["device"])
     return measure(Engine(EngineConfig.of(model=model, **options)), count, input_len, output_len, repeat)
 
 

@@ -16,7 +16,9 @@ class EngineConfig:
     dtype: str = "auto"
     quantization: str | None = None  # the checkpoint's dialect, or a format to quantize to on arrival
     kernels: str = "auto"
-    activations: str = "declared"
+    activations: str = "hardware"
+    strict_activations: bool = False  # an error where the device lacks what the checkpoint rounds activations to
+    emulate_activations: bool = False  # rounded in software there
     kv_cache_dtype: str = "auto"
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
@@ -39,8 +41,6 @@ class EngineConfig:
                 self._at_least(name, 1)
         if not 0 < self.gpu_memory_utilization <= 1:
             raise RequestError(f"gpu_memory_utilization={self.gpu_memory_utilization}: want a share, above 0 up to 1")
-        if self.tensor_parallel_size != 1:
-            raise RequestError(f"tensor_parallel_size={self.tensor_parallel_size}: one rank is what runs so far")
 
     def _at_least(self, name: str, least: int) -> None:
         value = getattr(self, name)

@@ -47,8 +47,12 @@ class Engine:
     def __init__(self, config: EngineConfig):
         self.config = config
         self.loaded: Loaded = load(config)
-        self.limits: Limits = limits_of(config, self.loaded)
-        self.runner = self.loaded.runner(self.limits)
+        try:
+            self.limits: Limits = limits_of(config, self.loaded)
+            self.runner = self.loaded.runner(self.limits)
+        except BaseException:
+            self.loaded.free()
+            raise
         self.pool = PagePool(self.limits.pages, config.block_size,
                              config.enable_prefix_caching and self.runner.paged)  # fmt: skip
         self.scheduler = Scheduler(self.pool, self.limits.most_running, self.limits.budget, config.max_queue)
@@ -114,6 +118,7 @@ class Engine:
             self.scheduler.remove(stream)
 
     def has_work(self) -> bool:
+        self.loaded.check()
         return bool(self.scheduler.running or self.scheduler.waiting)
 
     def step(self) -> list[Delta]:

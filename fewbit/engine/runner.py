@@ -15,6 +15,12 @@ from fewbit.engine.scheduler import Work
 from fewbit.modules.paged import Cache, Span, Step, stepping
 
 
+def rounder(count: int) -> int:
+    """A count of rows of which there are few: for each new one, libraries compile and keep a multiplication."""
+    step = 1 if count <= 16 else 16 if count <= 128 else 32 if count <= 512 else 64
+    return -(-count // step) * step
+
+
 class Runner(Protocol):
     paged: bool
 
@@ -50,8 +56,10 @@ class Paged:
         return self._forward(works)
 
     def _forward(self, works: Sequence[Work]) -> list[Tensor]:
+        """Rows beyond the last text make the count a rounder one; what they write goes to a slot that nobody reads."""
         ids = [t for w in works for t in w.stream.tokens[w.start : w.stop]]
         positions = [p for w in works for p in range(w.start, w.stop)]
+        extra = rounder(len(ids)) - len(ids)
         spans, slots, rows, at = [], [], [], 0
         for work in works:
             held = self._slots(work)
@@ -60,8 +68,10 @@ class Paged:
             slots.append(held[work.start :])
             rows.append([at + i for i in wanted(work)])
             at += count
-        step = Step(torch.cat(slots), spans, self.caches, self.capacity, self.cache_dtype)
-        logits = self._logits(step, ids, positions, [r for each in rows for r in each])
+        slots.append(torch.full((extra,), self.capacity, device=self.device))
+        step = Step(torch.cat(slots), spans, self.caches, self.capacity + 1, self.cache_dtype)
+        asked = [r for each in rows for r in each]
+        logits = self._logits(step, ids + [0] * extra, positions + [0] * extra, asked)
         return list(logits.split([len(each) for each in rows]))
 
     def _slots(self, work: Work) -> Tensor:
@@ -70,14 +80,14 @@ class Paged:
         return (pages[:, None] * self.size + torch.arange(self.size, device=self.device)).flatten()[: work.stop]
 
     def _logits(self, step: Step, ids: list[int], positions: list[int], rows: list[int]) -> Tensor:
-        keep = torch.tensor(rows, dtype=torch.long, device=self.device)
+        keep = torch.tensor(rows + [0] * (rounder(len(rows)) - len(rows)), dtype=torch.long, device=self.device)
         asked: dict[str, Any] = {"logits_to_keep": keep} if self.keeps else {}
         with stepping(step), torch.inference_mode():
             out = self.model(
                 input_ids=torch.tensor([ids], device=self.device),
                 position_ids=torch.tensor([positions], device=self.device), use_cache=False, **asked,
             ).logits[0]  # fmt: skip
-        return out if self.keeps else out[keep]
+        return (out if self.keeps else out[keep])[: len(rows)]
 
     def slot_bytes(self) -> int:
         """What one token takes in all layers, seen by running one."""

@@ -1,6 +1,7 @@
 """Starting an engine: the model as asked for, its tokenizer, and what "auto" comes to on this machine."""
 
 import gc
+import logging
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +12,17 @@ from torch import nn
 from fewbit import codecs
 from fewbit.engine import proof
 from fewbit.engine.config import EngineConfig
+from fewbit.engine.parallel import Lockstep, Team, digest
+from fewbit.engine.parallel_group import Group
 from fewbit.engine.runner import Alone, Paged, Runner
-from fewbit.errors import CapacityError, CheckpointError, RequestError
+from fewbit.errors import CapacityError, CheckpointError, RequestError, UnsupportedError
+from fewbit.kernels.capability import lacking
 from fewbit.models import build, hf
 from fewbit.models.text import tokenizer as read_tokenizer
 from fewbit.modules import paged
 from fewbit.quant.formats import FORMATS
 
+LOG = logging.getLogger("fewbit.engine")
 ONLINE = {"fp8": "fp8-tensor", "int8": "int8-channel-a8"}  # vLLM's names of what is quantized on arrival
 CACHES: dict[str, torch.dtype | None] = {
     "auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
@@ -40,17 +45,32 @@ class Loaded:
     ends: frozenset[int]
     vocab: int
     longest: int  # tokens that its positions reach
+    team: Team | None = None  # the other ranks
 
     @property
     def paged(self) -> bool:
         return hf.attention_of(self.model) == paged.NAME
 
     def runner(self, limits: "Limits") -> Runner:
+        if self.team is None:
+            return self.own_runner(limits.pages)
+        self.team.command("runner", pages=limits.pages)
+        return Lockstep(self.own_runner(limits.pages), self.team)
+
+    def own_runner(self, pages: int) -> Runner:
+        """Of this rank."""
         if not self.paged:
             return Alone(self.model, proof.cache_of(self.model.config))
-        return Paged(self.model, limits.pages, self.page, self.cache_dtype, apart(self.model))
+        return Paged(self.model, pages, self.page, self.cache_dtype, apart(self.model))
+
+    def check(self) -> None:
+        """Raise if a rank is gone."""
+        if self.team is not None:
+            self.team.check()
 
     def free(self) -> None:
+        if self.team is not None:
+            self.team.close()
         self.model = None
         gc.collect()
         if self.device.type == "cuda":
@@ -65,14 +85,31 @@ class Limits:
     budget: int  # tokens of a step
 
 
-def load(config: EngineConfig) -> Loaded:
+def load(config: EngineConfig, group: Group | None = None) -> Loaded:
+    """group: of a rank beside rank 0; rank 0 starts the others itself."""
     if config.kv_cache_dtype not in CACHES:
         raise RequestError(f"kv_cache_dtype={config.kv_cache_dtype!r}: known are {', '.join(CACHES)}")
-    device = torch.device(device_named(config.device))
+    device, format = torch.device(device_named(config.device)), online(config)
+    if config.tensor_parallel_size == 1 or group is not None:
+        return loaded(config, device, format, group)
+    team = Team(config, device.type)
+    try:
+        found = loaded(config, device, format, team.group)
+        found.team = team
+        team.connect(digest(found.model))
+    except BaseException:
+        team.close()
+        raise
+    return found
+
+
+def loaded(config: EngineConfig, device: torch.device, format: str | None, group: Group | None) -> Loaded:
+    if group is not None and device.type == "cuda":
+        device = torch.device("cuda", group.rank)
     model: Any = build.load(
         config.model, device=device, dtype=DTYPES.get(config.dtype, config.dtype), kernels=config.kernels,
-        activations=config.activations, format=online(config), trust_remote_code=config.trust_remote_code,
-        attend=proof.attention,
+        activations=activations(config, device), format=format, trust_remote_code=config.trust_remote_code,
+        attend=proof.attention, ranks=group,
     )  # fmt: skip
     try:
         tokenizer = read_tokenizer(config.tokenizer or config.model)
@@ -108,6 +145,26 @@ def online(config: EngineConfig) -> str | None:
     return row
 
 
+def activations(config: EngineConfig, device: torch.device) -> str:
+    """What becomes of inputs that the checkpoint wants rounded. Where they are left as they are, that is said."""
+    if config.strict_activations and config.emulate_activations:
+        raise RequestError("strict_activations and emulate_activations: an error, or software; not both")
+    if config.emulate_activations:
+        return "declared"
+    if config.activations != "hardware":
+        return config.activations
+    with codecs.open(config.model) as source:
+        formats = {entry.format for entry in source.modules.values()}
+    row = online(config)
+    found = {why for each in [*formats, *([FORMATS[row]] if row else [])] if (why := lacking(each, device))}
+    if found and config.strict_activations:
+        raise UnsupportedError(f"{config.model}: its activations cannot be multiplied as declared", sorted(found))
+    for why in sorted(found):
+        LOG.warning("activations are left as they are, weights alone are quantized: %s "
+                    "(--emulate-activations rounds them in software, --strict-activations refuses)", why)  # fmt: skip
+    return "hardware"
+
+
 def ends(model: nn.Module, tokenizer: Any) -> frozenset[int]:
     found: set[int] = set()
     for holder in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
@@ -132,8 +189,8 @@ def limits_of(config: EngineConfig, loaded: Loaded) -> Limits:
         raise RequestError(f"max_model_len={config.max_model_len}: the model's positions reach {loaded.longest}")
     if not loaded.paged:
         return Limits(asked, most_running * -(-asked // size), most_running, budget)
-    token = Paged(loaded.model, 1, size, loaded.cache_dtype).slot_bytes()
-    room = config.kv_cache_memory_bytes or cache_room(config, loaded.device)
+    each = [measured(config, loaded)] if loaded.team is None else loaded.team.measure(lambda: measured(config, loaded))
+    token, room = min(each, key=lambda rank: rank[1] // rank[0])
     pages = min(room // (token * size), most_running * -(-asked // size))
     if pages * size < asked:
         if config.max_model_len or pages * size < 2:
@@ -144,10 +201,16 @@ def limits_of(config: EngineConfig, loaded: Loaded) -> Limits:
     return Limits(asked, pages, most_running, budget)
 
 
+def measured(config: EngineConfig, loaded: Loaded) -> tuple[int, int]:
+    """Bytes of KV cache that a token takes on this rank, and what there are. It runs the model: all ranks do so."""
+    token = Paged(loaded.model, 1, config.block_size, loaded.cache_dtype).slot_bytes()
+    return token, config.kv_cache_memory_bytes or cache_room(config, loaded.device)
+
+
 def cache_room(config: EngineConfig, device: torch.device) -> int:
     """Bytes for the KV cache."""
     if device.type != "cuda":
-        return min(CPU_CACHE, available() // 2)
+        return min(CPU_CACHE, available() // 2 // config.tensor_parallel_size)
     free, total = torch.cuda.mem_get_info(device)
     return max(0, int(free - total * (1 - config.gpu_memory_utilization)))
 

@@ -17,6 +17,8 @@ from fewbit.models import hf, twin
 from fewbit.models.account import finish
 from fewbit.models.fill import Filler, is_stack, prepare
 from fewbit.models.finding import refuse_on_errors
+from fewbit.models.shard_source import sharded
+from fewbit.models.shard_values import Ranks
 from fewbit.models.values import Watch
 from fewbit.models.verify import building, plausible, verify_source
 from fewbit.modules import attention, paged
@@ -26,6 +28,7 @@ from fewbit.quant.plan import Plan, Rule
 from fewbit.quant.qtensor import Planes
 from fewbit.quant.spec import Format, QuantSpec
 
+ACTIVATIONS = ("declared", "hardware", "off")
 ROUTERS = ("gate", "router", "shared_expert_gate", "classifier", "wg")  # small, and their choices are discrete
 
 
@@ -40,15 +43,17 @@ def load(
     trust_remote_code: bool = False,
     unsafe_skip_verify: Sequence[str] = (),
     attend: Callable[[Any], str] = twin.require,
+    ranks: Ranks | None = None,
 ) -> nn.Module:
     """A folder or a .gguf file -> the model in eval mode: model(input_ids).logits, model.generate(...).
 
     dtype: of everything that is not quantized; None = as the config says. kernels: "auto" or a kernel's name.
-    activations: "declared", or "off" to leave them in dtype. format: quantize every linear and expert on arrival.
-    attend: config -> the attention that the architecture is built with, or an error.
+    activations: "declared", "hardware" to leave them in dtype where the device lacks theirs, "off" to leave all.
+    format: quantize every linear and expert on arrival.
+    attend: config -> the attention that the architecture is built with, or an error. ranks: hold one rank's part only.
     """
-    if activations not in ("declared", "off"):
-        raise SpecError(f"activations={activations!r}: known are 'declared' and 'off'")
+    if activations not in ACTIVATIONS:
+        raise SpecError(f"activations={activations!r}: known are {', '.join(ACTIVATIONS)}")
     with codecs.open(path) as source:
         if format is not None and source.modules:
             raise UnsupportedError(
@@ -61,13 +66,18 @@ def load(
             model = hf.build(config, options.dtype, attend(config))
         refuse_on_errors(source.path, verify_source(source, model), unsafe_skip_verify)
         prepare(model)
-        filler = Filler(model, hf.rules(model), options, torch.device(device), online(model, format))
+        formats = online(model, format)
+        shards = sharded(model, config, source, formats, options, ranks) if ranks is not None else None
+        make = shards.filler if shards is not None else Filler
+        filler = make(model, hf.rules(model), options, torch.device(device), formats)
         watch = Watch(source)
         filler.watch = watch.see
         places = filler.fill(source)
         refuse_on_errors(source.path, watch.finish(), unsafe_skip_verify)
         finish(filler, places, source, unsafe_skip_verify)
         round_cache(model, source, filler)
+        if shards is not None:
+            shards.finish()
     model.to(device)
     if (generation := hf.generation_config(path)) is not None:
         model.generation_config = generation

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.errors import UnsupportedError
+from fewbit.kernels.capability import lacking
 from fewbit.kernels.packed import dense_linear
 from fewbit.kernels.registry import Kernel, Op
 from fewbit.kernels.select import select
@@ -20,7 +21,11 @@ from fewbit.quant.reference import decode
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How quantized modules run: kernels "auto" or a kernel's name; activations "declared" or "off"."""
+    """How quantized modules run. kernels: "auto" or a kernel's name.
+
+    activations: "declared" rounds inputs as the format says, in software where need be; "hardware" where the device
+    multiplies what comes of it, and leaves them else; "off" leaves them.
+    """
 
     kernels: str = "auto"
     activations: str = "declared"
@@ -38,10 +43,17 @@ class Part:
 
 def part(quantized: Quantized, op: Op, options: Options) -> Part:
     """Choose a kernel and bring the planes into its layout."""
-    if options.activations == "off" and quantized.format.act:
-        quantized = replace(quantized, format=replace(quantized.format, act=None), act={})
+    quantized = as_run(quantized, options)
     kernel, _ = select(op, quantized.format, quantized.weight.device, options.dtype, options.kernels)
     return Part(quantized, kernel, kernel.prepack(quantized))
+
+
+def as_run(quantized: Quantized, options: Options) -> Quantized:
+    """Without the rounding of its input where that is left as it is."""
+    left = options.activations == "off" or (
+        options.activations == "hardware" and lacking(quantized.format, quantized.weight.device)
+    )
+    return replace(quantized, format=replace(quantized.format, act=None), act={}) if left else quantized
 
 
 class Linear(nn.Module):

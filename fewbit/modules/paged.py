@@ -129,7 +129,7 @@ def forward(
         key, value = rounded(key, value, *kv)
     cache = step.cache(int(getattr(module, "layer_idx")), key, value)  # noqa: B009
     cache.write(step.slots, key, value)
-    out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
+    out = query.new_zeros(query.shape[2], query.shape[1], value.shape[3])  # rows of no request stay finite
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     spans = step.spans
     if step.few is not None and attend.refusal(query, cache.key, cache.value) is None:

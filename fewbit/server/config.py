@@ -1,6 +1,7 @@
 """ServerConfig: what a user asks of the server, as opposed to the engine."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fewbit.errors import RequestError
@@ -46,3 +47,6 @@ class ServerConfig:
             raise RequestError(f"tool_call_parser={self.tool_call_parser!r}: known are {', '.join(PARSERS)}")
         if bool(self.ssl_keyfile) != bool(self.ssl_certfile):
             raise RequestError("ssl_keyfile and ssl_certfile: TLS needs both")
+        for name in (self.ssl_keyfile, self.ssl_certfile):
+            if name and not Path(name).is_file():
+                raise RequestError(f"{name}: there is no such file to read a TLS key or certificate from")

@@ -12,8 +12,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
+from urllib.error import HTTPError, URLError
+from urllib.parse import SplitResult, urlsplit
+from urllib.request import ProxyHandler, Request, build_opener
 
 from fewbit.errors import RequestError
 
@@ -92,9 +93,7 @@ async def one(load: Load, body: dict[str, Any]) -> Met:
 
 async def events(url: str, path: str, body: dict[str, Any], key: str | None) -> Any:
     """The JSON of each server-sent event."""
-    parts = urlsplit(url)
-    if parts.scheme != "http" or not parts.hostname:
-        raise RequestError(f"{url}: want http://host:port")
+    parts = plain(url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port or 80, limit=1 << 24)
     try:
         data = json.dumps(body).encode()
@@ -117,14 +116,27 @@ async def events(url: str, path: str, body: dict[str, Any], key: str | None) -> 
 
 def models(url: str, key: str | None = None) -> str:
     """The first model that a server lists."""
+    plain(url)
     request = Request(f"{url.rstrip('/').removesuffix('/v1')}/v1/models")
     if key:
         request.add_header("Authorization", f"Bearer {key}")
     try:
-        with urlopen(request, timeout=10) as answer:
+        with build_opener(ProxyHandler({})).open(request, timeout=10) as answer:  # as the load itself: no proxy
             return str(json.load(answer)["data"][0]["id"])
+    except HTTPError as error:
+        hint = ": give it a key that it takes (--api-key)" if error.code == 401 else ": is that an OpenAI server?"
+        raise RequestError(f"{url}: no list of models: {error}{hint}") from None
     except (OSError, ValueError, LookupError) as error:
-        raise RequestError(f"{url}: no list of models: {error}") from None
+        said = error.reason if isinstance(error, URLError) else error
+        raise RequestError(f"{url}: no list of models: {said}") from None
+
+
+def plain(url: str) -> SplitResult:
+    """The parts of a URL that a load can be put on."""
+    parts = urlsplit(url)
+    if parts.scheme != "http" or not parts.hostname:
+        raise RequestError(f"{url}: want http://host:port")
+    return parts
 
 
 def figures(load: Load, found: Sequence[Met], seconds: float) -> Figures:

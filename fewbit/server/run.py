@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from fewbit.engine.loop import Loop
+from fewbit.errors import RequestError
 from fewbit.server.app import build
 from fewbit.server.config import ServerConfig
 from fewbit.server.http import Protocol
@@ -23,7 +26,7 @@ LOG = logging.getLogger("fewbit.server")
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, with signals that drain. A second signal does not wait."""
+    """uvicorn's, with signals that drain. A second signal cuts off what runs, a third ends hard."""
 
     def __init__(self, config: uvicorn.Config, state: State, ready: Callable[[str], None]):
         super().__init__(config)
@@ -56,15 +59,25 @@ class Server(uvicorn.Server):
 
     def told(self) -> None:
         self.signals += 1
-        if self.signals > 1 or self.state.loop.dead:
+        if self.signals > 2:
             self.should_exit = self.force_exit = True
+        elif self.signals == 2 or self.state.loop.dead:
+            self.hurry()
         elif self._draining is None:
             self._draining = asyncio.ensure_future(self.drain())
+
+    def hurry(self) -> None:
+        """Cut readers off, which their requests take as leaving, and end."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()  # type: ignore[union-attr]
+        self.should_exit = True
 
     async def drain(self) -> None:
         """Nothing new; what runs may finish, up to the limit."""
         self.state.draining = True
-        LOG.info("shutting down: %d running", self.state.loop.rows)
+        running, seconds = self.state.loop.rows, self.state.config.drain_seconds
+        said = f"; they have {seconds:g} s, or until Ctrl-C again" if running else ""
+        LOG.info("shutting down: %d running%s", running, said)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.state.config.drain_seconds):
                 while self.state.loop.rows:
@@ -84,13 +97,34 @@ class Server(uvicorn.Server):
         return on_death
 
 
+def free(host: str, port: int) -> None:
+    """Refuse an address that cannot be listened on; asked before a model is loaded for it."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol, _, address in found:
+            with socket.socket(family, kind, protocol) as made:
+                made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                made.bind(address)
+    except socket.gaierror as error:
+        raise RequestError(f"host {host!r}: {error.strerror}; an address of this machine is wanted") from error
+    except OSError as error:
+        said = f"host {host!r}, port {port}: {os.strerror(error.errno or 0).lower()}"
+        hint = {errno.EADDRINUSE: "another port, or 0 for a free one, is wanted",
+                errno.EADDRNOTAVAIL: "an address of this machine is wanted; 0.0.0.0 is all of them",
+                errno.EACCES: "ports below 1024 are the administrator's"}  # fmt: skip
+        raise RequestError("; ".join(part for part in (said, hint.get(error.errno or 0)) if part)) from error
+
+
 def settings(app: Starlette, config: ServerConfig) -> uvicorn.Config:
-    return uvicorn.Config(
+    made = uvicorn.Config(
         app, host=config.host, port=config.port, root_path=config.root_path, http=Protocol, ws="none", loop="asyncio",
-        lifespan="on", log_level="warning", access_log=config.access_log, server_header=False,
+        lifespan="on", log_config=None, log_level="warning", access_log=config.access_log, server_header=False,
         h11_max_incomplete_event_size=config.max_headers, timeout_graceful_shutdown=2,
         ssl_keyfile=config.ssl_keyfile, ssl_certfile=config.ssl_certfile,
     )  # fmt: skip
+    if config.access_log:
+        logging.getLogger("uvicorn.access").setLevel(logging.INFO)
+    return made
 
 
 def serve(make: Callable[[], Any], config: ServerConfig, facts: dict[str, Any] | None = None,

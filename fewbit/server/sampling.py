@@ -49,6 +49,9 @@ def made(given: Mapping[str, Any]) -> SamplingParams:
 
 def structured_of(body: Sampling) -> dict[str, Any] | None:
     """What a response must look like, by whichever field says it."""
+    if body.guided_whitespace_pattern is not None:
+        raise Refusal(400, "guided_whitespace_pattern is not supported: structured_outputs has disable_any_whitespace",
+                      "guided_whitespace_pattern")  # fmt: skip
     found = {GUIDED[name]: value for name in GUIDED if (value := getattr(body, name)) is not None}
     said = [found] if found else []
     if body.structured_outputs:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -92,9 +93,19 @@ def checked(value: Any, kind: type[B]) -> B:
         return kind.model_validate(value)
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False, include_input=False)
-        said = [f"{_place(one['loc'])}: {one['msg']}" for one in found[:3]]
+        said = [f"{_place(one['loc'])}: {_wrong(one, kind)}" for one in found[:3]]
         more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
         raise Refusal(400, "; ".join(said) + more, _place(found[0]["loc"][:1])) from None
+
+
+def _wrong(error: Any, kind: type[BaseModel]) -> str:
+    """What pydantic says, in the words of a body."""
+    if error["type"] == "missing":
+        return "this field is needed"
+    if error["type"] != "extra_forbidden":
+        return str(error["msg"])
+    near = get_close_matches(str(error["loc"][0]), kind.model_fields, 1) if len(error["loc"]) == 1 else []
+    return "there is no such field" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _place(loc: Sequence[int | str]) -> str:

@@ -11,6 +11,7 @@ import torch
 from fewbit import codecs
 from fewbit.codecs.source import Source
 from fewbit.errors import RequestError
+from fewbit.kernels.capability import lacking
 from fewbit.kernels.select import select
 from fewbit.quant.formats import name_of
 from fewbit.quant.spec import Format, describe
@@ -30,6 +31,7 @@ class ModuleInfo:
     rule: str
     kernel: str
     refused: tuple[str, ...]  # other kernels, and why not
+    weights_only: str = ""  # why an engine on this device would leave its activations as they are
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,7 @@ def _module(source: Source, name: str, device: str) -> ModuleInfo:
         f"{entry.rule.where} {entry.rule.pattern!r}".strip() if entry.rule else "",
         kernel,
         refused,
+        lacking(entry.format, torch.device(device)) or "",
     )
 
 

@@ -13,7 +13,8 @@ from fewbit.engine.config import EngineConfig
 from fewbit.engine.engine import Engine
 from fewbit.engine.params import SamplingParams
 from fewbit.engine.request import Delta, Request
-from fewbit.errors import CapacityError, RequestError
+from fewbit.engine.runner import rounder
+from fewbit.errors import CapacityError, RequestError, UnsupportedError
 from tests.tiny import llama
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
@@ -246,3 +247,32 @@ def test_online_quantization(make: Any) -> None:
     }
     assert kinds == {"e4m3"}
     assert len(tokens(drain(engine, [Request("r", [3, 4], SamplingParams(max_tokens=3, **GREEDY))])["r"])) == 3
+
+
+def test_activations_that_the_hardware_lacks(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """FP8 inputs on a CPU: weights alone, said so; refused; or rounded in software. int8 inputs are what it has."""
+
+    def acts(**options: Any) -> set[str | None]:
+        parts = [p for m in make(**options).loaded.model.modules() for p in getattr(m, "parts", ())]
+        return {p.quantized.format.act.element.name if p.quantized.format.act else None for p in parts}
+
+    assert acts(quantization="fp8") == {None} and "no processor multiplies e4m3" in caplog.text
+    assert acts(quantization="fp8", emulate_activations=True) == {"e4m3"}
+    assert acts(quantization="int8") == {"int8"}
+    with pytest.raises(UnsupportedError, match="no processor multiplies e4m3"):
+        make(quantization="fp8", strict_activations=True)
+    with pytest.raises(RequestError, match="not both"):
+        make(strict_activations=True, emulate_activations=True)
+
+
+def test_few_counts_of_rows() -> None:
+    """Libraries keep something for every count that they have met."""
+    counts = {rounder(n) for n in range(1, 2049)}
+    assert all(n <= rounder(n) <= n + n // 8 + 15 for n in range(1, 2049)) and len(counts) < 64
+
+
+def test_rows_of_no_request_change_nothing(make: Any, truth: Any) -> None:
+    prompt = prompts(1, seed=4)[0] * 3
+    for length in (17, 31, 33, len(prompt)):
+        (delta,) = drain(make(), [Request("r", prompt[:length], SamplingParams(max_tokens=1, **GREEDY))])["r"]
+        assert delta.tokens == expected(truth, prompt[:length], 1)

@@ -1,4 +1,4 @@
-"""Both real models in float32, 64 ragged requests at random times: token for token what transformers' generate gives."""
+"""Both real models in float32, 64 ragged requests at random times: token for token transformers' generate."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -13,6 +13,7 @@ import pytest
 from fewbit.errors import RequestError
 from fewbit.server import batch, load
 from fewbit.server.config import ServerConfig
+from tests.server.echo_engine import EchoEngine
 from tests.server.served import Running, engine, model, running
 
 
@@ -72,6 +73,10 @@ def test_load_tells_what_failed(server: Running) -> None:
     assert found.completed == 0 and found.failed == 2 and "404" in found.errors[0]
     with pytest.raises(RequestError, match="no list of models"):
         load.models("http://127.0.0.1:9")
+    with pytest.raises(RequestError, match="http://host:port"):
+        load.models("127.0.0.1:9")
+    with running(EchoEngine, api_key=("k",)) as keyed, pytest.raises(RequestError, match="--api-key"):
+        load.models(keyed.url)
 
 
 def cli(*args: object, given: str = "") -> subprocess.CompletedProcess[str]:
@@ -90,6 +95,9 @@ def test_verbs(folder: Path, tmp_path: Path, server: Running) -> None:
         ran = cli("run-batch", folder, "-i", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl")
         assert ran.returncode == status and words in ran.stdout + ran.stderr
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 3
+    for input, output, words in (("none", "new", "no such file"), ("in.jsonl", "none/new", "no folder")):
+        ran = cli("run-batch", folder, "-i", tmp_path / input, "-o", tmp_path / output)
+        assert ran.returncode == 1 and words in ran.stderr and "Errno" not in ran.stderr
 
 
 def test_bench(folder: Path, server: Running) -> None:

@@ -146,3 +146,13 @@ def test_lengths(served: Running) -> None:
 def test_priority_and_default_model(served: Running) -> None:
     assert answer(served, prompt="a", model="tiny")["model"] == "tiny"
     assert served.post(PATH, {"prompt": "a", "model": "gpt"}).json()["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize(("body", "words"), [
+    ({"prompt": "a", "max_token": 1}, "did you mean max_tokens"), ({}, "prompt: this field is needed"),
+    ({"prompt": "a", "guided_regex": "a+", "guided_whitespace_pattern": " ?"}, "disable_any_whitespace"),
+    ({"prompt": "a", "stream_options": {"x": 1}}, "stream_options.x: there is no such field"),
+])  # fmt: skip
+def test_mistakes_are_told_in_words(served: Running, body: dict[str, Any], words: str) -> None:
+    found = served.post(PATH, body)
+    assert found.status_code == 400 and words in found.json()["error"]["message"]

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -87,6 +88,19 @@ def test_sigterm_finishes_what_runs(folder: Path, start: Callable[..., Child]) -
     assert not any(map(alive, below))
 
 
+def test_a_second_interrupt_cuts_off_what_runs(folder: Path, start: Callable[..., Child]) -> None:
+    child = start(folder, "--port", 0, "--max-num-seqs", 1)
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(child.post, prompt="a", max_tokens=500, ignore_eos=True) for _ in range(2)]
+        until(lambda: httpx.get(child.url + "/stats", trust_env=False).json()["waiting"])
+        child.process.send_signal(signal.SIGINT)
+        assert child.process.stderr and next(line for line in child.process.stderr if "until Ctrl-C again" in line)
+        child.process.send_signal(signal.SIGINT)
+        assert child.ended() == 0
+        assert isinstance(asked[-1].exception(), httpx.HTTPError)
+    assert "Traceback" not in child.said[-1]
+
+
 def test_an_engine_that_dies(folder: Path, start: Callable[..., Child]) -> None:
     child = start(folder, "--port", 0, code=DYING + VERB)
     below = child.children()
@@ -133,10 +147,19 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["MODEL", "--quantization", "nonsense"], "nonsense"),
     (["MODEL", "--tool-call-parser", "x"], "hermes"),
     (["MODEL", "--chat-template", "/no/such"], "no such file"),
+    (["MODEL", "--chat-template", "{{ open"], "no template"),
+    (["MODEL", "--config", "/no/such.yaml"], "no such file"),
     (["MODEL", "--override-generation-config", '{"temperature": -1}'], "temperature"),
     (["MODEL", "--config", "FILE"], "served_model_name"),
     (["MODEL", "--port", "99999"], "65535"),
+    (["MODEL", "--port", "BUSY"], "another port"),
+    (["MODEL", "--host", "192.0.2.1"], "an address of this machine"),
+    (["MODEL", "--host", "no host"], "an address of this machine"),
+    (["MODEL", "--device", "toaster"], "auto takes what is there"),
+    (["MODEL", "--device", "cuda:99"], "torch sees"),
+    (["MODEL", "--enable-lora"], "--enable-lora: this version cannot"),
     (["MODEL", "--ssl-keyfile", "x"], "both"),
+    (["MODEL", "--ssl-keyfile", "/no/key", "--ssl-certfile", "x"], "/no/key"),
     (["/no/such/model"], "/no/such/model"),
 ]
 
@@ -154,9 +177,10 @@ def test_mistakes(folder: Path, tmp_path: Path, args: list[str], words: str) -> 
     file.write_text("served_model_nme: x")
     app = typer.Typer()
     app.command()(serve)
-    filled = [a.replace("MODEL", str(folder)).replace("FILE", str(file)) for a in args]
-    with pytest.raises(FewbitError, match=words):
-        get_command(app).main(filled, standalone_mode=False)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        known = {"MODEL": str(folder), "FILE": str(file), "BUSY": str(taken.getsockname()[1])}
+        with pytest.raises(FewbitError, match=words):
+            get_command(app).main([known.get(a, a) for a in args], standalone_mode=False)
 
 
 def test_sampling_defaults_of_the_checkpoint(tmp_path: Path) -> None:

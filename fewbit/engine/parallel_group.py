@@ -1,0 +1,80 @@
+"""Group: this process as one of several ranks on this machine; sums and joins over gloo on a CPU, nccl on GPUs.
+
+The group is made of its own, beside whatever else a program does with torch.distributed. Ranks find one another by a
+file in a private folder and, over gloo, speak on the loopback address only.
+"""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from fewbit.errors import UnsupportedError
+
+PATIENCE = timedelta(minutes=10)  # a first step may compile kernels; a rank that dies is noticed otherwise
+MEETING = timedelta(minutes=1)  # all have loaded when they meet
+NARROW = (torch.bfloat16, torch.float16)
+
+
+class Group:
+    """A rank. It is connected when all ranks stand, which is after loading."""
+
+    def __init__(self, rank: int, size: int, device: str, file: Path):
+        if not dist.is_available():
+            raise UnsupportedError(f"tensor_parallel_size={size}: this torch was built without torch.distributed")
+        self.rank, self.size, self.device, self.file = rank, size, device, file
+        self._backend: Any = None
+
+    def connect(self) -> None:
+        """Meet the other ranks."""
+        store = dist.FileStore(str(self.file), self.size)  # type: ignore[attr-defined]
+        store.set_timeout(MEETING)
+        self._backend = (
+            nccl(store, self.rank, self.size) if self.device == "cuda" else gloo(store, self.rank, self.size)
+        )
+        self.reduce(torch.ones(1, device=torch.device(self.device, self.rank) if self.device == "cuda" else "cpu"))
+
+    def reduce(self, x: Tensor) -> Tensor:
+        y = x.float() if self.device == "cpu" and x.dtype in NARROW else x.contiguous()
+        self._backend.allreduce([y]).wait()
+        return y.to(x.dtype)
+
+    def largest(self, x: Tensor) -> Tensor:
+        y, options = x.clone(), dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp.MAX  # type: ignore[assignment]
+        self._backend.allreduce([y], options).wait()
+        return y
+
+    def gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Ranks with less pad what they send."""
+        most = max(sizes)
+        y = torch.nn.functional.pad(x, (0, most - x.shape[-1])).contiguous()
+        wire = y.view(torch.uint8) if self.device == "cpu" else y
+        found = [torch.empty_like(wire) for _ in sizes]
+        self._backend.allgather([found], [wire]).wait()
+        return torch.cat([each.view(x.dtype)[..., :n] for each, n in zip(found, sizes, strict=True)], -1)
+
+    def abort(self) -> None:
+        """End what waits for a rank that is gone."""
+        if self._backend is not None and self.device == "cuda":
+            self._backend.abort()
+
+    def close(self) -> None:
+        self._backend = None
+
+
+def gloo(store: Any, rank: int, size: int) -> Any:
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+    options._timeout = PATIENCE
+    return dist.ProcessGroupGloo(store, rank, size, options)
+
+
+def nccl(store: Any, rank: int, size: int) -> Any:
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = PATIENCE
+    return dist.ProcessGroupNCCL(store, rank, size, options)

@@ -1,0 +1,114 @@
+"""What travels from rank 0 to the others over a socket pair: commands as JSON, steps as numbers."""
+
+import json
+import socket
+import struct
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+from fewbit.engine.params import SamplingParams
+from fewbit.engine.request import Request, Stream
+from fewbit.engine.scheduler import Work
+
+HEAD = struct.Struct("<cQ")
+COMMAND, STEP = b"c", b"s"
+LARGEST = 1 << 30  # bytes of a message
+
+
+class Wire:
+    """One end of a socket pair: framed messages, each a kind and bytes."""
+
+    def __init__(self, end: socket.socket):
+        self.end = end
+
+    def send(self, kind: bytes, data: bytes) -> None:
+        self.end.sendall(HEAD.pack(kind, len(data)) + data)
+
+    def tell(self, **values: Any) -> None:
+        self.send(COMMAND, json.dumps(values).encode())
+
+    def receive(self) -> tuple[bytes, bytes]:
+        """The next message; EOFError when the other end is gone."""
+        kind, size = HEAD.unpack(self._read(HEAD.size))
+        if size > LARGEST:
+            raise EOFError(f"a message of {size} bytes")
+        return kind, self._read(size)
+
+    def _read(self, size: int) -> bytes:
+        data = bytearray(size)
+        view, at = memoryview(data), 0
+        while at < size:
+            got = self.end.recv_into(view[at:])
+            if not got:
+                raise EOFError("the other end is closed")
+            at += got
+        return bytes(data)
+
+    def close(self) -> None:
+        self.end.close()
+
+
+class Sender:
+    """Works -> numbers. A stream's pages are sent once, as they are added."""
+
+    def __init__(self) -> None:
+        self._known: dict[Stream, tuple[int, list[int]]] = {}  # with its number and the pages the others know of
+        self._next = 0
+
+    def pack(self, works: Sequence[Work]) -> bytes:
+        now = {work.stream for work in works}
+        gone = [stream for stream in self._known if stream not in now and not stream.pages]
+        out = array("q", [len(gone), *(self._known.pop(stream)[0] for stream in gone), len(works)])
+        for work in works:
+            self._work(work, out)
+        return out.tobytes()
+
+    def _work(self, work: Work, out: "array[int]") -> None:
+        stream = work.stream
+        if stream not in self._known:
+            self._known[stream] = self._next, []
+            self._next += 1
+        number, sent = self._known[stream]
+        keep = len(sent) if stream.pages[: len(sent)] == sent else 0
+        new, tokens = stream.pages[keep:], stream.tokens[work.start : work.stop]
+        every = stream.request.params.prompt_logprobs is not None
+        flags = work.samples | every << 1 | (stream.state is None) << 2
+        out.extend([number, work.start, flags, stream.prompt_length, len(tokens), keep, len(new)])
+        out.extend(tokens)
+        out.extend(new)
+        self._known[stream] = number, list(stream.pages)
+
+
+class Receiver:
+    """Numbers -> works over streams that say to a runner what rank 0's say."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, Stream] = {}
+
+    def unpack(self, data: bytes) -> list[Work]:
+        numbers = array("q")
+        numbers.frombytes(data)
+        held = numbers.tolist()
+        gone = held[1 : 1 + held[0]]
+        for number in gone:
+            self._known.pop(number, None)
+        at, works = 2 + len(gone), []
+        for _ in range(held[at - 1]):
+            work, at = self._work(held, at)
+            works.append(work)
+        return works
+
+    def _work(self, held: list[int], at: int) -> tuple[Work, int]:
+        number, start, flags, prompt, count, keep, new = held[at : at + 7]
+        tokens = held[at + 7 : at + 7 + count]
+        end = at + 7 + count + new
+        if number not in self._known:
+            params = SamplingParams(prompt_logprobs=0 if flags & 2 else None)
+            self._known[number] = Stream(Request(str(number), [0] * prompt, params), 0, 0, [])
+        stream = self._known[number]
+        stream.pages[keep:] = held[end - new : end]
+        stream.state = None if flags & 4 else stream.state
+        stream.tokens += [0] * (start - len(stream.tokens))
+        stream.tokens[start:] = tokens if flags & 1 else [*tokens, 0]  # one more, where no token follows
+        return Work(stream, start, start + count), end

@@ -1,0 +1,231 @@
+"""Tensor parallel with processes: the same texts as one rank gives, and an end when a rank ends."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fewbit
+from fewbit.engine.config import EngineConfig
+from fewbit.engine.engine import Engine
+from fewbit.engine.parallel_wire import COMMAND, STEP, Receiver, Sender, Wire
+from fewbit.engine.params import SamplingParams
+from fewbit.engine.request import Delta, Request, Stream
+from fewbit.engine.runner import wanted
+from fewbit.engine.scheduler import Work
+from fewbit.errors import FewbitError
+from tests.models import saved
+from tests.tiny import llama
+
+GREEDY = {"temperature": 0.0, "ignore_eos": True}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return llama(tmp_path_factory.mktemp("parallel") / "model", num_hidden_layers=3, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=32, max_position_embeddings=512)  # fmt: skip
+
+
+def engine(path: Path, size: int, **options: Any) -> Engine:
+    return Engine(EngineConfig.of(model=str(path), dtype="float32", tensor_parallel_size=size, **options))
+
+
+def pids(of: Engine) -> list[int]:
+    assert of.loaded.team is not None
+    return [rank.process.pid for rank in of.loaded.team.ranks]
+
+
+def gone(pid: int, seconds: float = 5.0) -> bool:
+    """Whether a process ends in time; one that nobody has waited for has ended too."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+            os.kill(pid, 0)
+        except (OSError, ProcessLookupError):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def texts(of: Engine, count: int = 16, vocab: int = 150) -> dict[str, list[Delta]]:
+    """Ragged prompts that come in while others run; some want logprobs of their prompts."""
+    draw = random.Random(0)
+    coming = []
+    for i in range(count):
+        prompt = [5, 6, 7, 8] * (i % 3) + [draw.randrange(3, vocab) for _ in range(draw.randrange(1, 40))]
+        more = {"prompt_logprobs": 1} if i % 5 == 0 else {"logprobs": 2}
+        coming.append(Request(str(i), prompt, SamplingParams(max_tokens=2 + i % 9, **GREEDY, **more)))
+    found: dict[str, list[Delta]] = {r.id: [] for r in coming}
+    while coming or of.has_work():
+        while coming and draw.random() < 0.5:
+            of.add(coming.pop(0))
+        for delta in of.step():
+            found[delta.request_id].append(delta)
+    return found
+
+
+def same(one: dict[str, list[Delta]], two: dict[str, list[Delta]]) -> None:
+    for name, deltas in one.items():
+        assert [d.tokens for d in deltas] == [d.tokens for d in two[name]], name
+        for a, b in zip(deltas, two[name], strict=True):
+            for x, y in zip(a.logprobs or [], b.logprobs or [], strict=True):
+                assert all(abs(x[t].logprob - y[t].logprob) < 1e-4 for t in x)
+            for x, y in zip((a.prompt_logprobs or [])[1:], (b.prompt_logprobs or [])[1:], strict=True):
+                assert all(abs(x[t].logprob - y[t].logprob) < 1e-4 for t in x)
+
+
+TINY_CACHE = {"kv_cache_memory_bytes": 3 * 2 * 2 * 32 * 4 * 80, "max_model_len": 64, "max_num_batched_tokens": 7,
+              "max_num_seqs": 5}  # fmt: skip
+
+
+def test_two_ranks_are_one(folder: Path) -> None:
+    """Chunks, preemption and prefix hits forced; rank 0 has half the heads, so the cache holds twice the tokens."""
+    alone = engine(folder, 1)
+    want = texts(alone)
+    alone.shutdown()
+    half = TINY_CACHE | {"kv_cache_memory_bytes": TINY_CACHE["kv_cache_memory_bytes"] // 2}
+    both = engine(folder, 2, **half)
+    (pid,) = pids(both)
+    assert both.limits.pages == TINY_CACHE["kv_cache_memory_bytes"] // (3 * 2 * 2 * 32 * 4 * 16)
+    same(want, texts(both))
+    stats = both.stats()
+    assert stats.preemptions and stats.prefix_hits and not stats.pages_used
+    both.shutdown()
+    assert gone(pid) and torch.get_num_threads() == 1
+    both.shutdown()
+
+
+def moe(folder: Path) -> Path:
+    return saved.save(saved.model("qwen3_moe"), folder)
+
+
+def two_kinds(folder: Path) -> Path:
+    """Layers whose state is not keys and values by position: each text runs by itself."""
+    return saved.save(saved.model("qwen3_next"), folder)
+
+
+MODELS: dict[str, tuple[Any, int, dict[str, Any]]] = {
+    "experts in 4 bits": (moe, 2, {"quantization": "int4-g32"}),
+    "texts alone": (two_kinds, 2, {}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_other_models(name: str, tmp_path: Path) -> None:
+    make, size, options = MODELS[name]
+    path = make(tmp_path / "model")
+    alone = engine(path, 1, **options)
+    want = texts(alone, 8, 90)
+    alone.shutdown()
+    several = engine(path, size, **options)
+    try:
+        same(want, texts(several, 8, 90))
+    finally:
+        several.shutdown()
+
+
+def test_a_dead_rank_ends_the_engine(folder: Path) -> None:
+    """In a step and between steps."""
+    of = engine(folder, 2)
+    (pid,) = pids(of)
+    of.add(Request("a", [3, 4, 5], SamplingParams(max_tokens=400, **GREEDY)))
+    of.step()
+    os.kill(pid, signal.SIGKILL)
+    begun = time.monotonic()
+    with pytest.raises(FewbitError, match=rf"rank 1 of 2 \(process {pid}\) was killed by signal 9"):
+        while True:
+            of.step()
+    assert time.monotonic() - begun < 5
+    with pytest.raises(FewbitError, match="rank 1 of 2"):
+        of.has_work()
+    of.shutdown()
+    assert gone(pid)
+
+
+SCRIPT = """
+import sys, time, torch
+torch.set_num_threads(1)
+from fewbit import LLM, SamplingParams
+llm = LLM(sys.argv[1], tensor_parallel_size=2, dtype="float32")  # no guard: ranks do not import this file
+answer = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True))
+print(llm.llm_engine.loaded.team.ranks[0].process.pid, len(answer[0].outputs[0].token_ids), flush=True)
+time.sleep(60)
+"""
+
+
+def test_no_rank_outlives_the_engine(folder: Path) -> None:
+    root = Path(fewbit.__file__).parents[1]
+    with subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder)], stdout=subprocess.PIPE, text=True,
+                          cwd=root) as main:  # fmt: skip
+        assert main.stdout is not None
+        pid, made = map(int, main.stdout.readline().split())
+        main.kill()
+    assert made == 3 and gone(pid)
+
+
+def test_a_rank_that_fails_to_load_says_why(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fewbit.engine import parallel
+
+    broken = "raise MemoryError('no room')"
+    boot = parallel.BOOT.replace("from fewbit.engine.parallel_rank import main; main(told)",
+                                 "import fewbit.engine.parallel_rank as r; "
+                                 "r.load = lambda *_: exec(\"" + broken + "\"); r.main(told)")  # fmt: skip
+    monkeypatch.setattr(parallel, "BOOT", boot)
+    with pytest.raises(FewbitError, match=r"(?s)rank 1 of 2.*ended with code 1.*MemoryError: no room"):
+        engine(folder, 2)
+
+
+def test_numbers_on_the_wire() -> None:
+    """What the others' runners see is what rank 0's sees, over a preemption and an end."""
+    sender, receiver = Sender(), Receiver()
+    prompts = ([3, 4, 5, 6, 7], [8, 9])
+    streams = [
+        Stream(Request(str(i), list(p), SamplingParams(prompt_logprobs=i or None)), 0, 0, list(p), pages=[4 + i])
+        for i, p in enumerate(prompts)
+    ]
+    steps = [[(0, 0, 3)], [(0, 3, 5), (1, 0, 2)], [(0, 5, 6)], [(0, 0, 4)], [(0, 4, 6)], [(1, 2, 3)]]
+    for number, step in enumerate(steps):
+        if number in (2, 5):
+            for stream in streams:
+                stream.tokens.append(11)
+        if number == 3:
+            streams[0].pages = [9, 7]  # preempted, and back
+        if number == 5:
+            streams[0].pages = []
+        works = [Work(streams[i], start, stop) for i, start, stop in step]
+        for work, there in zip(works, receiver.unpack(sender.pack(works)), strict=True):
+            assert (there.start, there.stop, there.samples) == (work.start, work.stop, work.samples)
+            assert there.stream.tokens[there.start : there.stop] == work.stream.tokens[work.start : work.stop]
+            assert there.stream.pages == work.stream.pages and wanted(there) == wanted(work)
+            streams[0].pages += [20 + number]
+    assert len(sender._known) == len(receiver._known) == 1
+
+
+def test_messages_are_framed() -> None:
+    a, b = (Wire(end) for end in socket.socketpair())
+    a.tell(command="x", pages=3)
+    a.send(STEP, b"12345678")
+    assert b.receive() == (COMMAND, b'{"command": "x", "pages": 3}') and b.receive() == (STEP, b"12345678")
+    a.close()
+    with pytest.raises(EOFError):
+        b.receive()
+    b.close()
