@@ -29,6 +29,7 @@ OURS: list[tuple[str, str, str, list[str], str]] = [
     ("W4 g{g} sym autoround 20", "int4-g{g}", "autoround", ["iters=20"], "auto-round"),
     ("W4 g{g} sym autoround 200", "int4-g{g}", "autoround", ["iters=200"], "auto-round"),
     ("W4 g{g} sym mixed rtn", "4.25 of int3-g{g},int4-g{g},int5-g{g},int8-g{g}", "rtn", [], "compressed-tensors"),
+    ("MXFP4A16 rtn", "mxfp4-a16", "rtn", [], "compressed-tensors"),
     ("W3 g{g} sym gptq", "int3-g{g}", "gptq", [], "compressed-tensors"),
     ("W3 g{g} sym autoround 200", "int3-g{g}", "autoround", ["iters=200"], "auto-round"),
     ("W2 g64 sym gptq", "int2-g64", "gptq", [], "compressed-tensors"),
@@ -52,6 +53,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="rows whose label has these words; several such with commas")
     parser.add_argument("--group", type=int, default=64, help="group length of the W4 and W3 rows")
     parser.add_argument("--windows", type=int, default=20)
+    parser.add_argument("--kl", action="store_true", help="KL divergence against the model too")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--peers", type=Path)
     parser.add_argument("--jobs", type=int, default=1, help="rows run at once: for figures of quality, not of time")
@@ -73,10 +75,17 @@ def fewbit(*words: str) -> list[str]:
     return [sys.executable, "-m", "fewbit", *words, "--json"]
 
 
-def perplexity(model: Path, given: argparse.Namespace) -> float:
+def quality(model: Path, given: argparse.Namespace) -> str:
+    """Perplexity, and where asked KL divergence against the model with its interval."""
+    against = ["--against", str(given.model)] if given.kl else []
     found, _, _ = run(fewbit("eval", str(model), "--text", str(given.eval), "--context", "1024", "--windows",
-                             str(given.windows), "--dtype", "bfloat16", "--device", given.device))  # fmt: skip
-    return float(found["perplexity"]["value"])
+                             str(given.windows), "--dtype", "bfloat16", "--device", given.device,
+                             *against))  # fmt: skip
+    shown = f"{found['perplexity']['value']:.2f}"
+    if given.kl:
+        kl = found["kl"]
+        shown += f"\t{kl['value']:.4f} ({kl['low']:.4f} to {kl['high']:.4f})"
+    return shown
 
 
 def ours(row: tuple[str, str, str, list[str], str], given: argparse.Namespace) -> str:
@@ -90,9 +99,9 @@ def ours(row: tuple[str, str, str, list[str], str], given: argparse.Namespace) -
             "quantize", str(given.model), "-o", str(out), *what, "-a", algo, *sets, "--to",
             dialect, "--calib", str(given.calib), "--calib-order", "first", "--device", given.device, "--no-report",
         ))  # fmt: skip
-        value = perplexity(out, given)
+        value = quality(out, given)
         peak = done["memory"] / 2**20
-    return f"fewbit\t{label.format(g=given.group)}\t{value:.2f}\t{done['seconds']:.1f}\t{wall:.1f}\t{peak:.0f}"
+    return f"fewbit\t{label.format(g=given.group)}\t{value}\t{done['seconds']:.1f}\t{wall:.1f}\t{peak:.0f}"
 
 
 def peer(python: Path, row: dict, given: argparse.Namespace, dense: Path) -> str:
@@ -102,8 +111,8 @@ def peer(python: Path, row: dict, given: argparse.Namespace, dense: Path) -> str
         out = Path(place) / "out"
         command = [str(python), str(script), row["tool"], row["scheme"], str(dense), str(out), str(given.calib)]
         done, wall, _ = run(command)
-        value = perplexity(out, given)
-    return f"{row['tool']}\t{row['label']}\t{value:.2f}\t{done['seconds']:.1f}\t{wall:.1f}\t{done['peak']:.0f}"
+        value = quality(out, given)
+    return f"{row['tool']}\t{row['label']}\t{value}\t{done['seconds']:.1f}\t{wall:.1f}\t{done['peak']:.0f}"
 
 
 def wanted(label: str, asked: list[str]) -> bool:
@@ -121,8 +130,9 @@ def shown(row: Callable[[], str]) -> None:
 
 def main() -> None:
     given = arguments()
-    print("tool\tscheme\tperplexity\tseconds\tprocess seconds\tpeak MiB", flush=True)
-    print(f"-\tfloat\t{perplexity(given.model, given):.2f}", flush=True)
+    kl = "KL (95 %)\t" if given.kl else ""
+    print(f"tool\tscheme\tperplexity\t{kl}seconds\tprocess seconds\tpeak MiB", flush=True)
+    print(f"-\tfloat\t{quality(given.model, given)}", flush=True)
     words = given.only.split(",")
     rows = [row for row in OURS if wanted(row[0].format(g=given.group), words)]
     from concurrent.futures import ThreadPoolExecutor

@@ -11,6 +11,7 @@ stream = client.chat.completions.create(
     model=client.models.list().data[0].id,
     messages=[{"role": "user", "content": question}],
     max_tokens=64,
+    temperature=0,
     stream=True,
     stream_options={"include_usage": True},
 )
