@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fewbit.cli.show import Json, Model, table
+from fewbit.cli.show import Json, Model, shares, table
 
 MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Most tokens of an answer.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")]
@@ -22,6 +22,14 @@ Quantization = Annotated[str | None, typer.Option("--quantization", "-q", help="
 Length = Annotated[int | None, typer.Option("--max-model-len", help="Longest context in tokens.")]
 
 
+def engine_options(
+    dtype: Dtype = "auto", device: Device = "auto", quantization: Quantization = None, max_model_len: Length = None
+) -> dict[str, Any]:
+    """What every verb that starts an engine takes, under EngineConfig's names."""
+    return {"dtype": dtype, "device": device, "quantization": quantization, "max_model_len": max_model_len}
+
+
+@shares(engine_options)
 def complete(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="How the text begins; - reads it from standard input.")],
@@ -29,13 +37,11 @@ def complete(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    quantization: Quantization = None,
-    max_model_len: Length = None,
+    *,
+    given: dict[str, Any],
 ) -> None:
     """Go on with a text, printed as it comes."""
-    engine = started(model, dtype=dtype, device=device, quantization=quantization, max_model_len=max_model_len)
+    engine = started(model, **given)
     text = sys.stdin.read() if prompt == "-" else prompt
     ids = engine.tokenizer(text)["input_ids"]
     for piece in spoken(engine, ids, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed):
@@ -43,6 +49,7 @@ def complete(
     print()
 
 
+@shares(engine_options)
 def chat(
     model: Model,
     system: Annotated[str, typer.Option("--system", help="What the model is told first.")] = "",
@@ -50,13 +57,11 @@ def chat(
     temperature: Temperature = 0.7,
     top_p: TopP = 0.95,
     seed: Seed = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    quantization: Quantization = None,
-    max_model_len: Length = None,
+    *,
+    given: dict[str, Any],
 ) -> None:
     """Talk with a model. Ctrl-C ends an answer, Ctrl-D the talk; lines may come through a pipe."""
-    engine = started(model, dtype=dtype, device=device, quantization=quantization, max_model_len=max_model_len)
+    engine = started(model, **given)
     talk = [{"role": "system", "content": system}] if system else []
     for line in lines():
         talk.append({"role": "user", "content": line})
@@ -124,15 +129,14 @@ def lines() -> Iterator[str]:
             yield line
 
 
+@shares(engine_options)
 def run_batch(
     model: Model,
     input_file: Annotated[Path, typer.Option("-i", "--input-file", help="JSON lines: custom_id, url, body.")],
     output_file: Annotated[Path, typer.Option("-o", "--output-file", help="Where the answers go, in that order.")],
     served_model_name: Annotated[str | None, typer.Option("--served-model-name", help="As bodies call it.")] = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    quantization: Quantization = None,
-    max_model_len: Length = None,
+    *,
+    given: dict[str, Any],
 ) -> None:
     """Answer a file of requests in OpenAI's batch format."""
     from fewbit.cli.serving_run import present
@@ -145,11 +149,11 @@ def run_batch(
     writable(output_file)
     if not input_file.is_file():
         raise RequestError(f"{input_file}: there is no such file")
-    present(device)
+    present(given["device"])
     asked = read(input_file.read_text(encoding="utf-8"), str(input_file))
-    names = (served_model_name,) if served_model_name else tuple({line.body.get("model") or model for line in asked})
-    config = EngineConfig.of(model=model, served_model_name=names, dtype=dtype, device=device,
-                             quantization=quantization, max_model_len=max_model_len)  # fmt: skip
+    called = {line.body.get("model") or model for line in asked}
+    names = (served_model_name,) if served_model_name else tuple(called)
+    config = EngineConfig.of(model=model, served_model_name=names, **given)
     every = max(1, len(asked) // 10)
 
     def tell(done: int) -> None:
@@ -183,41 +187,37 @@ OutputLen = Annotated[int, typer.Option("--output-len", min=2, help="Tokens of e
 
 
 @bench.command()
+@shares(engine_options)
 def latency(
     model: Model,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Requests at once.")] = 1,
     input_len: InputLen = 128,
     output_len: OutputLen = 32,
     repeat: Annotated[int, typer.Option("--repeat", min=1, help="Repetitions; the median counts.")] = 3,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    quantization: Quantization = None,
-    max_model_len: Length = None,
     as_json: Json = False,
+    *,
+    given: dict[str, Any],
 ) -> None:
     """Time of one batch: to the first tokens, and for each later step."""
-    show(batch(model, batch_size, input_len, output_len, repeat, dtype=dtype, device=device,
-               quantization=quantization, max_model_len=max_model_len), as_json)  # fmt: skip
+    show(batch(model, batch_size, input_len, output_len, repeat, given), as_json)
 
 
 @bench.command()
+@shares(engine_options)
 def throughput(
     model: Model,
     num_prompts: Annotated[int, typer.Option("--num-prompts", min=1, help="Requests in all.")] = 64,
     input_len: InputLen = 128,
     output_len: OutputLen = 32,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    quantization: Quantization = None,
-    max_model_len: Length = None,
     as_json: Json = False,
+    *,
+    given: dict[str, Any],
 ) -> None:
     """Tokens a second over many requests at once."""
-    show(batch(model, num_prompts, input_len, output_len, 1, dtype=dtype, device=device, quantization=quantization,
-               max_model_len=max_model_len), as_json)  # fmt: skip
+    show(batch(model, num_prompts, input_len, output_len, 1, given), as_json)
 
 
-def batch(model: str, count: int, input_len: int, output_len: int, repeat: int, **options: Any) -> Any:
+def batch(model: str, count: int, input_len: int, output_len: int, repeat: int, options: dict[str, Any]) -> Any:
     from fewbit.cli.serving_run import present
     from fewbit.engine.bench import measure
     from fewbit.engine.config import EngineConfig

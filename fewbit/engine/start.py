@@ -23,6 +23,10 @@ from fewbit.modules import paged
 from fewbit.quant.formats import FORMATS
 
 LOG = logging.getLogger("fewbit.engine")
+NAMES = {  # vLLM's names of a checkpoint's dialect, beside our own
+    "modelopt-fp4": "modelopt", "modelopt-mxfp8": "modelopt", "awq-marlin": "awq", "gptq-marlin": "gptq",
+    "auto-awq": "awq", "mxfp4-marlin": "mxfp4",
+}  # fmt: skip
 ONLINE = {"fp8": "fp8-tensor", "int8": "int8-channel-a8"}  # vLLM's names of what is quantized on arrival
 CACHES: dict[str, torch.dtype | None] = {
     "auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
@@ -123,6 +127,8 @@ def loaded(config: EngineConfig, device: torch.device, format: str | None, group
 
 
 def device_named(name: str) -> str:
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise RequestError(f"device={name!r}: no CUDA device is here; cpu and auto run")
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
@@ -135,7 +141,7 @@ def online(config: EngineConfig) -> str | None:
         dialect, quantized = source.dialect, bool(source.modules)
     plain = asked.lower().replace("_", "-")
     if quantized:
-        if plain.removesuffix("-marlin") != dialect:
+        if NAMES.get(plain, plain) != dialect:
             raise RequestError(f"quantization={asked!r}: {config.model} is {dialect}; leave it out, or say that")
         return None
     row = ONLINE.get(plain, plain)

@@ -13,8 +13,6 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-import torch
-
 from fewbit import env
 
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno")
@@ -36,7 +34,7 @@ def library(name: str) -> ctypes.CDLL | str:
         return ctypes.CDLL(str(built))
     except subprocess.CalledProcessError as error:
         return f"{compiler} could not compile {source.name}: {error.stderr.strip()[:400]}"
-    except OSError as error:
+    except (OSError, subprocess.TimeoutExpired) as error:
         return f"{source.name}: {error}"
 
 
@@ -70,7 +68,3 @@ def _processor() -> str:
     """What -march=native depends on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
-
-
-def threads() -> int:
-    return torch.get_num_threads()

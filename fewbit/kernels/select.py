@@ -16,8 +16,7 @@ def select(
     refused: Refusals = []
     named = [k for k in kernels() if k.op == op and (mode == k.name or (mode == "auto" and not k.asked))]
     if not named:
-        known = sorted({k.name for k in kernels() if k.op == op} | {"auto"})
-        raise SpecError(f"kernels={mode!r}: no {op} kernel has that name; known: {', '.join(known)}")
+        known_or_raise(mode, op)
     for kernel in named:
         reason = kernel.refusal(format, device, dtype)
         if reason is None:
@@ -27,4 +26,11 @@ def select(
     raise UnsupportedError(f"no kernel runs {asked}", [f"{name}: {why}" for name, why in refused])
 
 
-__all__ = ["REFERENCE", "Refusals", "select"]
+def known_or_raise(mode: str, op: Op = "linear") -> None:
+    """Refuse a name that no kernel has, also where there is nothing to run on one."""
+    known = sorted({k.name for k in kernels() if k.op == op} | {"auto"})
+    if mode not in known:
+        raise SpecError(f"kernels={mode!r}: no {op} kernel has that name; known: {', '.join(known)}")
+
+
+__all__ = ["REFERENCE", "Refusals", "known_or_raise", "select"]

@@ -13,6 +13,7 @@ from torch import nn
 
 from fewbit import codecs
 from fewbit.errors import CheckpointError, SpecError, UnsupportedError
+from fewbit.kernels.select import known_or_raise
 from fewbit.models import hf, twin
 from fewbit.models.account import finish
 from fewbit.models.fill import Filler, is_stack, prepare
@@ -54,6 +55,7 @@ def load(
     """
     if activations not in ACTIVATIONS:
         raise SpecError(f"activations={activations!r}: known are {', '.join(ACTIVATIONS)}")
+    known_or_raise(kernels)
     with codecs.open(path) as source:
         if format is not None and source.modules:
             raise UnsupportedError(

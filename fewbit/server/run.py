@@ -69,7 +69,7 @@ class Server(uvicorn.Server):
     def hurry(self) -> None:
         """Cut readers off, which their requests take as leaving, and end."""
         for connection in list(self.server_state.connections):
-            connection.transport.abort()  # type: ignore[union-attr]
+            connection.transport.abort()
         self.should_exit = True
 
     async def drain(self) -> None:

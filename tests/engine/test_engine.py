@@ -14,7 +14,8 @@ from fewbit.engine.engine import Engine
 from fewbit.engine.params import SamplingParams
 from fewbit.engine.request import Delta, Request
 from fewbit.engine.runner import rounder
-from fewbit.errors import CapacityError, RequestError, UnsupportedError
+from fewbit.engine.start import online
+from fewbit.errors import CapacityError, RequestError, SpecError, UnsupportedError
 from tests.tiny import llama
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
@@ -219,6 +220,7 @@ CONFIGS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"gpu_memory_utilization": 1.5}, RequestError, "want a share"),
     ({"max_num_seq": 5}, RequestError, "max_num_seqs"),
     ({"block_size": 0}, RequestError, "at least 1"),
+    ({"kernels": "marlin"}, SpecError, "known: auto"),
 ]
 
 
@@ -276,3 +278,18 @@ def test_rows_of_no_request_change_nothing(make: Any, truth: Any) -> None:
     for length in (17, 31, 33, len(prompt)):
         (delta,) = drain(make(), [Request("r", prompt[:length], SamplingParams(max_tokens=1, **GREEDY))])["r"]
         assert delta.tokens == expected(truth, prompt[:length], 1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_a_device_that_is_not_here(make: Any) -> None:
+    with pytest.raises(RequestError, match="no CUDA device"):
+        make(device="cuda")
+
+
+def test_the_dialect_may_be_named_as_vllm_does(folder: Path, tmp_path: Path) -> None:
+    fewbit.quantize(folder, tmp_path / "out", "nvfp4-a16", algo="rtn", to="modelopt", report=False)
+    for name in ("modelopt", "modelopt_fp4"):
+        config = EngineConfig.of(model=str(tmp_path / "out"), quantization=name)
+        assert online(config) is None
+    with pytest.raises(RequestError, match="is modelopt"):
+        online(EngineConfig.of(model=str(tmp_path / "out"), quantization="awq"))

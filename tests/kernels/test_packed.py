@@ -1,10 +1,15 @@
 """The packed kernel against the oracle, over every format that it takes."""
 
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
-from fewbit.kernels import packed
+from fewbit.kernels import compiled, packed
 from fewbit.kernels.compiled import library
+from fewbit.kernels.select import select
 from fewbit.quant.formats import FORMATS
 from fewbit.quant.qtensor import Quantized, stack
 from fewbit.quant.reference import decode, encode, linear
@@ -99,3 +104,23 @@ def test_dense(rows: int, k: int) -> None:
     assert bool(((got - want).abs() <= 2.0**-8 * want.abs() + 2.0**-17 * size).all())
     biased = packed.dense_linear(x[None], w, bias)[0]
     assert bool(((biased.double() - want - bias.double()).abs() <= 2.0**-7 * (want.abs() + bias.double().abs())).all())
+
+
+BROKEN = [
+    ({"which": lambda name: None}, "apt install g\\+\\+"),
+    ({"which": lambda name: "/bin/false" if name else None}, "/bin/false could not compile packed.cpp"),
+]
+
+
+@pytest.mark.parametrize(("broken", "words"), BROKEN, ids=["none", "broken"])
+def test_without_a_compiler_the_reference_runs(
+    broken: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FEWBIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(compiled.shutil, "which", broken["which"])
+    compiled.library.cache_clear()
+    try:
+        kernel, refused = select("linear", FORMATS["int4-g128"], CPU, torch.bfloat16)
+        assert kernel.name == "reference" and re.search(words, dict(refused)["packed"])
+    finally:
+        compiled.library.cache_clear()
