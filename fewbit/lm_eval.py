@@ -8,12 +8,9 @@ or, in Python, `import fewbit.lm_eval` before `lm_eval.simple_evaluate(model="fe
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from fewbit.engine.params import SamplingParams
 from fewbit.errors import RequestError, UnsupportedError
-from fewbit.models.build import load
-from fewbit.models.text import tokenizer as read_tokenizer
+from fewbit.llm import LLM
 
 try:
     import lm_eval.models  # noqa: F401  what comes with lm-eval is registered first: it looks for it only while nothing is
@@ -28,9 +25,9 @@ Pair = tuple[Any, list[int], list[int]]  # what was asked, ids of the context, i
 
 @register_model("fewbit")
 class FewbitLM(TemplateLM):
-    """path: a folder or a .gguf file; format, kernels, activations, dtype: as `fewbit.load` takes them.
+    """path: a folder or a .gguf file; the other options are LLM's (dtype, quantization, max_model_len ...).
 
-    Texts are tokenized as lm-eval's own `hf` model does it, so that figures compare.
+    Texts are tokenized as lm-eval's own `hf` model does it, so that figures compare. batch_size: texts at once.
     """
 
     def __init__(
@@ -47,15 +44,13 @@ class FewbitLM(TemplateLM):
         super().__init__()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise RequestError(f"batch_size={batch_size!r}: a number of sequences that run together, 1 or more")
-        if unknown := options.keys() - {"dtype", "kernels", "activations", "format", "trust_remote_code"}:
-            raise RequestError(f"model_args: {', '.join(sorted(unknown))}: not an option of fewbit.load")
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            device = "cpu"  # lm-eval asks for cuda:0 whatever there is
-        self.path, self.batch_size, self._device = path, int(batch_size), torch.device(device)
-        self.model = load(path, device=device, **options)
-        self.tokenizer = read_tokenizer(path)
+        if device.startswith("cuda"):
+            device = "auto"  # lm-eval asks for cuda:0 whatever there is
+        self.llm = LLM(path, device=device, max_num_seqs=int(batch_size), **options)
+        self.path, self.tokenizer = path, self.llm.get_tokenizer()
         self.max_gen_toks, self.add_bos_token = max_gen_toks, add_bos_token
-        self.max_length = max_length or positions(self.model.config)
+        room = self.llm.llm_engine.limits.max_len - 2  # a window is one token longer, and one more is generated
+        self.max_length = min(max_length or room, room)
 
     @property
     def eot_token_id(self) -> int:
@@ -86,28 +81,14 @@ class FewbitLM(TemplateLM):
         return list(self.tokenizer(string, verbose=False, **asked).input_ids)
 
     def _loglikelihood_tokens(self, requests: Sequence[Pair], **kwargs: Any) -> list[tuple[float, bool]]:
-        """Sequences of like length together, the longest first; -> in the order asked."""
-        order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
-        found: list[Any] = [None] * len(requests)
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            for i, result in zip(batch, self._score([requests[i] for i in batch]), strict=True):
-                found[i] = result
-                if requests[i][0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", requests[i][0], result)
+        prompts = [(context + wanted)[-self.max_length - 1 :] for _, context, wanted in requests]
+        outs = self.llm.generate(prompts, SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0))
+        found = [scored(out.prompt_logprobs, prompt, len(wanted))
+                 for out, prompt, (_, _, wanted) in zip(outs, prompts, requests, strict=True)]  # fmt: skip
+        for (asked, _, _), result in zip(requests, found, strict=True):
+            if asked is not None:
+                self.cache_hook.add_partial("loglikelihood", asked, result)
         return found
-
-    def _score(self, batch: Sequence[Pair]) -> list[tuple[float, bool]]:
-        """Padded on the right: what follows changes nothing of what stands before it."""
-        rows = [torch.tensor((context + wanted)[-self.max_length - 1 :]) for _, context, wanted in batch]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        with torch.no_grad():
-            logits = self.model(input_ids=ids[:, :-1].to(self.device), use_cache=False).logits
-        out = []
-        for row, held, (_, _, wanted) in zip(rows, logits, batch, strict=True):
-            count = min(len(wanted), len(row) - 1)
-            out.append(continuation(held[len(row) - 1 - count : len(row) - 1], row[len(row) - count :]))
-        return out
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         found = []
@@ -119,44 +100,33 @@ class FewbitLM(TemplateLM):
         return found
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        found = []
-        for context, options in (request.args for request in requests):
-            found.append(self._generate(context, dict(options)))
-            self.cache_hook.add_partial("generate_until", (context, options), found[-1])
+        asked = [request.args for request in requests]
+        params = [self._params(dict(options)) for _, options in asked]
+        prompts = [self.tok_encode(context)[-(self.max_length - p.max_tokens) :]
+                   for (context, _), p in zip(asked, params, strict=True)]  # fmt: skip
+        found = [out.outputs[0].text for out in self.llm.generate(prompts, params)]
+        for args, text in zip(asked, found, strict=True):
+            self.cache_hook.add_partial("generate_until", args, text)
         return found
 
-    def _generate(self, context: str, options: dict[str, Any]) -> str:
-        until = options.pop("until", None) or []
-        stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
-        counts = [options.pop(name, None) for name in ("max_gen_toks", "max_new_tokens", "max_tokens")]
+    def _params(self, options: dict[str, Any]) -> SamplingParams:
+        """What a task says of generation, under transformers' names."""
+        until = options.get("until") or []
+        counts = [options.get(name) for name in ("max_gen_toks", "max_new_tokens", "max_tokens")]
         count = next((c for c in counts if c is not None), self.max_gen_toks)
-        if not options.get("do_sample"):
-            options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if stops:
-            options |= {"stop_strings": stops, "tokenizer": self.tokenizer}
-        ids = torch.tensor([self.tok_encode(context)[-(self.max_length - count) :]], device=self.device)
-        with torch.no_grad():
-            made = self.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=count,
-                pad_token_id=self.eot_token_id,
-                **options,
-            )
-        text = self.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
-        return min((text.split(stop)[0] for stop in stops), key=len, default=text)
+        sampling = {"temperature": 0.0}
+        if options.get("do_sample"):
+            sampling = {name: options.get(name, 1.0) for name in ("temperature", "top_p")}
+            sampling["top_k"] = options.get("top_k", 0)
+        return SamplingParams(max_tokens=count, stop=[s for s in ([until] if isinstance(until, str) else until) if s],
+                              **sampling)  # fmt: skip
 
 
-def continuation(logits: Tensor, wanted: Tensor) -> tuple[float, bool]:
-    """-> its log-probability, and whether it is what greedy decoding would give."""
-    scores = logits.float().log_softmax(-1).cpu()
-    chosen = scores.gather(-1, wanted[:, None])[:, 0]
-    return float(chosen.sum()), bool((scores.argmax(-1) == wanted).all())
-
-
-def positions(config: Any) -> int:
-    found = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return found if isinstance(found, int) else 2048
+def scored(logprobs: Any, prompt: Sequence[int], wanted: int) -> tuple[float, bool]:
+    """Of the last `wanted` tokens: their log-probability, and whether greedy decoding would give them."""
+    first = max(1, len(prompt) - wanted)
+    held = [logprobs[i][prompt[i]] for i in range(first, len(prompt))]
+    return sum(one.logprob for one in held), all(one.rank == 1 for one in held)
 
 
 if __name__ == "__main__":
