@@ -139,7 +139,7 @@ def test_an_architecture_that_cannot_be_paged(tmp_path: Path) -> None:
     model = hf.random_model(hf.read_config(config))
     model.save_pretrained(tmp_path)
     edit_config(tmp_path, lambda c: c.update(dtype="float32"))
-    with LLM(tmp_path, max_num_batched_tokens=5, max_num_seqs=3) as llm:
+    with LLM(tmp_path, dtype="float32", max_num_batched_tokens=5, max_num_seqs=3) as llm:
         assert not llm.llm_engine.runner.paged
         prompts = [[5, 6, 7, 8, 9, 10, 11], [3, 4], [8] * 12]
         outs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True))

@@ -32,7 +32,7 @@ CACHES: dict[str, torch.dtype | None] = {
     "auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
     "fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2,
 }  # fmt: skip
-DTYPES = {"auto": None, "half": "float16", "float": "float32"}
+DTYPES = {"half": "float16", "float": "float32"}
 CPU_CACHE = 1 << 30  # bytes of KV cache on a CPU, of which only used pages are ever touched
 CHANGING = ("dynamic", "longrope")  # kinds of rotary tables that depend on the longest text of a batch
 
@@ -111,7 +111,7 @@ def loaded(config: EngineConfig, device: torch.device, format: str | None, group
     if group is not None and device.type == "cuda":
         device = torch.device("cuda", group.rank)
     model: Any = build.load(
-        config.model, device=device, dtype=DTYPES.get(config.dtype, config.dtype), kernels=config.kernels,
+        config.model, device=device, dtype=dtype_of(config, device), kernels=config.kernels,
         activations=activations(config, device), format=format, trust_remote_code=config.trust_remote_code,
         attend=proof.attention, ranks=group,
     )  # fmt: skip
@@ -124,6 +124,20 @@ def loaded(config: EngineConfig, device: torch.device, format: str | None, group
     text = model.config.get_text_config()
     return Loaded(model, tokenizer, device, CACHES[config.kv_cache_dtype], config.block_size, ends(model, tokenizer),
                   text.vocab_size, int(getattr(text, "max_position_embeddings", None) or 1 << 20))  # fmt: skip
+
+
+def dtype_of(config: EngineConfig, device: torch.device) -> str | None:
+    """What "auto" computes in: as declared where that is 16 bits (on a CPU bfloat16 alone), else bfloat16."""
+    if config.dtype != "auto":
+        return DTYPES.get(config.dtype, config.dtype)
+    with codecs.open(config.model) as source:
+        text = source.config.get("text_config")
+        held = [source.config, text if isinstance(text, dict) else {}]
+    declared = next((d[key] for d in held for key in ("dtype", "torch_dtype") if d.get(key)), "float32")
+    if declared == "bfloat16" or (declared == "float16" and device.type != "cpu"):
+        return None
+    LOG.info("computing in bfloat16, not in %s: --dtype %s keeps to it", declared, declared)
+    return "bfloat16"
 
 
 def device_named(name: str) -> str:

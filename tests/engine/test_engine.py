@@ -293,3 +293,13 @@ def test_the_dialect_may_be_named_as_vllm_does(folder: Path, tmp_path: Path) -> 
         assert online(config) is None
     with pytest.raises(RequestError, match="is modelopt"):
         online(EngineConfig.of(model=str(tmp_path / "out"), quantization="awq"))
+
+
+@pytest.mark.parametrize(("declared", "asked", "found"), [
+    ("bfloat16", "auto", torch.bfloat16), ("float32", "auto", torch.bfloat16), ("float16", "auto", torch.bfloat16),
+    ("float32", "float32", torch.float32), ("bfloat16", "float", torch.float32), ("bfloat16", "half", torch.float16),
+])  # fmt: skip
+def test_what_it_computes_in(tmp_path: Path, declared: str, asked: str, found: torch.dtype) -> None:
+    engine = Engine(EngineConfig.of(model=str(llama(tmp_path / "m", dtype=declared)), dtype=asked, device="cpu"))
+    assert engine.loaded.model.dtype == found
+    engine.shutdown()
