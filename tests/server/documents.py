@@ -20,6 +20,15 @@ FENCED = re.compile(r"(?ms)^(?P<pad> *)```(?P<kind>\w*) ?(?P<name>\S*)\n(?P<text
 DIRECTIVE = re.compile(r"(?m)^\.\. code-block:: (?P<kind>\w+)\n\n(?P<text>(?:    .*\n|\n)+)")
 
 
+def runs(tool: str) -> bool:
+    """Whether a command is there; of lm_eval also its extra `api`, without which it talks to no server."""
+    found = shutil.which(tool)
+    if found is None or tool != "lm_eval":
+        return found is not None
+    asked = [str(Path(found).with_name("python")), "-c", "import lm_eval, tenacity, aiohttp"]
+    return subprocess.run(asked, capture_output=True, check=False).returncode == 0
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
     """kind: bash, python ... or "" for a plain one. name: of the file that it is."""
@@ -75,8 +84,8 @@ class Shell:
     def script(self, text: str) -> str:
         """Run with bash, stopping at what fails. -> what it printed."""
         for tool in ("curl", "lm_eval"):
-            if re.search(rf"^{tool} ", text, re.MULTILINE) and not shutil.which(tool):
-                pytest.skip(f"{tool} is not installed")
+            if re.search(rf"^{tool} ", text, re.MULTILINE) and not runs(tool):
+                pytest.skip(f"{tool} is not installed, or not with what it needs for servers")
         text = re.sub(r"^curl ", "curl --silent --show-error --fail ", text, flags=re.MULTILINE)
         return self._ran(["bash", "-ec", self.filled(text)])
 
