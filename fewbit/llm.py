@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -105,23 +106,18 @@ class LLM:
         from rich.progress import Progress
 
         found = {r.id: [Gathered() for _ in range(r.params.n)] for r in requests}
-        coming = iter(requests)
+        coming = deque(requests)
         ended, total = 0, sum(map(len, found.values()))
         with Progress(disable=not show, transient=True) as progress:
             bar = progress.add_task("generating", total=total)
             while ended < total:
-                for request in itertools.islice(coming, self._room()):
-                    self.llm_engine.add(request)
+                while coming and self.llm_engine.scheduler.takes(coming[0].params.n):
+                    self.llm_engine.add(coming.popleft())
                 for delta in self.llm_engine.step():
                     found[delta.request_id][delta.index].add(delta)
                     ended += delta.finish is not None
                 progress.update(bar, completed=ended)
         return [answer(request, found[request.id]) for request in requests]
-
-    def _room(self) -> int:
-        """Requests that the queue still takes."""
-        scheduler = self.llm_engine.scheduler
-        return max(0, scheduler.most_waiting - len(scheduler.waiting)) if len(scheduler.waiting) < 256 else 0
 
 
 class Gathered:

@@ -35,10 +35,14 @@ class Scheduler:
 
     def add(self, streams: list[Stream]) -> None:
         """All of a request's continuations, or none."""
-        if len(self.waiting) + len(streams) > max(self.most_waiting, len(streams)):
+        if not self.takes(len(streams)):
             raise CapacityError(f"{len(self.waiting)} requests are waiting already, {self.most_waiting} may: try later")
         for stream in streams:
             insort(self.waiting, stream, key=lambda s: s.rank)
+
+    def takes(self, count: int) -> bool:
+        """Whether so many more may wait; a request that is larger than the queue may where nothing does."""
+        return len(self.waiting) + count <= max(self.most_waiting, count)
 
     def next(self) -> list[Work]:
         """The next step, its pages taken. Who needs one token comes before who needs many."""
