@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import fewbit
 from tests.tiny import llama
@@ -53,6 +54,7 @@ MISTAKES: list[tuple[tuple[str, ...], str, int]] = [
     (("inspect", "hub/id"), "must be downloaded first", 1),
     (("inspect", "MODEL", "--device", "evil"), "'evil' is not known", 1),
     (("inspect", "MODEL", "--frob"), "--frob", 2),
+    *([] if torch.cuda.is_available() else [(("inspect", "MODEL", "--device", "cuda"), "no CUDA device", 1)]),
     (("verify", "MODEL/model.safetensors"), "no config.json", 1),
     (("convert", "MODEL"), "--to", 2),
     (("frobnicate",), "frobnicate", 2),

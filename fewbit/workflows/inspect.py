@@ -76,6 +76,8 @@ def inspect(path: str | Path, device: str = "cpu") -> Info:
         torch.device(device)
     except RuntimeError as error:
         raise RequestError(f"device {device!r} is not known: cpu, cuda and cuda:N are") from error
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise RequestError(f"device {device!r}: no CUDA device is here, and what a kernel takes depends on which it is")
     with codecs.open(path) as source:
         return _info(source, device)
 
