@@ -20,6 +20,11 @@ def compiler() -> str:
     return os.environ.get("CXX", "")
 
 
+def triton_interpreted() -> bool:
+    """Triton runs its kernels in Python, on any device: for tests."""
+    return os.environ.get("TRITON_INTERPRET", "") == "1"
+
+
 def test_checkpoints() -> list[Path]:
     """Folders of checkpoints that a user wants tested, separated as in PATH."""
     return [Path(part) for part in os.environ.get("FEWBIT_TEST_CHECKPOINTS", "").split(os.pathsep) if part]
