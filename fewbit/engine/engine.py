@@ -2,24 +2,30 @@
 
 A step is: the scheduler chooses tokens, the runner computes the logits that are wanted, the sampler draws, and each
 continuation is told what it was given. Continuations of one request differ by their seeds and share its prompt's pages.
+
+On a GPU a step is begun before the one before it is told: its tokens are PENDING, and stay on the device. Only who
+needs to know a token to draw the next one (a grammar, a penalty) makes the engine wait.
 """
 
 import random
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from fewbit.engine.batch import Flight
 from fewbit.engine.config import EngineConfig
 from fewbit.engine.guided import Grammars
+from fewbit.engine.limits import Limits, limits_of
 from fewbit.engine.outputs import Logprob
 from fewbit.engine.pages import PagePool
 from fewbit.engine.params import SamplingParams
-from fewbit.engine.request import Delta, Finish, Request, Stream
-from fewbit.engine.sampler import Row, Sampled, Sampler, prompt_logprobs
+from fewbit.engine.request import PENDING, Delta, Finish, Request, Stream
+from fewbit.engine.runner import Logits
+from fewbit.engine.sampler import Drawn, Row, Sampled, Sampler, prompt_logprobs
+from fewbit.engine.sampler_edits import edited
 from fewbit.engine.scheduler import Scheduler, Work
-from fewbit.engine.start import Limits, Loaded, limits_of, load
+from fewbit.engine.start import Loaded, load
 from fewbit.engine.text import Detokenizer, token_text
 from fewbit.errors import RequestError
 
@@ -41,6 +47,20 @@ class Stats:
     nan_rows: int = 0
 
 
+@dataclass(slots=True)
+class Begun:
+    """A step whose tokens are drawn on the device. places: where in its stream's tokens each is to stand."""
+
+    streams: list[Stream]
+    places: list[int]
+    drawn: Drawn | None
+    knows: bool  # the next step can be begun without these tokens
+
+    @property
+    def flight(self) -> Flight | None:
+        return None if self.drawn is None else Flight(self.drawn.tokens, {s: i for i, s in enumerate(self.streams)})
+
+
 class Engine:
     """config: as the user wrote it; limits: what became of "auto"."""
 
@@ -50,6 +70,7 @@ class Engine:
         try:
             self.limits: Limits = limits_of(config, self.loaded)
             self.runner = self.loaded.runner(self.limits)
+            self.loaded.record(self.runner, config.enforce_eager)
         except BaseException:
             self.loaded.free()
             raise
@@ -57,6 +78,8 @@ class Engine:
                              config.enable_prefix_caching and self.runner.paged)  # fmt: skip
         self.scheduler = Scheduler(self.pool, self.limits.most_running, self.limits.budget, config.max_queue)
         self.sampler = Sampler(self.vocab, self.loaded.device)
+        self.ahead = self.runner.ahead
+        self._begun: Begun | None = None
         self.counters = Stats(pages_total=self.limits.pages)
         self._streams: dict[str, list[Stream]] = {}
         self._seeds = random.Random(config.seed)
@@ -119,27 +142,59 @@ class Engine:
 
     def has_work(self) -> bool:
         self.loaded.check()
-        return bool(self.scheduler.running or self.scheduler.waiting)
+        return bool(self.scheduler.running or self.scheduler.waiting or self._begun)
 
     def step(self) -> list[Delta]:
         """One turn; what it gave to whom."""
+        told = [] if self._begun is None or self._begun.knows else self._land()
+        begun = self._begin()
+        told += self._land()
+        self._begun = begun
+        return told if self.ahead else told + self._land()
+
+    def _begin(self) -> Begun | None:
+        """Everything that the next step computes is on its way when this returns."""
         works = self.scheduler.next()
         if not works:
-            return []
+            return None
         self.counters.steps += 1
-        found = self.runner.run(works)
-        for work, logits in zip(works, found, strict=True):
+        found = self.runner.run(works, self._begun.flight if self._begun else None)
+        for work in works:
             self.scheduler.computed(work)
-            self._prompt_logprobs(work, logits)
-        ready = [(work.stream, logits[-1]) for work, logits in zip(works, found, strict=True) if work.samples]
+        self._prompts(works, found)
+        ready = [i for i, work in enumerate(works) if work.samples]
+        streams = [works[i].stream for i in ready]
         if not ready:
+            return Begun([], [], None, True)
+        rows = [self._row(stream) for stream in streams]
+        drawn = self.sampler.draw(found.last(ready), rows)
+        places = [len(stream.tokens) for stream in streams]
+        for stream in streams:
+            stream.tokens.append(PENDING)
+        return Begun(streams, places, drawn, not any(row.allowed is not None or edited(row) for row in rows))
+
+    def _land(self) -> list[Delta]:
+        """Wait for the tokens of the step that was begun, and tell them."""
+        begun, self._begun = self._begun, None
+        if begun is None or begun.drawn is None:
             return []
-        sampled = self.sampler.sample(torch.stack([row for _, row in ready]), [self._row(s) for s, _ in ready])
-        return [self._told(stream, sampled, i) for i, (stream, _) in enumerate(ready)]
+        sampled = begun.drawn.read()
+        found: list[Delta] = []
+        for i, (stream, place) in enumerate(zip(begun.streams, begun.places, strict=True)):
+            stream.tokens[place] = sampled.tokens[i]
+            if not stream.ended:
+                found.append(self._told(stream, place, sampled, i))
+        return found
 
     def _row(self, stream: Stream) -> Row:
         allowed = stream.matcher.mask() if stream.matcher is not None else None
         return Row(stream.request.params, stream.request.prompt, stream.output, stream.seed, allowed, self.loaded.ends)
+
+    def _prompts(self, works: list[Work], found: Logits) -> None:
+        """The prompts' own logprobs, where they are asked for."""
+        if any(work.stream.request.params.prompt_logprobs is not None for work in works):
+            for work, logits in zip(works, found.each(), strict=True):
+                self._prompt_logprobs(work, logits)
 
     def _prompt_logprobs(self, work: Work, logits: Tensor) -> None:
         """Collected chunk by chunk; the first token has none."""
@@ -153,7 +208,7 @@ class Engine:
         found = prompt_logprobs(logits[: len(following)], following, count)
         stream.prompt_logprobs += [self._spelt(each) for each in found]
 
-    def _told(self, stream: Stream, sampled: Sampled, i: int) -> Delta:
+    def _told(self, stream: Stream, place: int, sampled: Sampled, i: int) -> Delta:
         delta = Delta(stream.request.id, stream.index)
         if not stream.told:
             stream.told = True
@@ -162,12 +217,11 @@ class Engine:
             self.counters.nan_rows += 1
             return self._ended(stream, delta, "error", None)
         token = sampled.tokens[i]
-        stream.tokens.append(token)
         self.counters.generated_tokens += 1
         delta.tokens = [token]
         if (found := sampled.logprobs[i]) is not None:
             delta.logprobs = [self._spelt(found)]
-        finish, reason = self._finish(stream, token)
+        finish, reason = self._finish(stream, token, place + 1 - stream.prompt_length)
         ending = token in self.loaded.ends or token in stream.request.params.stop_token_ids
         if finish != "stop" or not ending:  # the token that ends a text is not part of it
             delta.text = stream.detokenizer.push([token])
@@ -175,9 +229,9 @@ class Engine:
                 finish, reason = "stop", stream.detokenizer.stopped
         return delta if finish is None else self._ended(stream, delta, finish, reason)
 
-    def _finish(self, stream: Stream, token: int) -> tuple[Finish | None, int | str | None]:
+    def _finish(self, stream: Stream, token: int, made: int) -> tuple[Finish | None, int | str | None]:
         params = stream.request.params
-        if stream.made > params.min_tokens:
+        if made > params.min_tokens:
             if token in self.loaded.ends and not params.ignore_eos:
                 return "stop", None
             if token in params.stop_token_ids:
@@ -186,9 +240,7 @@ class Engine:
             stream.matcher.accept(token)
             if stream.matcher.finished:
                 return ("error", stream.matcher.error) if stream.matcher.error else ("stop", None)
-        if stream.made >= params.max_tokens or len(stream.tokens) >= self.limits.max_len:
-            return "length", None
-        return None, None
+        return ("length", None) if made >= params.max_tokens else (None, None)
 
     def _spelt(self, found: dict[int, Logprob]) -> dict[int, Logprob]:
         if self.tokenizer is None:
@@ -217,5 +269,6 @@ class Engine:
         """Free the model and the cache."""
         for request_id in list(self._streams):
             self.abort(request_id)
+        self._begun = None
         self.runner.free()
         self.loaded.free()

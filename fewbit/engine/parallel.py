@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from fewbit.engine.batch import Flight
 from fewbit.engine.config import EngineConfig
 from fewbit.engine.parallel_group import Group
 from fewbit.engine.parallel_wire import STEP, Sender, Wire
+from fewbit.engine.runner import Logits
 from fewbit.engine.scheduler import Work
 from fewbit.errors import CapacityError, FewbitError
 from fewbit.models.shard_source import SHARDS
@@ -127,10 +128,10 @@ class Team:
         found = [self.guarded(mine)]
         return found + [tuple(self.answer(rank)["measured"]) for rank in self.ranks]
 
-    def step(self, works: Sequence[Work], run: Callable[[Sequence[Work]], list[Tensor]]) -> list[Tensor]:
+    def step(self, works: Sequence[Work], run: Callable[[Sequence[Work]], Logits]) -> Logits:
         data = self._sender.pack(works)
         self._each(lambda rank: rank.wire.send(STEP, data))
-        found: list[Tensor] = self.guarded(lambda: run(works))
+        found: Logits = self.guarded(lambda: run(works))
         self.check()  # on a GPU nothing has waited for the others yet
         return found
 
@@ -186,8 +187,10 @@ class Lockstep:
 
     def __init__(self, inner: Any, team: Team):
         self.inner, self.team, self.paged = inner, team, inner.paged
+        self.ahead = False  # the others are told tokens by number
 
-    def run(self, works: Sequence[Work]) -> list[Tensor]:
+    def run(self, works: Sequence[Work], flight: Flight | None = None) -> Logits:
+        assert flight is None
         return self.team.step(works, self.inner.run)
 
     def free(self) -> None:

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from fewbit.engine.config import EngineConfig
+from fewbit.engine.limits import Limits, measured
 from fewbit.engine.parallel import digest
 from fewbit.engine.parallel_group import Group
 from fewbit.engine.parallel_wire import STEP, Receiver, Wire
-from fewbit.engine.start import load, measured
+from fewbit.engine.start import load
 
 BEAT = 0.5  # seconds between looks at whether rank 0 still lives
 
@@ -72,4 +73,4 @@ def serve(wire: Wire, told: dict[str, Any]) -> None:
         elif command["command"] == "measure":
             wire.tell(measured=measured(config, loaded))
         elif command["command"] == "runner":
-            runner = loaded.own_runner(command["pages"])
+            runner = loaded.own_runner(Limits(**command["limits"]))

@@ -60,7 +60,7 @@ def _goes_on(small: Any, attention: str, name: str) -> bool:
     start = 0
     for token in [*ids[-3:], 0]:
         work = Work(stream, start, len(stream.tokens))
-        (got,), (want,) = runner.run([work]), whole_run(whole, work)
+        got, want = runner.run([work]).rows, whole_run(whole, work)
         if twin.relative(got, want) > twin.LIMIT:
             return False
         start = len(stream.tokens)
@@ -68,9 +68,9 @@ def _goes_on(small: Any, attention: str, name: str) -> bool:
     return True
 
 
-def whole_run(runner: Alone, work: Work) -> list[torch.Tensor]:
+def whole_run(runner: Alone, work: Work) -> torch.Tensor:
     """The same work on a stream that holds nothing."""
-    return runner.run([Work(replace(work.stream, state=None), 0, work.stop)])
+    return runner.run([Work(replace(work.stream, state=None), 0, work.stop)]).rows
 
 
 def _error(small: Any) -> float:
@@ -96,6 +96,6 @@ def _error(small: Any) -> float:
             if starts[i] < stop:
                 works.append(Work(stream, starts[i], stop))
                 starts[i] = stop
-        for work, logits in zip(works, runner.run(works), strict=True):
+        for work, logits in zip(works, runner.run(works).each(), strict=True):
             got[int(work.stream.request.id)].append(logits)
     return max(twin.relative(torch.cat(g), e) for g, e in zip(got, expected, strict=True))

@@ -5,36 +5,56 @@ for architectures whose state is not keys and values by position. The twin decid
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fewbit.engine.batch import Batch, Flight, wanted
+from fewbit.engine.graph import Graphs, fed
 from fewbit.engine.scheduler import Work
-from fewbit.modules.paged import Cache, Span, Step, stepping
+from fewbit.engine.tables import Tables
+from fewbit.engine.transfer import sent
+from fewbit.modules.paged import Cache, Span, Step, Table, stepping
 
 
 def rounder(count: int) -> int:
-    """A count of rows of which there are few: for each new one, libraries compile and keep a multiplication."""
+    """A count of rows of which there are few: for each new one, a CPU's libraries compile and keep a multiplication."""
     step = 1 if count <= 16 else 16 if count <= 128 else 32 if count <= 512 else 64
     return -(-count // step) * step
 
 
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """rows: [n, V], the wanted ones of all works in order; counts: how many are each work's."""
+
+    rows: Tensor
+    counts: Sequence[int]
+
+    def each(self) -> list[Tensor]:
+        return list(self.rows.split(list(self.counts)))
+
+    def last(self, works: Sequence[int]) -> Tensor:
+        """The last row of each of these works."""
+        if all(count == 1 for count in self.counts) and len(works) == len(self.counts):
+            return self.rows
+        ends, end = [], 0
+        for count in self.counts:
+            end += count
+            ends.append(end - 1)
+        return self.rows.index_select(0, sent([ends[i] for i in works], torch.int64, self.rows.device))
+
+
 class Runner(Protocol):
     paged: bool
+    ahead: bool  # takes a step whose tokens another still draws
 
-    def run(self, works: Sequence[Work]) -> list[Tensor]: ...
+    def run(self, works: Sequence[Work], flight: Flight | None = None) -> Logits: ...
 
     def free(self) -> None: ...
-
-
-def wanted(work: Work) -> list[int]:
-    """Places among the work's own tokens whose logits are needed."""
-    count = work.stop - work.start
-    if work.stream.request.params.prompt_logprobs is not None and work.stop <= work.stream.prompt_length:
-        return list(range(count))
-    return [count - 1] if work.samples else []
 
 
 class Paged:
@@ -42,62 +62,96 @@ class Paged:
 
     paged = True
 
-    def __init__(self, model: nn.Module, pages: int, size: int, cache_dtype: torch.dtype | None, apart: bool = False):
+    def __init__(self, model: nn.Module, pages: int, size: int, cache_dtype: torch.dtype | None, apart: bool = False,
+                 streams: int = 1, reach: int = 0):  # fmt: skip
+        """apart: one stream a forward, for rotary tables that depend on the longest text of a batch.
+
+        On a GPU at most `streams` run, none longer than `reach` tokens.
+        """
         self.model, self.size, self.capacity, self.cache_dtype = model, size, pages * size, cache_dtype
-        self.apart = apart  # one stream a forward: rotary tables that depend on the longest text of a batch
+        self.apart, self.reach = apart, reach or self.capacity
         self.caches: dict[int, Cache] = {}
         self.device = device_of(model)
+        self.ahead = self.device.type == "cuda" and not apart
         self.keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.tables = Tables(streams, -(-self.reach // size), self.device) if self.device.type == "cuda" else None
+        self.graphs: Graphs | None = None
 
-    def run(self, works: Sequence[Work]) -> list[Tensor]:
-        """-> for each work its wanted logits, [n, V]."""
-        if self.apart:
-            return [logits for work in works for logits in self._forward([work])]
-        return self._forward(works)
+    def capture(self, tell: Callable[[int, int], None]) -> None:
+        """Record a CUDA graph for each of some counts of decoding streams. tell: (how many are done, of how many)."""
+        assert self.tables is not None
+        step = partial(
+            Step, make_spans=no_spans, caches=self.caches, capacity=self.capacity + 1, dtype=self.cache_dtype
+        )
+        self.graphs = Graphs(self.tables, self.size, self.reach, self.capacity, step, self._model)
+        self.graphs.capture(tell)
 
-    def _forward(self, works: Sequence[Work]) -> list[Tensor]:
+    def run(self, works: Sequence[Work], flight: Flight | None = None) -> Logits:
+        if not self.apart:
+            return self._forward(works, flight)
+        each = [self._forward([work], flight) for work in works]
+        return Logits(torch.cat([found.rows for found in each]), [found.counts[0] for found in each])
+
+    def _forward(self, works: Sequence[Work], flight: Flight | None) -> Logits:
+        batch = Batch.of(works, self.size, flight)
+        if self.graphs is not None and self.graphs.takes(batch):
+            return Logits(self.graphs.run(batch, flight), batch.counts)
+        return Logits(self._eager(batch, flight), batch.counts)
+
+    def _eager(self, batch: Batch, flight: Flight | None) -> Tensor:
         """Rows beyond the last text make the count a rounder one; what they write goes to a slot that nobody reads."""
-        ids = [t for w in works for t in w.stream.tokens[w.start : w.stop]]
-        positions = [p for w in works for p in range(w.start, w.stop)]
-        extra = rounder(len(ids)) - len(ids)
-        spans, slots, rows, at = [], [], [], 0
-        for work in works:
-            held = self._slots(work)
-            count = work.stop - work.start
-            spans.append(Span(at, at + count, work.stop, held))
-            slots.append(held[work.start :])
-            rows.append([at + i for i in wanted(work)])
-            at += count
-        slots.append(torch.full((extra,), self.capacity, device=self.device))
-        step = Step(torch.cat(slots), spans, self.caches, self.capacity + 1, self.cache_dtype)
-        asked = [r for each in rows for r in each]
-        logits = self._logits(step, ids + [0] * extra, positions + [0] * extra, asked)
-        return list(logits.split([len(each) for each in rows]))
+        whole, asked = len(batch.ids), len(batch.asked)
+        cpu = self.device.type == "cpu"
+        extra, more = (rounder(whole) - whole, rounder(asked) - asked) if cpu else (0, 0)
+        there = partial(sent, dtype=torch.int64, device=self.device)
+        ids = there(batch.ids + [0] * extra)
+        if batch.pending:
+            assert flight is not None
+            ids = fed(ids, there(batch.sources + [-1] * extra), flight.tokens)
+        step = Step(there(batch.slots + [self.capacity] * extra), partial(self._spans, batch), self.caches,
+                    self.capacity + 1, self.cache_dtype, self._table(batch))  # fmt: skip
+        keep = None if batch.asked == list(range(whole)) and not extra else there(batch.asked + [0] * more)
+        return self._model(step, ids, there(batch.positions + [0] * extra), keep)[:asked]
+
+    def _model(self, step: Step, ids: Tensor, positions: Tensor, keep: Tensor | None) -> Tensor:
+        """ids, positions: [T] -> logits of the rows to keep, of all where None."""
+        asked: dict[str, Any] = {"logits_to_keep": keep} if self.keeps and keep is not None else {}
+        with stepping(step), torch.inference_mode():
+            out: Tensor = self.model(
+                input_ids=ids[None], position_ids=positions[None], use_cache=False, **asked
+            ).logits[0]
+        return out if self.keeps or keep is None else out[keep]
+
+    def _table(self, batch: Batch) -> Table | None:
+        if self.tables is None:
+            return None
+        numbers = partial(sent, dtype=torch.int32, device=self.device)
+        rows = numbers(self.tables.rows([work.stream for work in batch.works]))
+        lengths = [work.stop for work in batch.works]
+        return Table(self.tables.pages.index_select(0, rows), numbers(lengths), numbers(batch.starts), batch.ones,
+                     batch.longest, max(lengths), self.size)  # fmt: skip
+
+    def _spans(self, batch: Batch) -> list[Span]:
+        held = zip(batch.works, batch.starts, batch.starts[1:], strict=False)
+        return [Span(start, stop, work.stop, self._slots(work)) for work, start, stop in held]
 
     def _slots(self, work: Work) -> Tensor:
         """[stop]: where every token of the text lies."""
         pages = torch.tensor(work.stream.pages, device=self.device)
         return (pages[:, None] * self.size + torch.arange(self.size, device=self.device)).flatten()[: work.stop]
 
-    def _logits(self, step: Step, ids: list[int], positions: list[int], rows: list[int]) -> Tensor:
-        keep = torch.tensor(rows + [0] * (rounder(len(rows)) - len(rows)), dtype=torch.long, device=self.device)
-        asked: dict[str, Any] = {"logits_to_keep": keep} if self.keeps else {}
-        with stepping(step), torch.inference_mode():
-            out = self.model(
-                input_ids=torch.tensor([ids], device=self.device),
-                position_ids=torch.tensor([positions], device=self.device), use_cache=False, **asked,
-            ).logits[0]  # fmt: skip
-        return (out if self.keeps else out[keep])[: len(rows)]
-
+    @property
     def slot_bytes(self) -> int:
-        """What one token takes in all layers, seen by running one."""
-        step = Step(torch.zeros(1, dtype=torch.long, device=self.device), [], {}, 1, self.cache_dtype)
-        step.spans = [Span(0, 1, 1, step.slots)]
-        self._logits(step, [0], [0], [0])
-        return sum(cache.slot_bytes for cache in step.caches.values())
+        """What one token takes in the layers that were met."""
+        return sum(cache.slot_bytes for cache in self.caches.values())
 
     def free(self) -> None:
+        self.graphs = None
         self.caches.clear()
+
+
+def no_spans() -> list[Span]:
+    raise AssertionError("inside a CUDA graph attention must have a kernel")
 
 
 class Alone:
@@ -107,13 +161,15 @@ class Alone:
     exactly, and every step computes the whole text.
     """
 
-    paged = False
+    paged = ahead = False
 
     def __init__(self, model: nn.Module, cache: str):
         self.model, self.cache, self.device = model, cache, device_of(model)
 
-    def run(self, works: Sequence[Work]) -> list[Tensor]:
-        return [self._one(work) for work in works]
+    def run(self, works: Sequence[Work], flight: Flight | None = None) -> Logits:
+        found = [self._one(work) for work in works]
+        asked = [rows for rows in found if len(rows)]
+        return Logits(torch.cat(asked) if asked else torch.empty(0, 0), [len(rows) for rows in found])
 
     def _one(self, work: Work) -> Tensor:
         stream, rows = work.stream, wanted(work)

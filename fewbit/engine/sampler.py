@@ -1,7 +1,8 @@
 """From logits to tokens. Plain greedy rows cost one argmax; a row pays only for what it asks for.
 
-Everything stays on the logits' device until one copy brings tokens and logprobs to the host. A row's token depends on
-its own logits, parameters, seed and step, never on the rows beside it.
+Everything stays on the logits' device until one copy brings tokens and logprobs to the host, and nobody waits for that
+copy before its values are asked for. A row's token depends on its own logits, parameters, seed and step, never on the
+rows beside it.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from fewbit.engine.outputs import Logprob
 from fewbit.engine.params import SamplingParams
 from fewbit.engine.sampler_draw import draw
 from fewbit.engine.sampler_edits import edit, edited
+from fewbit.engine.transfer import Reading, sent
 
 
 @dataclass(slots=True)
@@ -37,23 +39,39 @@ class Sampled:
     bad: list[bool]
 
 
+class Drawn:
+    """What was drawn. tokens: [B] int64, on the device; the rest once it has come to the host."""
+
+    def __init__(self, tokens: Tensor, best: Tensor, extra: Sequence[Tensor], asked: Sequence[int],
+                 rows: Sequence[Row]):  # fmt: skip
+        self.tokens, self._asked, self._counts = tokens, asked, [row.params.logprobs or 0 for row in rows]
+        self._reading = Reading(torch.cat([tokens.double(), best.double(), *extra]))
+
+    def read(self) -> Sampled:
+        host = self._reading.done().tolist()
+        count = len(self._counts)
+        finite = [abs(value) < float("inf") for value in host[count : 2 * count]]
+        found: list[dict[int, Logprob] | None] = [None] * count
+        for i, values in zip(self._asked, _pieces(host[2 * count :], len(self._asked)), strict=True):
+            found[i] = _named(int(host[i]), values, self._counts[i])
+        return Sampled([int(value) for value in host[:count]], found, [not one for one in finite])
+
+
 class Sampler:
     def __init__(self, vocab: int, device: torch.device | str) -> None:
         self.vocab, self.device = vocab, torch.device(device)
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, rows: Sequence[Row]) -> Sampled:
+    def draw(self, logits: Tensor, rows: Sequence[Row]) -> Drawn:
         """logits: [B, V] of any float type."""
         asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
         tokens, best = _tokens(logits, rows)
         extra = [] if not asked else _tops(logits, tokens, asked, max(rows[i].params.logprobs or 0 for i in asked))
-        host = torch.cat([tokens.double(), best.double(), *extra]).tolist()
-        count = len(rows)
-        finite = [abs(value) < float("inf") for value in host[count : 2 * count]]
-        found: list[dict[int, Logprob] | None] = [None] * count
-        for i, values in zip(asked, _pieces(host[2 * count :], len(asked)), strict=True):
-            found[i] = _named(int(host[i]), values, rows[i].params.logprobs or 0)
-        return Sampled([int(value) for value in host[:count]], found, [not one for one in finite])
+        return Drawn(tokens, best, extra, asked, rows)
+
+    def sample(self, logits: Tensor, rows: Sequence[Row]) -> Sampled:
+        """Draw, and wait for it."""
+        return self.draw(logits, rows).read()
 
 
 @torch.inference_mode()
@@ -79,16 +97,21 @@ def _tokens(logits: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     best = used.gather(1, tokens.unsqueeze(-1)).squeeze(-1)
     if changed:  # a mask may have hidden a NaN
         best = best + 0 * logits.amax(-1).float()
-    if drawn:
-        tokens[drawn] = draw(used if len(drawn) == len(rows) else used[drawn], [rows[i] for i in drawn])
+    if len(drawn) == len(rows):
+        tokens = draw(used, rows)
+    elif drawn:
+        where = sent(drawn, torch.int64, logits.device)
+        tokens = tokens.index_copy(0, where, draw(used[where], [rows[i] for i in drawn]))
     return tokens, best
 
 
 def _tops(logits: Tensor, tokens: Tensor, chosen: list[int], count: int) -> list[Tensor]:
     """Of the chosen rows: logprob and rank of the token, `count` likeliest logprobs and their ids -> each flat, f64."""
-    rows = logits if len(chosen) == logits.shape[0] else logits[chosen]
-    logprobs = rows.float().log_softmax(-1)
-    own = logprobs.gather(1, tokens[chosen].unsqueeze(-1))
+    if len(chosen) < logits.shape[0]:
+        where = sent(chosen, torch.int64, logits.device)
+        logits, tokens = logits[where], tokens[where]
+    logprobs = logits.float().log_softmax(-1)
+    own = logprobs.gather(1, tokens.unsqueeze(-1))
     rank = (logprobs > own).sum(-1, keepdim=True) + 1
     values, ids = logprobs.topk(min(count, logprobs.shape[1]))
     return [torch.cat([own.double(), rank.double(), values.double(), ids.double()], dim=1).flatten()]

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fewbit.engine.transfer import sent
+
 if TYPE_CHECKING:
     from fewbit.engine.sampler import Row
 
@@ -35,7 +37,7 @@ def draw(logits: Tensor, rows: Sequence["Row"]) -> Tensor:
 def _draw(logits: Tensor, rows: Sequence["Row"]) -> Tensor:
     values = [[row.params.temperature, row.params.min_p, row.params.top_p, uniform(row.seed, len(row.output))]
               for row in rows]  # fmt: skip
-    heat, min_p, top_p, chance = torch.tensor(values, dtype=torch.float64, device=logits.device).T.unsqueeze(-1)
+    heat, min_p, top_p, chance = sent(values, torch.float64, logits.device).T.unsqueeze(-1)
     scaled = logits / heat.float()
     odds = torch.exp(scaled - scaled.amax(-1, keepdim=True)).nan_to_num(0.0)  # of the likeliest token, 1
     if any(row.params.min_p for row in rows):
@@ -51,8 +53,8 @@ def _top_k(scaled: Tensor, odds: Tensor, counts: list[int]) -> Tensor:
     chosen = [i for i, count in enumerate(counts) if 0 < count < scaled.shape[1]]
     if not chosen:
         return odds
-    where = torch.tensor(chosen, device=odds.device)
-    nth = torch.tensor([counts[i] - 1 for i in chosen], device=odds.device).unsqueeze(-1)
+    where = sent(chosen, torch.int64, odds.device)
+    nth = sent([counts[i] - 1 for i in chosen], torch.int64, odds.device).unsqueeze(-1)
     some = scaled[where]
     least = some.topk(max(counts[i] for i in chosen)).values.gather(1, nth)
     return odds.index_copy(0, where, odds[where] * (some >= least))
@@ -62,7 +64,7 @@ def _nucleus(weights: Tensor, top_p: Tensor, chosen: list[int]) -> Tensor:
     """Set to 0, in the chosen rows, all that the likeliest tokens that reach top_p do without. -> weights"""
     if not chosen:
         return weights
-    where = torch.tensor(chosen, device=weights.device)
+    where = sent(chosen, torch.int64, weights.device)
     some, keep = weights[where], top_p[where]
     total = some.sum(-1, keepdim=True)
     spare = torch.minimum(((1 - keep) * total).long(), total - 1)

@@ -45,24 +45,28 @@ class Scheduler:
         return len(self.waiting) + count <= max(self.most_waiting, count)
 
     def next(self) -> list[Work]:
-        """The next step, its pages taken. Who needs one token comes before who needs many."""
-        budget = self.budget
+        """The next step, its pages taken. Who needs one token comes before who needs many; who is full waits."""
         works: dict[Stream, Work] = {}
-        for stream in sorted(self.running, key=lambda s: (len(s.tokens) - s.computed > 1, s.rank)):
-            count = min(len(stream.tokens) - stream.computed, budget)
-            if count and stream in self.running and self._room(stream, stream.computed + count, works):
+        left = self.budget
+        asking = [s for s in self.running if len(s.tokens) > s.computed and not s.full]
+        for stream in sorted(asking, key=lambda s: len(s.tokens) - s.computed > 1):
+            count = min(len(stream.tokens) - stream.computed, left)
+            if not count or not stream.pages:  # or it gave its pages to one before it
+                continue
+            back = self._room(stream, stream.computed + count, works)
+            if back is not None:
                 works[stream] = Work(stream, stream.computed, stream.computed + count)
-                budget = self.budget - sum(w.stop - w.start for w in works.values())
-        while self.waiting and budget and len(self.running) < self.most_running:
-            work = self._begin(self.waiting[0], budget)
+                left += back - count
+        while self.waiting and left and len(self.running) < self.most_running:
+            work = self._begin(self.waiting[0], left)
             if work is None:
                 break
             works[work.stream] = work
-            budget -= work.stop - work.start
+            left -= work.stop - work.start
         return list(works.values())
 
     def _begin(self, stream: Stream, budget: int) -> Work | None:
-        if self._sibling_computes(stream):
+        if stream.full or self._sibling_computes(stream):
             return None
         found, digests = [], []
         if stream.request.params.prompt_logprobs is None:
@@ -86,27 +90,32 @@ class Scheduler:
         mine = [s for s in self.running if s.request is stream.request]
         return any(s.computed < s.prompt_length - 1 for s in mine)
 
-    def _room(self, stream: Stream, length: int, works: dict[Stream, Work]) -> bool:
-        """Pages for so many tokens, from the last in rank if need be."""
+    def _room(self, stream: Stream, length: int, works: dict[Stream, Work]) -> int | None:
+        """Pages for so many tokens, from the last in rank if need be. -> tokens of this step that it gives back;
+
+        None where the stream itself is the last.
+        """
+        back = 0
         while True:
             taken = self.pool.take(max(0, self._pages(length) - len(stream.pages)))
             if taken is not None:
                 stream.pages += taken
-                return True
+                return back
             last = max(self.running, key=lambda s: s.rank)
-            works.pop(last, None)
+            if (lost := works.pop(last, None)) is not None:
+                back += lost.stop - lost.start
             self.preempt(last)
             if last is stream:
-                return False
+                return None
 
     def _pages(self, length: int) -> int:
         return -(-length // self.pool.size)
 
     def computed(self, work: Work) -> None:
-        """A step is done: its full pages may be shared from now on."""
+        """It is on its way. Full pages may be shared from now on, but for those with a token that nobody knows yet."""
         stream, size = work.stream, self.pool.size
         stream.computed = work.stop
-        while (len(stream.digests) + 1) * size <= stream.computed:
+        while (len(stream.digests) + 1) * size <= min(stream.computed, stream.known):
             at = len(stream.digests)
             before = stream.digests[-1] if stream.digests else b""
             stream.digests.append(self.pool.digest(before, stream.tokens[at * size : (at + 1) * size]))
@@ -121,6 +130,7 @@ class Scheduler:
 
     def remove(self, stream: Stream) -> None:
         """Finished or given up."""
+        stream.ended = True
         for held in (self.running, self.waiting):
             if stream in held:
                 held.remove(stream)

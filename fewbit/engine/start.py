@@ -1,12 +1,16 @@
-"""Starting an engine: the model as asked for, its tokenizer, and what "auto" comes to on this machine."""
+"""Starting an engine: the model as asked for, its tokenizer, its runner."""
 
 import gc
 import logging
-import os
-from dataclasses import dataclass
-from typing import Any
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from torch import nn
 
 from fewbit import codecs
@@ -15,12 +19,16 @@ from fewbit.engine.config import EngineConfig
 from fewbit.engine.parallel import Lockstep, Team, digest
 from fewbit.engine.parallel_group import Group
 from fewbit.engine.runner import Alone, Paged, Runner
-from fewbit.errors import CapacityError, CheckpointError, RequestError, UnsupportedError
+from fewbit.errors import CheckpointError, RequestError, UnsupportedError
 from fewbit.kernels.capability import lacking
 from fewbit.models import build, hf
 from fewbit.models.text import tokenizer as read_tokenizer
+from fewbit.models.twin import first_line
 from fewbit.modules import paged
 from fewbit.quant.formats import FORMATS
+
+if TYPE_CHECKING:
+    from fewbit.engine.limits import Limits
 
 LOG = logging.getLogger("fewbit.engine")
 NAMES = {  # vLLM's names of a checkpoint's dialect, beside our own
@@ -33,7 +41,6 @@ CACHES: dict[str, torch.dtype | None] = {
     "fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2,
 }  # fmt: skip
 DTYPES = {"half": "float16", "float": "float32"}
-CPU_CACHE = 1 << 30  # bytes of KV cache on a CPU, of which only used pages are ever touched
 CHANGING = ("dynamic", "longrope")  # kinds of rotary tables that depend on the longest text of a batch
 
 
@@ -57,15 +64,29 @@ class Loaded:
 
     def runner(self, limits: "Limits") -> Runner:
         if self.team is None:
-            return self.own_runner(limits.pages)
-        self.team.command("runner", pages=limits.pages)
-        return Lockstep(self.own_runner(limits.pages), self.team)
+            return self.own_runner(limits)
+        self.team.command("runner", limits=asdict(limits))
+        return Lockstep(self.own_runner(limits), self.team)
 
-    def own_runner(self, pages: int) -> Runner:
+    def own_runner(self, limits: "Limits") -> Runner:
         """Of this rank."""
         if not self.paged:
             return Alone(self.model, proof.cache_of(self.model.config))
-        return Paged(self.model, pages, self.page, self.cache_dtype, apart(self.model))
+        return Paged(self.model, limits.pages, self.page, self.cache_dtype, apart(self.model), limits.most_running,
+                     limits.max_len)  # fmt: skip
+
+    def record(self, runner: Any, eager: bool) -> None:
+        """CUDA graphs of decoding, where they can be had. One that cannot be recorded is said, and runs without."""
+        if eager or self.team is not None or not runner.ahead:
+            return
+        try:
+            with progress("recording graphs") as tell:
+                runner.capture(tell)
+        except (RuntimeError, UnsupportedError) as error:
+            runner.graphs = None
+            LOG.warning("decoding runs without CUDA graphs: %s", first_line(error))
+        else:
+            LOG.info("recorded %d CUDA graphs in %.1f s", len(runner.graphs.sizes), runner.graphs.seconds)
 
     def check(self) -> None:
         """Raise if a rank is gone."""
@@ -81,12 +102,12 @@ class Loaded:
             torch.cuda.empty_cache()
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    max_len: int
-    pages: int
-    most_running: int
-    budget: int  # tokens of a step
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal. -> to be called with how much is done, of how much"""
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def load(config: EngineConfig, group: Group | None = None) -> Loaded:
@@ -197,44 +218,3 @@ def apart(model: Any) -> bool:
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     kinds = [rope, *(v for v in rope.values() if isinstance(v, dict))]
     return any(kind.get("rope_type") in CHANGING for kind in kinds)
-
-
-def limits_of(config: EngineConfig, loaded: Loaded) -> Limits:
-    """How long a text may be, how many pages there are, how many requests run."""
-    size, cpu = config.block_size, loaded.device.type == "cpu"
-    most_running = config.max_num_seqs or (64 if cpu else 256)
-    budget = max(config.max_num_batched_tokens or (512 if cpu else 8192), most_running)
-    asked = config.max_model_len or loaded.longest
-    if config.max_model_len and config.max_model_len > loaded.longest:
-        raise RequestError(f"max_model_len={config.max_model_len}: the model's positions reach {loaded.longest}")
-    if not loaded.paged:
-        return Limits(asked, most_running * -(-asked // size), most_running, budget)
-    each = [measured(config, loaded)] if loaded.team is None else loaded.team.measure(lambda: measured(config, loaded))
-    token, room = min(each, key=lambda rank: rank[1] // rank[0])
-    pages = min(room // (token * size), most_running * -(-asked // size))
-    if pages * size < asked:
-        if config.max_model_len or pages * size < 2:
-            need, got = asked * token, pages * size
-            raise CapacityError(f"max_model_len={asked} needs {need} bytes of KV cache, and there is room for {room}: "
-                                f"{got} tokens. Give a smaller max_model_len, or more memory")  # fmt: skip
-        asked = pages * size
-    return Limits(asked, pages, most_running, budget)
-
-
-def measured(config: EngineConfig, loaded: Loaded) -> tuple[int, int]:
-    """Bytes of KV cache that a token takes on this rank, and what there are. It runs the model: all ranks do so."""
-    token = Paged(loaded.model, 1, config.block_size, loaded.cache_dtype).slot_bytes()
-    return token, config.kv_cache_memory_bytes or cache_room(config, loaded.device)
-
-
-def cache_room(config: EngineConfig, device: torch.device) -> int:
-    """Bytes for the KV cache."""
-    if device.type != "cuda":
-        return min(CPU_CACHE, available() // 2 // config.tensor_parallel_size)
-    free, total = torch.cuda.mem_get_info(device)
-    return max(0, int(free - total * (1 - config.gpu_memory_utilization)))
-
-
-def available() -> int:
-    """Bytes of memory that could be had now."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -6,7 +6,7 @@ them; the others, and the oracle, are plain torch. Registered with transformers 
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,19 +60,32 @@ class Span:
 
 
 @dataclass(slots=True)
+class Table:
+    pages: Tensor
+    lengths: Tensor
+    starts: Tensor
+    ones: int
+    longest: int
+    reach: int
+    size: int
+
+
+@dataclass
 class Step:
     """One forward. Caches grow as layers are met; a layer's heads are seen, not read from a config."""
 
     slots: Tensor  # [T] int64: where each token goes
-    spans: list[Span]
+    make_spans: Callable[[], list[Span]]
     caches: dict[int, Cache]
     capacity: int  # slots of a new cache
     dtype: torch.dtype | None = None  # of a new cache; None: the model's
+    table: Table | None = None
     masks: dict[tuple[int, int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
     few: attend.Queries | None = field(init=False, default=None)  # spans short enough for the kernel of single queries
     rest: list[Span] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.spans = self.make_spans()
         short = [s for s in self.spans if s.stop - s.start <= attend.FEW]
         self.rest = [s for s in self.spans if s.stop - s.start > attend.FEW]
         if short:

@@ -13,7 +13,7 @@ from fewbit.engine.config import EngineConfig
 from fewbit.engine.engine import Engine
 from fewbit.engine.params import SamplingParams
 from fewbit.engine.request import Delta, Request
-from fewbit.engine.runner import rounder
+from fewbit.engine.runner import Logits, rounder
 from fewbit.engine.start import online
 from fewbit.errors import CapacityError, RequestError, SpecError, UnsupportedError
 from tests.tiny import llama
@@ -85,9 +85,12 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("way", WAYS)
-def test_greedy_is_generate(make: Any, truth: Any, way: str) -> None:
+def test_greedy_is_generate(make: Any, truth: Any, way: str, ahead: bool) -> None:
+    """ahead: as on a GPU, a step is begun before the tokens of the one before it are known."""
     engine = make(**WAYS[way])
+    engine.ahead = ahead
     asked = prompts(64, shared=37)
     requests = [Request(str(i), p, SamplingParams(max_tokens=2 + i % 12, **GREEDY)) for i, p in enumerate(asked)]
     found = drain(engine, requests)
@@ -111,6 +114,55 @@ def test_a_request_does_not_know_its_company(make: Any) -> None:
     for one, other in zip(alone, among, strict=True):
         a, b = one.logprobs[0], other.logprobs[0]
         assert a.keys() == b.keys() and all(abs(a[t].logprob - b[t].logprob) < 1e-4 for t in a)
+
+
+AHEAD: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "drawn": {"temperature": 1.0, "top_p": 0.9, "seed": 3, "logprobs": 2},
+    "penalty": {"temperature": 0.0, "repetition_penalty": 1.3, "frequency_penalty": 0.2},
+    "least": {"temperature": 0.0, "min_tokens": 5, "stop_token_ids": list(range(3, 200))},
+    "stops": {"temperature": 1.0, "seed": 5, "stop_token_ids": list(range(3, 60))},
+    "several": {"temperature": 1.0, "seed": 6, "n": 3},
+    "prompt": {"temperature": 0.0, "prompt_logprobs": 1},
+}
+
+
+def test_a_step_ahead_gives_what_a_step_at_a_time_gives(make: Any) -> None:
+    """Rows that need to know their tokens among rows that do not, pages running out, requests given up in between."""
+    options = {"kv_cache_memory_bytes": 3 * 2 * 2 * 32 * 4 * 200, "max_model_len": 120, "max_num_batched_tokens": 24}
+    asked = prompts(42, longest=40, shared=20, seed=4)
+    kinds = [list(AHEAD)[i % len(AHEAD)] for i in range(len(asked))]
+    found = []
+    for ahead in (False, True):
+        engine = make(**options)
+        engine.ahead = ahead
+        requests = [Request(f"{i} {kind}", prompt, SamplingParams(max_tokens=4 + i % 9, ignore_eos=True, **AHEAD[kind]))
+                    for i, (prompt, kind) in enumerate(zip(asked, kinds, strict=True))]  # fmt: skip
+        given = drain(engine, requests)
+        found.append({key: [(tokens(d, i), d[-1].finish) for i in range(3)] for key, d in given.items()})
+        assert engine.stats().pages_used == 0 and engine.stats().preemptions > 0
+    assert found[0] == found[1]
+    assert all(each[0][1] in ("length", "stop") for each in found[0].values())
+
+
+def test_giving_up_while_a_step_is_in_flight(make: Any, truth: Any) -> None:
+    engine = make()
+    engine.ahead = True
+    asked = prompts(4, seed=8)
+    for i, prompt in enumerate(asked):
+        engine.add(Request(str(i), prompt, SamplingParams(max_tokens=6, **GREEDY)))
+    assert engine.step() == []
+    first = {d.request_id: d.tokens for d in engine.step()}
+    engine.abort("1")
+    engine.add(Request("1", asked[1][::-1], SamplingParams(max_tokens=6, **GREEDY)))
+    rest: dict[str, list[int]] = {}
+    while engine.has_work():
+        for delta in engine.step():
+            rest.setdefault(delta.request_id, []).extend(delta.tokens)
+    assert rest["1"] == expected(truth, asked[1][::-1], 6)
+    for i in (0, 2, 3):
+        assert first[str(i)] + rest[str(i)] == expected(truth, asked[i], 6)
+    assert engine.stats().pages_used == 0
 
 
 def test_continuations_share_the_prompt(make: Any) -> None:
@@ -169,9 +221,11 @@ def test_a_row_of_nan_ends_alone(make: Any) -> None:
     want = tokens(drain(engine, [Request("g", good, SamplingParams(max_tokens=4, **GREEDY))])["g"])
     run = engine.runner.run
 
-    def poisoned(works: Any) -> Any:
-        return [logits * float("nan") if w.stream.request.id == "bad" else logits
-                for w, logits in zip(works, run(works), strict=True)]  # fmt: skip
+    def poisoned(works: Any, flight: Any = None) -> Any:
+        found = run(works, flight)
+        each = [logits * float("nan") if w.stream.request.id == "bad" else logits
+                for w, logits in zip(works, found.each(), strict=True)]  # fmt: skip
+        return Logits(torch.cat(each), found.counts)
 
     engine.runner.run = poisoned
     requests = [Request("bad", bad, SamplingParams(max_tokens=4, **GREEDY)),

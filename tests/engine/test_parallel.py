@@ -15,12 +15,12 @@ import pytest
 import torch
 
 import fewbit
+from fewbit.engine.batch import wanted
 from fewbit.engine.config import EngineConfig
 from fewbit.engine.engine import Engine
 from fewbit.engine.parallel_wire import COMMAND, STEP, Receiver, Sender, Wire
 from fewbit.engine.params import SamplingParams
 from fewbit.engine.request import Delta, Request, Stream
-from fewbit.engine.runner import wanted
 from fewbit.engine.scheduler import Work
 from fewbit.errors import FewbitError
 from tests.models import saved

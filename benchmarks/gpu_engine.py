@@ -1,0 +1,122 @@
+"""The engine on a GPU beside vLLM's figures: random weights in Llama-3.1-8B's shape, token ids in, greedy, no end.
+
+    python benchmarks/gpu_engine.py FOLDER [--rows bf16,fp8,w4a16] [--columns 1,8,64,256,serve,prefill] [--layers 32]
+
+FOLDER needs room for 16 GB; the model is made there once. Decode columns: batch x 128 output tokens over the whole
+time of a call with 128 tokens in and 128 out. Serve: 512 requests at once, 100 to 1024 tokens in, 100 to 512 out.
+Prefill: 16 texts of 2048 tokens, one token out. In brackets the share of what vLLM 0.24.0 gave on one H200 (ROWS).
+"""
+
+import argparse
+import gc
+import json
+import random
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from gpu_ptq import make
+
+from fewbit import LLM, SamplingParams
+
+COLUMNS = ("1", "8", "64", "256", "serve", "prefill")
+ROWS = {  # name: (options of LLM, vLLM's tokens a second by column)
+    "bf16": ({}, (205, 1550, 8786, 15604, 10157, 42759)),
+    "bf16-kv8": ({"kv_cache_dtype": "fp8"}, (200, 1519, 8702, 15813, 10529, 43041)),
+    "fp8": ({"quantization": "fp8"}, (283, 2152, 11727, 20602, 13084, 65861)),
+    "fp8-kv8": ({"quantization": "fp8", "kv_cache_dtype": "fp8"}, (276, 2118, 11640, 20372, 13547, 65595)),
+    "w4a16": ({"quantization": "int4-g128"}, (298, 2145, 8734, 15335, 9944, 43085)),  # the better of its two kernels
+    "w4a16-kv8": ({"quantization": "int4-g128", "kv_cache_dtype": "fp8"}, (254, 1909, 8729, 15385, 10247, 42812)),
+    "nvfp4": ({"quantization": "nvfp4-a16"}, None),
+    "mxfp4": ({"quantization": "mxfp4-a16"}, None),
+    "q4_k": ({"quantization": "q4_k"}, None),
+}
+COMMON = {"max_model_len": 4096, "gpu_memory_utilization": 0.85, "enable_prefix_caching": False,
+          "max_num_batched_tokens": 16384, "max_num_seqs": 256}  # fmt: skip
+VOCAB = 128000
+
+
+def texts(count: int, low: int, high: int, draw: random.Random) -> list[list[int]]:
+    return [[draw.randrange(VOCAB) for _ in range(draw.randint(low, high))] for _ in range(count)]
+
+
+def timed(llm: LLM, prompts: list[list[int]], most: list[int]) -> float:
+    params = [SamplingParams(max_tokens=n, temperature=0.0, ignore_eos=True, detokenize=False) for n in most]
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    llm.generate(prompts, params, use_tqdm=False)
+    torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+def decode(llm: LLM, batch: int, repeat: int) -> tuple[float, float]:
+    """-> tokens a second, milliseconds of a step."""
+    draw = random.Random(batch)
+    whole = statistics.median(timed(llm, texts(batch, 128, 128, draw), [128] * batch) for _ in range(repeat))
+    first = statistics.median(timed(llm, texts(batch, 128, 128, draw), [1] * batch) for _ in range(repeat))
+    return batch * 128 / whole, (whole - first) / 127 * 1e3
+
+
+def serve(llm: LLM) -> float:
+    draw = random.Random(0)
+    prompts = texts(512, 100, 1024, draw)
+    most = [draw.randint(100, 512) for _ in prompts]
+    return sum(most) / timed(llm, prompts, most)
+
+
+def prefill(llm: LLM, repeat: int) -> float:
+    draw = random.Random(1)
+    return 16 * 2048 / statistics.median(timed(llm, texts(16, 2048, 2048, draw), [1] * 16) for _ in range(repeat))
+
+
+def measure(llm: LLM, column: str, repeat: int) -> tuple[float, str]:
+    if column == "serve":
+        return serve(llm), ""
+    if column == "prefill":
+        return prefill(llm, repeat), ""
+    rate, step = decode(llm, int(column), repeat)
+    return rate, f" {step:.2f} ms"
+
+
+def row(name: str, model: Path, columns: list[str], repeat: int, options: dict[str, object]) -> None:
+    given, peer = ROWS[name]
+    begun = time.perf_counter()
+    llm = LLM(model, **COMMON, **given, **options)
+    ready = time.perf_counter() - begun
+    engine = llm.llm_engine
+    tokens, held = engine.limits.pages * engine.config.block_size, torch.cuda.memory_allocated() / 2**30
+    print(f"{name}: ready {ready:.1f} s, {tokens} KV tokens, {held:.1f} GiB held", flush=True)
+    timed(llm, texts(4, 100, 200, random.Random(9)), [4] * 4)
+    for column in columns:
+        rate, more = measure(llm, column, repeat)
+        beside = f"\t[{rate / peer[COLUMNS.index(column)]:.2f} of {peer[COLUMNS.index(column)]}]" if peer else ""
+        print(f"{name}\t{column}\t{rate:.0f} tok/s{more}{beside}", flush=True)
+    llm.llm_engine.shutdown()
+    del llm, engine
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--rows", default="bf16,fp8,w4a16")
+    parser.add_argument("--columns", default=",".join(COLUMNS))
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--options", type=json.loads, default={}, help="more options of LLM, as JSON")
+    given = parser.parse_args()
+    model = make(given.folder / "model", given.layers, "cuda")
+    print(torch.cuda.get_device_name(), torch.__version__, flush=True)
+    for name in given.rows.split(","):
+        try:
+            row(name, model, given.columns.split(","), given.repeat, given.options)
+        except Exception as error:  # the other rows are still worth their time
+            print(f"{name}: {type(error).__name__}: {error}", flush=True)
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
