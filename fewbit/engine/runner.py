@@ -69,7 +69,7 @@ class Paged:
             rows.append([at + i for i in wanted(work)])
             at += count
         slots.append(torch.full((extra,), self.capacity, device=self.device))
-        step = Step(torch.cat(slots), spans, self.caches, self.capacity + 1, self.cache_dtype)
+        step = Step(torch.cat(slots), lambda: spans, self.caches, self.capacity + 1, self.cache_dtype)
         asked = [r for each in rows for r in each]
         logits = self._logits(step, ids + [0] * extra, positions + [0] * extra, asked)
         return list(logits.split([len(each) for each in rows]))
@@ -91,8 +91,8 @@ class Paged:
 
     def slot_bytes(self) -> int:
         """What one token takes in all layers, seen by running one."""
-        step = Step(torch.zeros(1, dtype=torch.long, device=self.device), [], {}, 1, self.cache_dtype)
-        step.spans = [Span(0, 1, 1, step.slots)]
+        slots = torch.zeros(1, dtype=torch.long, device=self.device)
+        step = Step(slots, lambda: [Span(0, 1, 1, slots)], {}, 1, self.cache_dtype)
         self._logits(step, [0], [0], [0])
         return sum(cache.slot_bytes for cache in step.caches.values())
 

@@ -31,6 +31,7 @@ ONLINE = {"fp8": "fp8-tensor", "int8": "int8-channel-a8"}  # vLLM's names of wha
 CACHES: dict[str, torch.dtype | None] = {
     "auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
     "fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2,
+    "int8": torch.int8,
 }  # fmt: skip
 DTYPES = {"half": "float16", "float": "float32"}
 CPU_CACHE = 1 << 30  # bytes of KV cache on a CPU, of which only used pages are ever touched
