@@ -39,6 +39,7 @@ ONLINE = {"fp8": "fp8-tensor", "int8": "int8-channel-a8"}  # vLLM's names of wha
 CACHES: dict[str, torch.dtype | None] = {
     "auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
     "fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2,
+    "int8": torch.int8,
 }  # fmt: skip
 DTYPES = {"half": "float16", "float": "float32"}
 CHANGING = ("dynamic", "longrope")  # kinds of rotary tables that depend on the longest text of a batch

@@ -1,14 +1,16 @@
 """Attention over a paged cache: many requests of different lengths in one flat row of tokens.
 
 What a step works on travels beside the model's own arguments, as the thread's current Step. Keys and values go to their
-slots first; then each request reads its own slots back, and nothing else. Few queries go to a kernel where one takes
-them; the others, and the oracle, are plain torch. Registered with transformers without a mask.
+slots first; then each request reads its own slots back, and nothing else. A step with a Table goes to the kernels of a
+GPU whole. Elsewhere few queries go to a kernel where one takes them; the others, and the oracle, are plain torch.
+Registered with transformers without a mask.
 """
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,37 +18,14 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from fewbit.errors import UnsupportedError
-from fewbit.kernels import attend
+from fewbit.kernels import attend, triton_attention
+from fewbit.kernels.cache import Cache
+from fewbit.kernels.table import Table
 from fewbit.modules.attention import KV, explicit, known_or_raise, rounded
 
+__all__ = ["NAME", "Cache", "Span", "Step", "Table", "forward", "stepping"]
 NAME = "fewbit-paged"
-
-
-@dataclass(slots=True)
-class Cache:
-    """Keys and values of one layer: [slots, G, D]."""
-
-    key: Tensor
-    value: Tensor
-
-    @classmethod
-    def like(cls, slots: int, key: Tensor, value: Tensor, dtype: torch.dtype | None) -> "Cache":
-        """Room for so many tokens of these: [1, G, T, D]."""
-        return cls(*(torch.empty(slots, t.shape[1], t.shape[3], dtype=dtype or t.dtype, device=t.device)
-                     for t in (key, value)))  # fmt: skip
-
-    @property
-    def slot_bytes(self) -> int:
-        return sum(t.nbytes // len(t) for t in (self.key, self.value))
-
-    def write(self, slots: Tensor, key: Tensor, value: Tensor) -> None:
-        """key, value: [1, G, T, D]; slots: [T]."""
-        self.key[slots] = key[0].transpose(0, 1).to(self.key.dtype)
-        self.value[slots] = value[0].transpose(0, 1).to(self.value.dtype)
-
-    def read(self, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """-> [1, G, length, D] of each."""
-        return tuple(t.index_select(0, slots).to(dtype).transpose(0, 1)[None] for t in (self.key, self.value))  # type: ignore[return-value]
+How = tuple[float, int | None, float | None, Tensor | None]  # scaling, window, softcap, sinks
 
 
 @dataclass(slots=True)
@@ -59,37 +38,32 @@ class Span:
     slots: Tensor  # [length] int64
 
 
-@dataclass(slots=True)
-class Table:
-    pages: Tensor
-    lengths: Tensor
-    starts: Tensor
-    ones: int
-    longest: int
-    reach: int
-    size: int
-
-
 @dataclass
 class Step:
     """One forward. Caches grow as layers are met; a layer's heads are seen, not read from a config."""
 
     slots: Tensor  # [T] int64: where each token goes
-    make_spans: Callable[[], list[Span]]
+    make_spans: Callable[[], list[Span]]  # called only where no kernel on a GPU takes the step
     caches: dict[int, Cache]
     capacity: int  # slots of a new cache
     dtype: torch.dtype | None = None  # of a new cache; None: the model's
-    table: Table | None = None
+    table: Table | None = None  # what the spans say, for kernels on a GPU
+    refused: str | None = None  # why those do not take the step: there before make_spans is called
     masks: dict[tuple[int, int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
-    few: attend.Queries | None = field(init=False, default=None)  # spans short enough for the kernel of single queries
-    rest: list[Span] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.spans = self.make_spans()
-        short = [s for s in self.spans if s.stop - s.start <= attend.FEW]
-        self.rest = [s for s in self.spans if s.stop - s.start > attend.FEW]
-        if short:
-            self.few = attend.Queries.of([(s.start, s.stop, s.length, s.slots) for s in short])
+    @cached_property
+    def spans(self) -> list[Span]:
+        return self.make_spans()
+
+    @cached_property
+    def few(self) -> attend.Queries | None:
+        """Of spans short enough for the kernel of single queries."""
+        short = [(s.start, s.stop, s.length, s.slots) for s in self.spans if s.stop - s.start <= attend.FEW]
+        return attend.Queries.of(short) if short else None
+
+    @cached_property
+    def rest(self) -> list[Span]:
+        return [s for s in self.spans if s.stop - s.start > attend.FEW]
 
     def cache(self, layer: int, key: Tensor, value: Tensor) -> Cache:
         if layer not in self.caches:
@@ -141,19 +115,33 @@ def forward(
     if (kv := getattr(module, KV, None)) is not None:
         key, value = rounded(key, value, *kv)
     cache = step.cache(int(getattr(module, "layer_idx")), key, value)  # noqa: B009
+    how = (query.shape[-1] ** -0.5 if scaling is None else scaling), sliding_window, softcap, s_aux
+    if step.table is not None:
+        step.refused = triton_attention.refusal(query, cache)
+        if step.refused is None:
+            return _by_table(query, key, value, cache, step.slots, step.table, how)[None], None
     cache.write(step.slots, key, value)
-    out = query.new_zeros(query.shape[2], query.shape[1], value.shape[3])  # rows of no request stay finite
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return _by_spans(query, cache, step, how)[None], None
+
+
+def _by_table(query: Tensor, key: Tensor, value: Tensor, cache: Cache, slots: Tensor, table: Table, how: How) -> Tensor:
+    """Rows of no request stay finite; where every request has one row there are no such rows."""
+    room = query.new_empty if table.ones == query.shape[2] else query.new_zeros
+    out = room(query.shape[2], query.shape[1], value.shape[3])
+    triton_attention.write(cache, slots, key, value)
+    triton_attention.attend(query, cache, out, table, *how)
+    return out
+
+
+def _by_spans(query: Tensor, cache: Cache, step: Step, how: How) -> Tensor:
+    out = query.new_zeros(query.shape[2], query.shape[1], cache.value.shape[2])  # rows of no request stay finite
     spans = step.spans
     if step.few is not None and attend.refusal(query, cache.key, cache.value) is None:
-        rows = query[0].transpose(0, 1).contiguous()
-        attend.attend(rows, cache.key, cache.value, out, step.few, scaling, sliding_window, softcap, s_aux)
+        attend.attend(query[0].transpose(0, 1).contiguous(), cache.key, cache.value, out, step.few, *how)
         spans = step.rest
     for span in spans:
-        out[span.start : span.stop] = _attend(
-            query[:, :, span.start : span.stop], cache, span, step, scaling, sliding_window, softcap, s_aux
-        )
-    return out[None], None
+        out[span.start : span.stop] = _attend(query[:, :, span.start : span.stop], cache, span, step, *how)
+    return out
 
 
 def _attend(

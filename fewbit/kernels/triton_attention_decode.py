@@ -1,0 +1,153 @@
+"""One query per request: a program takes one key head with the queries on it, and a part of the text.
+
+A text is cut into as many parts as the device has room for, so that one long text fills it; a second kernel joins what
+the parts found. The number of parts is a matter of the step's size alone, the length of a part of its own text: a
+request has the same bits beside any others as long as that number stays.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fewbit.kernels.cache import Cache
+from fewbit.kernels.table import Table
+from fewbit.kernels.triton_attention_parts import LOWEST, opening, padded, precision, processors, sizes, walk
+
+PROGRAMS = 4  # that are aimed at, per multiprocessor
+MOST_PARTS = 64
+MOST_HEADS = 64  # queries of a program
+TILE_BYTES = 16384  # of keys: several programs share a multiprocessor
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How the work of a step is cut."""
+
+    heads: int  # queries of a program, with padding
+    blocks: int  # programs that share the queries of one key head
+    tokens: int  # of a tile
+    parts: int  # of a text
+
+
+def shape(query: Tensor, cache: Cache, table: Table, window: int | None) -> Shape:
+    key_heads = cache.key.shape[1]
+    group = query.shape[1] // key_heads
+    heads = min(MOST_HEADS, padded(group))
+    blocks = -(-group // heads)
+    tokens = 64 if padded(cache.key.shape[2]) * query.element_size() * 64 <= TILE_BYTES else 32
+    reach = table.reach if window is None else min(table.reach, window)
+    wanted = -(-PROGRAMS * processors(query.device) // (table.ones * key_heads * blocks))
+    parts = max(1, min(-(-reach // tokens), wanted, MOST_PARTS))
+    return Shape(heads, blocks, tokens, triton.next_power_of_2(parts))  # few values: a kernel is compiled for each
+
+
+def run(
+    query: Tensor,
+    cache: Cache,
+    out: Tensor,
+    table: Table,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> None:
+    """The first table.ones requests; see triton_attention.attend."""
+    cut, (heads, key_heads) = shape(query, cache, table, window), (query.shape[1], cache.key.shape[1])
+    split = (table.ones, heads, cut.parts) if cut.parts > 1 else (0, 0, 0)
+    found = torch.empty(*split, out.shape[2], dtype=torch.float32, device=query.device)
+    weights = torch.empty(*split, 2, dtype=torch.float32, device=query.device)
+    fixed = {"PARTS": cut.parts, "TOKENS": cut.tokens}
+    dims = sizes(cache)
+    _part[(table.ones, key_heads * cut.blocks, cut.parts)](
+        query, cache.key, cache.value, cache.key_scale, cache.value_scale, out, found, weights, table.pages,
+        table.lengths, table.starts, sinks, scaling, window, softcap, heads, query.stride(2), query.stride(1),
+        *cache.key.stride()[:2], *cache.value.stride()[:2], *out.stride()[:2], table.pages.stride(0), key_heads,
+        GROUP=heads // key_heads, BLOCKS=cut.blocks, HEADS=cut.heads, SIZE=table.size,
+        PRECISION=precision(query.dtype), num_warps=4, num_stages=3, **fixed, **dims,
+    )  # fmt: skip
+    if cut.parts > 1:
+        many = triton.next_power_of_2(cut.parts)
+        _join[(table.ones, heads)](
+            found, weights, out, table.lengths, table.starts, window, heads, *out.stride()[:2], MANY=many, **fixed,
+            DV=dims["DV"], DVP=dims["DVP"], num_warps=4 if many * dims["DVP"] <= 8192 else 8,
+        )  # fmt: skip
+
+
+@triton.jit
+def _stretch(length, window, PARTS: tl.constexpr, TOKENS: tl.constexpr):
+    """-> the first token that is seen, and how many each part takes: whole tiles."""
+    first = 0
+    if window is not None:
+        first = tl.maximum(length - window, 0)
+    return first, tl.cdiv(tl.cdiv(length - first, PARTS), TOKENS) * TOKENS
+
+
+@triton.jit
+def _part(
+    query, key, value, key_scale, value_scale, out, found, weights, pages, lengths, starts, sinks, scaling, window,
+    softcap, heads, q_row, q_head, k_slot, k_head, v_slot, v_head, o_row, o_head, p_row, key_heads,
+    GROUP: tl.constexpr, BLOCKS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+):  # fmt: skip
+    request = tl.program_id(0)
+    kin = tl.program_id(1) // BLOCKS
+    part = tl.program_id(2)
+    length = tl.load(lengths + request)
+    first, step = _stretch(length, window, PARTS, TOKENS)
+    first += part * step
+    last = tl.minimum(first + step, length)
+    if PARTS > 1:  # noqa: SIM102, known when compiling: a mixed condition takes no return
+        if first >= last:
+            return
+    row = tl.load(starts + request).to(tl.int64)
+    member = tl.program_id(1) % BLOCKS * HEADS + tl.arange(0, HEADS)
+    inside = member < GROUP
+    head = kin * GROUP + member
+    d = tl.arange(0, DP)
+    e = tl.arange(0, DVP)
+    q = tl.load(query + row * q_row + head[:, None] * q_head + d[None, :],
+                mask=inside[:, None] & (d < D)[None, :], other=0.0)  # fmt: skip
+    top, total = opening(sinks, head, inside & (part == 0), HEADS)
+    if key_scale is not None:
+        key_scale += kin
+        value_scale += kin
+    acc, total, top = walk(
+        q, tl.zeros([HEADS, DVP], tl.float32), total, top, first, last, last, tl.zeros([HEADS], tl.int32) + last, None,
+        pages + request.to(tl.int64) * p_row, key + kin * k_head, value + kin * v_head, key_scale, value_scale, k_slot,
+        v_slot, key_heads, scaling, softcap, True, SIZE, TOKENS, D, DV, DP, DVP, PRECISION,
+    )  # fmt: skip
+    wanted = inside[:, None] & (e < DV)[None, :]
+    if PARTS == 1:
+        acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+        tl.store(out + row * o_row + head[:, None] * o_head + e[None, :], acc.to(out.dtype.element_ty), mask=wanted)
+    else:
+        at = (request.to(tl.int64) * heads + head) * PARTS + part
+        tl.store(found + at[:, None] * DV + e[None, :], acc, mask=wanted)
+        tl.store(weights + at * 2, top, mask=inside)
+        tl.store(weights + at * 2 + 1, total, mask=inside)
+
+
+@triton.jit
+def _join(
+    found, weights, out, lengths, starts, window, heads, o_row, o_head, MANY: tl.constexpr, PARTS: tl.constexpr,
+    TOKENS: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+):  # fmt: skip
+    request = tl.program_id(0)
+    head = tl.program_id(1)
+    length = tl.load(lengths + request)
+    first, step = _stretch(length, window, PARTS, TOKENS)
+    part = tl.arange(0, MANY)
+    there = part * step < length - first
+    at = (request.to(tl.int64) * heads + head) * PARTS + part
+    e = tl.arange(0, DVP)
+    top = tl.load(weights + at * 2, mask=there, other=LOWEST)
+    total = tl.load(weights + at * 2 + 1, mask=there, other=0.0)
+    acc = tl.load(found + at[:, None] * DV + e[None, :], mask=there[:, None] & (e < DV)[None, :], other=0.0)
+    share = tl.where(there, tl.exp2(top - tl.max(top, 0)), 0.0)
+    total = tl.sum(total * share, 0)
+    acc = tl.sum(acc * share[:, None], 0) / tl.where(total > 0.0, total, 1.0)
+    row = tl.load(starts + request).to(tl.int64)
+    tl.store(out + row * o_row + head * o_head + e, acc.to(out.dtype.element_ty), mask=e < DV)

@@ -1,0 +1,118 @@
+"""Many queries per request: a program takes a block of them on one head, and walks along what they see.
+
+Rows stand at the end of their text: what the cache had before is seen by all of them, their own by those behind. The
+tokens that every row of a block sees are walked without masks. Blocks that see most are started first.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fewbit.kernels.cache import Cache
+from fewbit.kernels.table import Table
+from fewbit.kernels.triton_attention_parts import opening, padded, precision, sizes, walk
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    rows: int
+    tokens: int
+    warps: int
+    stages: int
+
+
+FEW, SOME, MANY, WIDE, FULL = (
+    Tile(16, 64, 4, 3), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 32, 8, 2), Tile(32, 32, 4, 2),
+)  # fmt: skip
+
+
+def tile(query: Tensor, cache: Cache, longest: int) -> Tile:
+    """FULL keeps float32 without matrix units within the registers; WIDE, large heads within shared memory."""
+    widest = padded(max(cache.key.shape[2], cache.value.shape[2]))
+    if query.dtype == torch.float32:
+        return FULL
+    if widest > 256:
+        return WIDE
+    return FEW if longest <= FEW.rows else SOME if longest <= SOME.rows or widest > 128 else MANY
+
+
+def run(
+    query: Tensor,
+    cache: Cache,
+    out: Tensor,
+    table: Table,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> None:
+    """The requests behind the first table.ones; see triton_attention.attend."""
+    cut, heads, requests = tile(query, cache, table.longest), query.shape[1], len(table.lengths) - table.ones
+    _block[(-(-table.longest // cut.rows), heads, requests)](
+        query, cache.key, cache.value, cache.key_scale, cache.value_scale, out, table.pages, table.lengths,
+        table.starts, sinks, table.ones, scaling, window, softcap, query.stride(2), query.stride(1),
+        *cache.key.stride()[:2], *cache.value.stride()[:2], *out.stride()[:2], table.pages.stride(0),
+        cache.key.shape[1], GROUP=heads // cache.key.shape[1], ROWS=cut.rows, TOKENS=cut.tokens, SIZE=table.size,
+        PRECISION=precision(query.dtype), **sizes(cache), num_warps=cut.warps, num_stages=cut.stages,
+    )  # fmt: skip
+
+
+@triton.jit
+def _block(
+    query, key, value, key_scale, value_scale, out, pages, lengths, starts, sinks, ones, scaling, window, softcap,
+    q_row, q_head, k_slot, k_head, v_slot, v_head, o_row, o_head, p_row, key_heads, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+):  # fmt: skip
+    request = ones + tl.program_id(2)
+    head = tl.program_id(1)
+    kin = head // GROUP
+    begin = tl.load(starts + request)
+    count = tl.load(starts + request + 1) - begin
+    before = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
+    if before >= count:
+        return
+    length = tl.load(lengths + request)
+    row = before + tl.arange(0, ROWS)
+    inside = row < count
+    at = length - count + row
+    d = tl.arange(0, DP)
+    e = tl.arange(0, DVP)
+    far = (begin + row).to(tl.int64)
+    q = tl.load(query + far[:, None] * q_row + head * q_head + d[None, :],
+                mask=inside[:, None] & (d < D)[None, :], other=0.0)  # fmt: skip
+    lowest = tl.maximum(length - count + before, 0)  # place of the first row, of the one behind the last
+    highest = tl.minimum(lowest + ROWS, length)
+    common = (lowest + 1) // TOKENS * TOKENS  # up to here all rows see all, as far as a window does not hide it
+    first = 0
+    middle = 0
+    if window is not None:
+        first = tl.maximum(lowest + 1 - window, 0) // TOKENS * TOKENS
+        middle = tl.minimum(tl.cdiv(tl.maximum(highest - window, 0), TOKENS) * TOKENS, common)
+    top, total = opening(sinks, head + row * 0, inside, ROWS)
+    acc = tl.zeros([ROWS, DVP], tl.float32)
+    if key_scale is not None:
+        key_scale += kin
+        value_scale += kin
+    pages += request.to(tl.int64) * p_row
+    key += kin * k_head
+    value += kin * v_head
+    if window is not None:
+        acc, total, top = walk(
+            q, acc, total, top, first, middle, length, at, window, pages, key, value, key_scale, value_scale, k_slot,
+            v_slot, key_heads, scaling, softcap, True, SIZE, TOKENS, D, DV, DP, DVP, PRECISION,
+        )  # fmt: skip
+    acc, total, top = walk(
+        q, acc, total, top, middle, common, length, at, window, pages, key, value, key_scale, value_scale, k_slot,
+        v_slot, key_heads, scaling, softcap, False, SIZE, TOKENS, D, DV, DP, DVP, PRECISION,
+    )  # fmt: skip
+    acc, total, top = walk(
+        q, acc, total, top, common, highest, length, at, window, pages, key, value, key_scale, value_scale, k_slot,
+        v_slot, key_heads, scaling, softcap, True, SIZE, TOKENS, D, DV, DP, DVP, PRECISION,
+    )  # fmt: skip
+    acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+    tl.store(out + far[:, None] * o_row + head * o_head + e[None, :], acc.to(out.dtype.element_ty),
+             mask=inside[:, None] & (e < DV)[None, :])  # fmt: skip

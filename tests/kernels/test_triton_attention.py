@@ -1,0 +1,272 @@
+"""The kernels of attention for GPUs, by Triton's interpreter, against modules.paged in plain torch.
+
+What nobody may read is NaN: slots that no text has, scales beside them, pages beyond a text, outputs before the call.
+The interpreter cannot multiply bfloat16: tests/gpu does that.
+"""
+
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fewbit.kernels import triton_attention
+from fewbit.kernels.cache import FP8, Cache
+from fewbit.kernels.table import Table
+from fewbit.kernels.triton_runtime import lacking
+from fewbit.modules import paged
+from fewbit.modules.paged import Span, Step, stepping
+
+LACKING = lacking(torch.device("cpu"))
+pytestmark = pytest.mark.skipif(LACKING is not None or torch.cuda.is_available(), reason=str(LACKING))
+
+
+@dataclass(frozen=True)
+class Case:
+    heads: tuple[int, int] = (4, 2)  # H, G
+    size: int = 32
+    value_size: int = 0  # 0: as size
+    page: int = 16
+    requests: tuple[tuple[int, int], ...] = ((1, 37), (1, 5), (7, 40), (19, 19))  # rows, length
+    how: dict[str, Any] | None = None  # sliding_window, softcap
+    sinks: bool = False
+    dtype: torch.dtype = torch.float32
+    held: torch.dtype | None = None
+
+
+BOTH = ((1, 50), (1, 0), (1, 16), (21, 70))
+CASES = {
+    "as many heads": Case((2, 2)),
+    "four on one": Case((4, 1)),
+    "three on one": Case((6, 2)),
+    "eight on one": Case((8, 1), requests=((1, 33), (3, 20))),
+    "seventeen on one": Case((17, 1), requests=((1, 33), (3, 20))),
+    "64": Case(size=64),
+    "80": Case(size=80, requests=((1, 20), (5, 20))),
+    "128": Case((2, 1), 128, requests=((1, 70), (5, 20))),
+    "256": Case((2, 1), 256, requests=((1, 40), (5, 20))),
+    "512": Case((2, 1), 512, requests=((1, 40), (5, 20))),
+    "keys wider": Case(size=48, value_size=32),
+    "pages of 32": Case(page=32),
+    "pages of 3": Case(page=3),
+    "window": Case(requests=BOTH, how={"sliding_window": 20}),
+    "window of 1": Case(requests=BOTH, how={"sliding_window": 1}),
+    "wide window": Case(requests=BOTH, how={"sliding_window": 1000}),
+    "softcap": Case(requests=BOTH, how={"softcap": 5.0}),
+    "sinks": Case(requests=BOTH, sinks=True),
+    "all": Case(requests=BOTH, how={"sliding_window": 40, "softcap": 2.0}, sinks=True),
+    "decode alone": Case(requests=((1, 130), (1, 1), (1, 64), (1, 65))),
+    "chunk behind a long text": Case(requests=((40, 120),)),
+    "nobody's rows": Case(requests=((1, 9), (3, 10), (5, 0))),
+    "float16": Case(dtype=torch.float16),
+    "e4m3": Case(held=torch.float8_e4m3fn),
+    "e5m2": Case(held=torch.float8_e5m2),
+    "int8": Case(held=torch.int8, requests=BOTH, sinks=True),
+    "float16 cache": Case(held=torch.float16),
+}
+
+
+@dataclass
+class Made:
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    sinks: Tensor | None
+    cache: Cache
+    slots: Tensor
+    spans: list[Span]
+    table: Table
+
+
+def make(case: Case, device: str = "cpu", held: torch.dtype | None = None) -> Made:
+    """Texts on pages in random order; all but each request's own rows are in the cache.
+
+    With a cache of 8 bits they are drawn among what it can hold: the interpreter does not round to nearest.
+    """
+    draw = torch.Generator().manual_seed(0)
+    (heads, groups), wide = case.heads, case.value_size or case.size
+    rows, lengths = zip(*case.requests, strict=True)
+    needs = [-(-n // case.page) for n in lengths]
+    order = torch.randperm(sum(needs) + 2, generator=draw)
+    pages = torch.full((len(rows), max(needs) + 1), 1 << 30, dtype=torch.int32)
+    total = sum(rows)
+    grid = case.held if case.held in FP8 else case.dtype
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(1, *shape, generator=draw).to(grid).to(case.dtype).transpose(1, 2)
+
+    query = drawn(total, heads, case.size)
+    key, value = drawn(total, groups, case.size), drawn(total, groups, wide)
+    capacity = len(order) * case.page + 1
+    cache = empty(capacity, key, value, held or case.held)
+    spans, slots, at = [], [], 0
+    for i, (count, length) in enumerate(case.requests):
+        mine = order[sum(needs[:i]) :][: needs[i]]
+        pages[i, : needs[i]] = mine
+        text = (mine[:, None] * case.page + torch.arange(case.page)).flatten()[:length]
+        if length:
+            cache.write(text[: length - count], *(drawn(length - count, groups, d) for d in (case.size, wide)))
+            spans.append(Span(at, at + count, length, text))
+        slots.append(text[length - count :] if length else torch.full((count,), capacity - 1))
+        at += count
+    starts = torch.tensor([0, *torch.tensor(rows).cumsum(0).tolist()], dtype=torch.int32)
+    ones = next((i for i, n in enumerate(rows) if n != 1), len(rows))
+    table = Table(pages, torch.tensor(lengths, dtype=torch.int32), starts, ones, max(rows), max(lengths), case.page)
+    sinks = torch.randn(heads, generator=draw) if case.sinks else None
+    return on(Made(query, key, value, sinks, cache, torch.cat(slots), spans, table), device)
+
+
+def empty(capacity: int, key: Tensor, value: Tensor, held: torch.dtype | None) -> Cache:
+    """NaN wherever the type has one, else the largest code."""
+    cache = Cache.like(capacity, key, value, held)
+    for plane in planes(cache):
+        if plane is not None:
+            plane.copy_(torch.tensor(127 if plane.dtype == torch.int8 else torch.nan))
+    return cache
+
+
+def on(made: Any, device: str) -> Any:
+    """The same with its tensors there."""
+    if isinstance(made, Tensor):
+        return made.to(device)
+    if isinstance(made, list):
+        return [on(each, device) for each in made]
+    if not is_dataclass(made):
+        return made
+    return replace(made, **{f.name: on(getattr(made, f.name), device) for f in fields(made)})
+
+
+def copied(cache: Cache) -> Cache:
+    return Cache(*(None if t is None else t.clone() for t in planes(cache)))  # type: ignore[arg-type]
+
+
+def planes(cache: Cache) -> list[Tensor | None]:
+    return [cache.key, cache.value, cache.key_scale, cache.value_scale]
+
+
+def plainly(made: Made, case: Case, table: Table | None = None) -> tuple[Tensor, Cache]:
+    """modules.paged on a copy of the cache -> [T, H, Dv], and that cache."""
+    module, cache = nn.Module(), copied(made.cache)
+    module.layer_idx = 0  # type: ignore[assignment]
+    step = Step(made.slots, lambda: made.spans, {0: cache}, len(cache.key), table=table)
+    with stepping(step), torch.inference_mode():
+        out, _ = paged.forward(module, made.query, made.key, made.value, None, s_aux=made.sinks, **(case.how or {}))
+    assert table is None or step.refused is None
+    return out[0], cache
+
+
+def by_kernels(made: Made, case: Case) -> tuple[Tensor, Cache]:
+    cache, how = copied(made.cache), case.how or {}
+    assert triton_attention.refusal(made.query, cache) is None
+    out = torch.full_like(made.query[0].transpose(0, 1)[..., :1], torch.nan).repeat(1, 1, made.value.shape[3])
+    triton_attention.write(cache, made.slots, made.key, made.value)
+    triton_attention.attend(made.query, cache, out, made.table, case.size**-0.5, how.get("sliding_window"),
+                            how.get("softcap"), made.sinks)  # fmt: skip
+    return out, cache
+
+
+def bound(case: Case) -> dict[str, float]:
+    return {"rtol": 1e-5, "atol": 3e-6} if case.dtype == torch.float32 else {"rtol": 2.0**-7, "atol": 2.0**-9}
+
+
+def same(a: Cache, b: Cache) -> None:
+    for x, y in zip(planes(a), planes(b), strict=True):
+        if x is not None and y is not None:
+            torch.testing.assert_close(x.float(), y.float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_plain_torch(name: str) -> None:
+    """Rows of nobody are 0; what is written is the same bits."""
+    case = CASES[name]
+    made = make(case)
+    want, kept = plainly(made, case)
+    got, written = by_kernels(made, case)
+    torch.testing.assert_close(got, want, **bound(case))
+    same(written, kept)
+
+
+def test_a_step_with_a_table_makes_no_spans() -> None:
+    case = CASES["all"]
+    made = make(case)
+    want, _ = plainly(made, case)
+    got, _ = plainly(replace(made, spans=[]), case, made.table)
+    torch.testing.assert_close(got, want, **bound(case))
+
+
+def test_a_refused_step_says_why_to_who_makes_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["as many heads"]
+    made = make(case)
+    monkeypatch.setattr(triton_attention, "refusal", lambda *_: "not today")
+    module, said = nn.Module(), []
+    module.layer_idx = 0  # type: ignore[assignment]
+    step = Step(made.slots, lambda: said.append(step.refused) or made.spans, {0: made.cache}, 1, table=made.table)
+    with stepping(step), torch.inference_mode():
+        out, _ = paged.forward(module, made.query, made.key, made.value, None)
+    assert said == ["not today"] and bool(out.isfinite().all())
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_the_same_bits_beside_others(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With as many parts, whatever the others' lengths and the bound on them."""
+    from fewbit.kernels import triton_attention_decode as decode
+
+    case = Case(requests=((1, 90), (1, 33), (1, 7), (1, 200)), how={"sliding_window": window})
+    made = make(case)
+    monkeypatch.setattr(decode, "processors", lambda _: 4)
+    together, cache = by_kernels(made, case)
+    parts = decode.shape(made.query, cache, made.table, window).parts
+    monkeypatch.setattr(decode, "processors", lambda _: 1)  # as many parts for one request as four had
+    for i in range(4):
+        t = made.table
+        table = replace(t, pages=t.pages[i : i + 1], lengths=t.lengths[i : i + 1], starts=t.starts[:2], ones=1)
+        of_one = {"query": made.query, "key": made.key, "value": made.value}
+        one = replace(made, **{n: x[:, :, i : i + 1] for n, x in of_one.items()}, slots=made.slots[i : i + 1],
+                      table=table)  # fmt: skip
+        assert decode.shape(one.query, cache, table, window).parts == parts == 2
+        assert torch.equal(by_kernels(one, case)[0][0], together[i])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_eight_bits_saturate(dtype: torch.dtype) -> None:
+    key = torch.tensor([1e6, -1e6, 2.0, -0.5]).repeat(4).view(1, 1, 1, 16)
+    for write in (Cache.write, triton_attention.write):
+        cache = Cache.like(3, key, key, dtype)
+        write(cache, torch.tensor([1]), key, -key)
+        most = torch.finfo(dtype).max
+        assert cache.key[1, 0, :4].tolist() == [most, -most, 2.0, -0.5]
+        assert cache.value[1, 0, :4].tolist() == [-most, most, -2.0, 0.5]
+
+
+def test_int8_is_as_close_as_its_step() -> None:
+    draw = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(1, 2, 9, 20, generator=draw) * 10.0 ** torch.arange(9)[:, None] for _ in range(2))
+    key[:, :, 3] = 0
+    cache = Cache.like(9, key, value, torch.int8)
+    assert cache.slot_bytes == 2 * 2 * (20 + 4)
+    slots = torch.randperm(9, generator=draw)
+    cache.write(slots, key, value)
+    for got, want in zip(cache.read(slots, torch.float32), (key, value), strict=True):
+        assert bool(((got - want).abs() <= want.abs().amax(-1, keepdim=True) / 127 / 2 * 1.001).all())
+
+
+def test_int8_answers_nearly_as_bfloat16() -> None:
+    """Against float32 of the same texts: within a few times what a cache of bfloat16 loses, better than e4m3."""
+    errors = {}
+    truth = None
+    for held in (torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn):
+        case = Case(size=64, held=held, requests=((1, 150), (20, 100)))
+        out, _ = plainly(make(replace(case, held=None), held=held), case)
+        truth = out if truth is None else truth
+        errors[held] = float((out - truth).norm() / truth.norm())
+    assert errors[torch.bfloat16] < errors[torch.int8] < 0.01 < errors[torch.float8_e4m3fn]
+
+
+def test_says_why_not() -> None:
+    query = torch.zeros(1, 1, 1, 16)
+    cache = Cache.like(1, query, query, None)
+    assert triton_attention.refusal(query, cache) is None
+    assert "not torch.float64" in (triton_attention.refusal(query.double(), cache) or "")
+    wide = torch.zeros(1, 1, 1, 576)
+    assert "up to 512, not of 576" in (triton_attention.refusal(wide, Cache.like(1, wide, wide, None)) or "")
