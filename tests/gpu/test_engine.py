@@ -24,7 +24,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def started(folder: Path, device: str, **options: Any) -> Engine:
-    return Engine(EngineConfig.of(model=str(folder), device=device, max_model_len=96, **options))
+    return Engine(
+        EngineConfig.of(model=str(folder), device=device, max_model_len=96, **{"max_num_seqs": 12, **options})
+    )
 
 
 def answers(engine: Engine, vocab: int = 250, **params: Any) -> list[list[int]]:

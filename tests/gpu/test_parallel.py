@@ -1,0 +1,70 @@
+"""Tensor parallel over nccl: two GPUs give one GPU's tokens, and a rank that dies ends the engine."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fewbit.engine.config import EngineConfig
+from fewbit.engine.engine import Engine
+from fewbit.engine.params import SamplingParams
+from fewbit.engine.request import Request
+from fewbit.errors import FewbitError
+from tests.engine.test_parallel import GREEDY, gone, pids, same, texts
+from tests.models import saved
+from tests.tiny import llama
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")]
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama in 4 bits": ("llama", {"quantization": "int4-g32"}),
+    "experts": ("qwen3_moe", {}),
+    "eager": ("llama", {"enforce_eager": True}),
+    "preemption": ("llama", {"max_num_batched_tokens": 9, "max_num_seqs": 5}),
+}
+
+
+def engine(path: Path, size: int, **options: Any) -> Engine:
+    return Engine(EngineConfig.of(model=str(path), dtype="float32", device="cuda", tensor_parallel_size=size,
+                                  **{"max_num_seqs": 8, "max_model_len": 96, **options}))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return llama(tmp_path_factory.mktemp("parallel") / "llama", num_attention_heads=4, num_key_value_heads=2,
+                 head_dim=32)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_two_ranks_are_one(name: str, folder: Path, tmp_path: Path) -> None:
+    kind, options = MODELS[name]
+    path = folder if kind == "llama" else saved.save(saved.model(kind), tmp_path / "model")
+    alone = engine(path, 1, **options)
+    want = texts(alone, 12, 90)
+    alone.shutdown()
+    both = engine(path, 2, **options)
+    (pid,) = pids(both)
+    try:
+        same(want, texts(both, 12, 90))
+    finally:
+        both.shutdown()
+    assert gone(pid)
+
+
+def test_a_dead_rank_ends_the_engine(folder: Path) -> None:
+    of = engine(folder, 2, max_model_len=128)
+    (pid,) = pids(of)
+    of.add(Request("a", [3, 4, 5], SamplingParams(max_tokens=120, **GREEDY)))
+    of.step()
+    os.kill(pid, signal.SIGKILL)
+    begun = time.monotonic()
+    with pytest.raises(FewbitError, match=rf"rank 1 of 2 \(process {pid}\) was killed by signal 9"):
+        while True:
+            of.step()
+    assert time.monotonic() - begun < 10
+    of.shutdown()
+    assert gone(pid)
