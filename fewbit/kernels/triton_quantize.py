@@ -1,62 +1,20 @@
 """Activations to codes: scales by row, by run of columns, or given; the codes that quant.reference would choose.
 
-A row's scale is its largest magnitude over what the element reaches, as fake_quant computes it: divisions rounded once,
-codes to the nearest, ties to even, saturating. `Recipe` says which; `recipe` reads it off a format's activation spec.
+Divisions are rounded once, codes to the nearest, ties to even, saturating: as fake_quant does, bit for bit.
 """
-
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fewbit.quant.elements import E4M3, E8M0, F32, INT8
-from fewbit.quant.spec import QuantSpec
+from fewbit.kernels.input_rounding import Rounding
 
 HELD = 16384  # columns of a row that stay in registers between the search and the rounding
 TILE = 2048  # values of a program that rounds runs of columns
-DTYPES = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8}
-RULES = ("amax", "range")
 
 
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """How activations become codes. columns: of a run that shares a scale, 0 = a row; given: the scale is stored."""
-
-    element: str
-    columns: int
-    given: bool
-    reach: float  # the magnitude that the scale puts the largest value on
-    empty: float  # the scale where all values are 0
-    powers: bool = False  # scales are powers of two, rounded up
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return DTYPES[self.element]
-
-
-def recipe(spec: QuantSpec) -> Recipe | str:
-    """-> how quantize_rows does it, or why it does not."""
-    if spec.element not in (E4M3, INT8) or spec.zeros or len(spec.scales) != 1:
-        return "rounds activations to e4m3 or int8 with one scale"
-    scale, element = spec.scales[0], spec.element
-    powers = scale.element is E8M0
-    known = (E8M0, "mx-ceil") if powers else (F32, spec.rule if spec.rule in RULES else "amax or range")
-    if (scale.element, spec.rule) != known or scale.op != "mul":
-        return f"knows float32 scales by amax or range and e8m0 by mx-ceil, not {scale.element.name} by {spec.rule}"
-    rows, columns = scale.block
-    whole = scale.dynamic and (rows, columns) == (1, 0)
-    runs = scale.dynamic and rows == 1 and columns in (32, 64, 128, 256)
-    given = not scale.dynamic and (rows, columns) == (0, 0) and not powers
-    if not (whole or runs or given):
-        return "rounds activations by token, by runs of 32 to 256 columns, or with one stored scale"
-    reach = (element.max - element.min) / 2 if spec.rule == "range" else element.max
-    empty = torch.finfo(torch.float32).eps if spec.rule == "range" else 1.0
-    return Recipe(element.name, columns, given, reach, empty, powers)
-
-
-def quantize_rows(x: Tensor, how: Recipe, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, how: Rounding, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x: [M, K] float -> codes [M, K] and float32 scales [M, 1], [M, runs], or the one given."""
     x = x.contiguous()
     m, k = x.shape
@@ -72,7 +30,7 @@ def quantize_rows(x: Tensor, how: Recipe, scale: Tensor | None = None) -> tuple[
     return codes, scales
 
 
-def _by_runs(x: Tensor, codes: Tensor, how: Recipe) -> Tensor:
+def _by_runs(x: Tensor, codes: Tensor, how: Rounding) -> Tensor:
     m, k = x.shape
     runs = triton.cdiv(k, how.columns)
     scales = torch.empty(m, runs, dtype=torch.float32, device=x.device)

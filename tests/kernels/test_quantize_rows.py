@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from fewbit.kernels.input_rounding import Rounding, rounding
 from fewbit.kernels.triton_runtime import lacking
 from fewbit.quant import elements
 from fewbit.quant.formats import BLOCK_FP8, FORMATS, TENSOR_FP8, TOKEN_FP8, TOKEN_INT8
@@ -16,7 +17,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if lacking(DEVICE):
     pytest.skip(str(lacking(DEVICE)), allow_module_level=True)
 if TYPE_CHECKING or not lacking(DEVICE):
-    from fewbit.kernels.triton_quantize import Recipe, quantize_rows, recipe
+    from fewbit.kernels.triton_quantize import quantize_rows
     from fewbit.kernels.triton_scale import scale_
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, where a GPU would be silent
@@ -45,10 +46,10 @@ def wanted(x: torch.Tensor, spec: QuantSpec, given: dict[str, torch.Tensor]) -> 
     return assign(x.float(), spec, choose(x.float(), spec, given))
 
 
-def found_recipe(spec: QuantSpec) -> "Recipe":
-    how = recipe(spec)
-    assert not isinstance(how, str), how
-    return how
+def how(spec: QuantSpec) -> Rounding:
+    found = rounding(spec)
+    assert not isinstance(found, str), found
+    return found
 
 
 @pytest.mark.parametrize("k", [256, 328, 512])
@@ -57,7 +58,7 @@ def found_recipe(spec: QuantSpec) -> "Recipe":
 def test_as_the_reference(name: str, dtype: torch.dtype, k: int) -> None:
     x, spec = inputs(dtype, k), SPECS[name]
     want = wanted(x, spec, {})
-    codes, scales = quantize_rows(x.to(DEVICE), found_recipe(spec))
+    codes, scales = quantize_rows(x.to(DEVICE), how(spec))
     stored = elements.decode(want.planes["scale0"], spec.scales[0].element)
     assert torch.equal(scales.cpu(), stored.view(scales.shape)), (scales.cpu() - stored)[:, :2]
     assert torch.equal(codes.cpu().view(torch.uint8), want.planes["codes"])
@@ -67,7 +68,7 @@ def test_as_the_reference(name: str, dtype: torch.dtype, k: int) -> None:
 @pytest.mark.parametrize("scale", [0.0173, 1.0, 3e-5])
 def test_a_given_scale(dtype: torch.dtype, scale: float) -> None:
     x, plane = inputs(dtype, 256), torch.full((1, 1), scale)
-    codes, same = quantize_rows(x.to(DEVICE), found_recipe(TENSOR_FP8), plane.to(DEVICE))
+    codes, same = quantize_rows(x.to(DEVICE), how(TENSOR_FP8), plane.to(DEVICE))
     assert torch.equal(codes.cpu().view(torch.uint8), wanted(x, TENSOR_FP8, {"scale0": plane}).planes["codes"])
     assert torch.equal(same.cpu(), plane)
 
@@ -79,7 +80,7 @@ def test_every_tie_and_code() -> None:
     middles = (values[1:] + values[:-1]) / 2
     x = torch.cat([values, middles, middles.nextafter(torch.tensor(1e9)), middles.nextafter(torch.tensor(-1e9))])
     one = torch.ones(1, 1)
-    codes, _ = quantize_rows(x[None].to(DEVICE), found_recipe(TENSOR_FP8), one.to(DEVICE))
+    codes, _ = quantize_rows(x[None].to(DEVICE), how(TENSOR_FP8), one.to(DEVICE))
     assert torch.equal(codes.cpu().view(torch.uint8)[0], elements.encode(x, elements.E4M3))
 
 
@@ -89,7 +90,7 @@ def test_rows_longer_than_a_block() -> None:
     x = inputs(torch.bfloat16, 700)
     before, module.HELD = module.HELD, 256
     try:
-        codes, scales = quantize_rows(x.to(DEVICE), found_recipe(TOKEN_FP8))
+        codes, scales = quantize_rows(x.to(DEVICE), how(TOKEN_FP8))
     finally:
         module.HELD = before
     want = wanted(x, TOKEN_FP8, {})
@@ -99,14 +100,14 @@ def test_rows_longer_than_a_block() -> None:
 
 def test_says_what_it_does_not_do() -> None:
     for name in ("nvfp4", "mxfp4", "mxfp6-e3m2"):
-        assert isinstance(recipe(FORMATS[name].act), str)
+        assert isinstance(rounding(FORMATS[name].act), str)
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="the interpreter's cast to e4m3 knows no NaN")
 def test_nan_stays_nan() -> None:
     x = torch.randn(2, 256)
     x[1, 7] = torch.nan
-    codes, _ = quantize_rows(x.to(DEVICE), found_recipe(TOKEN_FP8))
+    codes, _ = quantize_rows(x.to(DEVICE), how(TOKEN_FP8))
     assert torch.equal(codes.cpu().float().isnan(), x.isnan())
 
 
