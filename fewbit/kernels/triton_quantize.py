@@ -44,15 +44,17 @@ def _by_runs(x: Tensor, codes: Tensor, how: Rounding) -> Tensor:
 @triton.jit
 def _scale(amax, REACH: tl.constexpr, EMPTY: tl.constexpr, POWERS: tl.constexpr):
     """Largest magnitudes -> scales; one that would round to 0 is that of an empty row."""
-    value = tl.math.div_rn(amax, tl.full(amax.shape, REACH, tl.float32))
+    value = tl.math.div_rn(amax, REACH)
     if POWERS:
         bits = value.to(tl.int32, bitcast=True)
         power, rest = bits >> 23, bits & 0x7FFFFF
         power += (rest > tl.where(power == 0, 0x400000, 0)).to(tl.int32)
         power = tl.where(value > 0, tl.minimum(power, 254), 127)
         bits = tl.where(power > 0, power << 23, 0x400000)  # 2**-127 is subnormal
-        return bits.to(tl.float32, bitcast=True)
-    return tl.where(value == 0, EMPTY, tl.minimum(value, 3.4028234663852886e38))
+        value = bits.to(tl.float32, bitcast=True)
+    else:
+        value = tl.where(value == 0, EMPTY, tl.minimum(value, 3.4028234663852886e38))
+    return value
 
 
 @triton.jit
@@ -60,14 +62,16 @@ def _codes(x, scale, INT: tl.constexpr):
     value = tl.math.div_rn(x, scale)
     if INT:
         value = tl.minimum(tl.maximum(value, -256.0), 256.0)
-        return tl.minimum(tl.maximum(value + 12582912.0 - 12582912.0, -128.0), 127.0).to(tl.int8)
-    value = tl.maximum(value, -448.0, propagate_nan=tl.PropagateNan.ALL)
-    value = tl.minimum(value, 448.0, propagate_nan=tl.PropagateNan.ALL)
-    # rounded before the cast, so that any cast is exact: a constant whose last bit is worth e4m3's last bit at value
-    power = tl.maximum(value.to(tl.int32, bitcast=True) & 0x7F800000, 121 << 23)
-    grid = (power + (20 << 23) | 0x400000).to(tl.float32, bitcast=True)
-    near = value + grid - grid
-    return tl.where(near == 0, value * 0.0, near).to(tl.float8e4nv)  # a zero keeps its sign
+        codes = tl.minimum(tl.maximum(value + 12582912.0 - 12582912.0, -128.0), 127.0).to(tl.int8)
+    else:
+        value = tl.maximum(value, -448.0, propagate_nan=tl.PropagateNan.ALL)
+        value = tl.minimum(value, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        # rounded before the cast, so that any cast is exact: to a constant's last bit, worth as much as e4m3's at value
+        power = tl.maximum(value.to(tl.int32, bitcast=True) & 0x7F800000, 121 << 23)
+        grid = (power + (20 << 23) | 0x400000).to(tl.float32, bitcast=True)
+        near = value + grid - grid
+        codes = tl.where(near == 0, value * 0.0, near).to(tl.float8e4nv)  # a zero keeps its sign
+    return codes
 
 
 @triton.jit
@@ -86,7 +90,7 @@ def _token(
         else:
             scale = _scale(tl.max(tl.abs(values), 0), REACH, EMPTY, POWERS)
             tl.store(scales + row, scale)
-        tl.store(codes + at, _codes(values, tl.full((BLOCK,), 1.0, tl.float32) * scale, INT), mask=at < k)
+        tl.store(codes + at, _codes(values, scale, INT), mask=at < k)
     else:
         if GIVEN:
             scale = tl.load(scales)
@@ -99,7 +103,7 @@ def _token(
             tl.store(scales + row, scale)
         for start in range(0, k, BLOCK):
             values = tl.load(x + start + at, mask=start + at < k, other=0.0).to(tl.float32)
-            found = _codes(values, tl.full((BLOCK,), 1.0, tl.float32) * scale, INT)
+            found = _codes(values, scale, INT)
             tl.store(codes + start + at, found, mask=start + at < k)
 
 
@@ -114,5 +118,5 @@ def _runs(
     values = tl.load(x + row * k + at, mask=at < k, other=0.0).to(tl.float32)
     scale = _scale(tl.max(tl.abs(values), 1), REACH, EMPTY, POWERS)
     tl.store(scales + row * runs + run, scale, mask=run < runs)
-    found = _codes(values, tl.broadcast_to(scale[:, None], (EACH, COLUMNS)), INT)
+    found = _codes(values, scale[:, None], INT)
     tl.store(codes + row * k + at, found, mask=at < k)
