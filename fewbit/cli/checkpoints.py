@@ -44,9 +44,9 @@ def inspect(
     for why in sorted({m.weights_only for m in info.modules} - {""}):
         print(f"activations on {device}: served as they are, weights alone quantized: {why}"
               " (serve --emulate-activations rounds them in software)")  # fmt: skip
-    chosen = {(m.kernel, m.refused) for m in info.modules}
-    for kernel, refused in sorted(chosen):
-        print(f"kernel on {device}: {kernel}")
+    chosen = {(m.kernel, m.invariant, m.refused) for m in info.modules}
+    for kernel, invariant, refused in sorted(chosen):
+        print(f"kernel on {device}: {kernel}" + ("" if invariant else " (a row's last bits may depend on the batch)"))
         for reason in refused if kernels else ():
             print(f"  not {reason}")
 

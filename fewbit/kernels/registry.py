@@ -7,7 +7,7 @@ group `fewbit.kernels`: a Kernel, or a function that returns several.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import entry_points
 from typing import Any, Literal
 
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import SpecError
-from fewbit.kernels import packed, torch_decoded, torch_dequant
-from fewbit.quant.qtensor import Quantized
+from fewbit.kernels import humming_linear, packed, scaled_linear, torch_decoded, torch_dequant
 from fewbit.quant.spec import Format
 
 Op = Literal["linear", "experts"]
@@ -32,11 +31,13 @@ class Kernel:
     devices: tuple[str, ...]  # device types; empty = every device
     dtypes: tuple[torch.dtype, ...]  # of the input and output
     supports: Supports
-    prepack: Callable[[Quantized], Any]
+    prepack: Callable[..., Any]  # Quantized -> what `run` takes
     run: Callable[..., Tensor]  # linear: (x, packed, bias); experts: (x, packed, rows of each expert)
     capability: tuple[int, int] = (0, 0)  # least CUDA compute capability
     asked: bool = False  # only for who names it
     note: str = ""
+    owns: bool = False  # prepack(q, dtype) takes the planes over; its result has a `source` without them, or with
+    invariant: bool = False  # whether a row's result never depends on how many rows are beside it
 
     def refusal(self, format: Format, device: torch.device, dtype: torch.dtype) -> str | None:
         """None when it can run, else the first reason why not."""
@@ -57,17 +58,33 @@ def _anything(format: Format, device: torch.device, dtype: torch.dtype) -> None:
     return None
 
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, *HALVES)
 REFERENCE, DECODED = "reference", "decoded"
 
 KERNELS: tuple[Kernel, ...] = (
     Kernel(
         "packed", "linear", ("cpu",), (torch.bfloat16,), packed.supports, packed.prepack_linear, packed.run_linear,
-        note="codes of 2 to 8 bits read as they are stored, few rows in registers, many through the matrix units",
+        note="codes of 2 to 8 bits read as stored; up to 16 rows in registers, each as if alone, more in matrix units",
     ),
     Kernel(
         "packed", "experts", ("cpu",), (torch.bfloat16,), packed.supports, packed.prepack_experts, packed.run_experts,
         note="the same, one expert at a time",
+    ),
+    Kernel(
+        "scaled", "linear", ("cuda",), (torch.bfloat16,), scaled_linear.supports, scaled_linear.prepack_linear,
+        scaled_linear.run_linear, (8, 9),
+        note="FP8 times FP8 through cuBLASLt, the scales of rows in a step of their own",
+    ),
+    Kernel(
+        "humming", "linear", ("cuda",), HALVES, humming_linear.supports, humming_linear.prepack_linear,
+        humming_linear.run_linear, (7, 5), owns=True,
+        note="humming-kernels: weights of 2 to 8 bits in its own layout, compiled for each shape when first run",
+    ),
+    Kernel(
+        "humming-rounded", "linear", ("cuda",), HALVES, partial(humming_linear.supports, rounded=True),
+        partial(humming_linear.prepack_linear, rounded=True), humming_linear.run_linear, (7, 5), owns=True,
+        note="the same, with group scales rounded to the 16-bit type of the inputs, by at most 2**-8 of each",
     ),
     Kernel(
         DECODED, "linear", (), FLOATS, _anything, torch_decoded.prepack_linear, torch_decoded.run_linear, asked=True,

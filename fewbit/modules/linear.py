@@ -34,18 +34,33 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One Quantized with the kernel that runs it."""
+    """One Quantized with the kernel that runs it. Where the kernel has taken the planes over, they are on meta here."""
 
     quantized: Quantized
     kernel: Kernel
     packed: Any
+    device: torch.device
 
 
 def part(quantized: Quantized, op: Op, options: Options) -> Part:
     """Choose a kernel and bring the planes into its layout."""
     quantized = as_run(quantized, options)
-    kernel, _ = select(op, quantized.format, quantized.weight.device, options.dtype, options.kernels)
-    return Part(quantized, kernel, kernel.prepack(quantized))
+    device = quantized.weight.device
+    kernel, _ = select(op, quantized.format, device, options.dtype, options.kernels)
+    if not kernel.owns:
+        return Part(quantized, kernel, kernel.prepack(quantized), device)
+    packed = kernel.prepack(quantized, options.dtype)
+    return Part(packed.source, kernel, packed, device)
+
+
+def there_or_raise(parts: tuple[Part, ...], what: str) -> None:
+    """Refuse what needs the canonical planes where a kernel holds them in a layout of its own."""
+    names = sorted({p.kernel.name for p in parts if p.quantized.weight.device.type == "meta"})
+    if names:
+        reason = f"{', '.join(names)} holds it in its own layout, without a second copy"
+        raise UnsupportedError(
+            f"a quantized weight cannot be {what}", [reason, "kernels='reference' keeps it as stored"]
+        )
 
 
 def as_run(quantized: Quantized, options: Options) -> Quantized:
@@ -108,6 +123,7 @@ class Linear(nn.Module):
 
 def decoded(parts: tuple[Part, ...]) -> Tensor:
     """-> [..., N, K] float32; refused where a transform makes the stored weight something else than the layer's."""
+    there_or_raise(parts, "read as a matrix")
     kinds = {t.kind for p in parts for t in p.quantized.transforms}
     if kinds:
         raise UnsupportedError(f"a weight with {', '.join(sorted(kinds))} beside it cannot be read as one matrix")
@@ -118,9 +134,12 @@ def moved(parts: tuple[Part, ...], op: Op, fn: Callable[[Tensor], Tensor], optio
     """Follow Module.to: planes change their device, never their dtype."""
     if not parts:
         return parts
-    old = parts[0].quantized.weight.device
+    old = parts[0].device
     new = fn(torch.empty(0, dtype=torch.uint8, device=old)).device
-    return parts if new == old else tuple(part(on_device(p.quantized, new), op, options) for p in parts)
+    if new == old:
+        return parts
+    there_or_raise(parts, f"moved to {new}")
+    return tuple(part(on_device(p.quantized, new), op, options) for p in parts)
 
 
 def on_device(q: Quantized, device: str | torch.device) -> Quantized:

@@ -14,7 +14,7 @@ from fewbit.errors import RequestError
 from fewbit.kernels.capability import lacking
 from fewbit.kernels.select import select
 from fewbit.quant.formats import name_of
-from fewbit.quant.spec import Format, describe
+from fewbit.quant.spec import describe
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,7 @@ class ModuleInfo:
     rule: str
     kernel: str
     refused: tuple[str, ...]  # other kernels, and why not
+    invariant: bool  # whether a row's result never depends on how many rows are beside it
     weights_only: str = ""  # why an engine on this device would leave its activations as they are
 
 
@@ -112,7 +113,7 @@ def _info(source: Source, device: str) -> Info:
 
 def _module(source: Source, name: str, device: str) -> ModuleInfo:
     entry = source.modules[name]
-    kernel, refused = _kernel(entry.format, device)
+    kernel, refused = select("linear", entry.format, torch.device(device), torch.bfloat16)
     return ModuleInfo(
         name,
         name_of(entry.format) or describe(entry.format.weight),
@@ -122,15 +123,11 @@ def _module(source: Source, name: str, device: str) -> ModuleInfo:
         round(8 * entry.nbytes / prod(entry.shape), 4),
         entry.nbytes,
         f"{entry.rule.where} {entry.rule.pattern!r}".strip() if entry.rule else "",
-        kernel,
-        refused,
+        kernel.name,
+        tuple(f"{name}: {reason}" for name, reason in refused),
+        kernel.invariant,
         lacking(entry.format, torch.device(device)) or "",
     )
-
-
-def _kernel(form: Format, device: str) -> tuple[str, tuple[str, ...]]:
-    kernel, refused = select("linear", form, torch.device(device), torch.bfloat16)
-    return kernel.name, tuple(f"{name}: {reason}" for name, reason in refused)
 
 
 def _dense(source: Source, name: str) -> DenseInfo:

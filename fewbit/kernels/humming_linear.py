@@ -1,0 +1,131 @@
+"""Linears through humming-kernels, compiled for each shape when first run: weights of 2 to 8 bits in its own layout.
+
+Its choice of tile, and of how many blocks share a sum, depends on the number of rows, so a row's last bits may too. It
+finds its compiler (nvrtc) beside torch and keeps what it compiles in ~/.humming, or where HUMMING_CACHE_DIR says.
+"""
+
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.kernels import torch_dequant, triton_runtime
+from fewbit.kernels.capability import LEAST
+from fewbit.kernels.humming_layout import Layout, layout
+from fewbit.kernels.input_rounding import Rounding
+from fewbit.kernels.torch_dequant import Rows, low_rank
+from fewbit.quant.qtensor import QTensor, Quantized
+from fewbit.quant.reference import transformed
+from fewbit.quant.spec import Format
+
+LOCKS = 2048  # counters of blocks that share a sum, one set for each weight: streams may overlap
+MISSING = "needs humming-kernels: pip install 'fewbit[gpu]'"
+
+
+@dataclass(slots=True)
+class Held:
+    """A weight in humming's layout; `source` has no planes left."""
+
+    source: Quantized
+    config: Any
+    dtype: torch.dtype
+    tensors: tuple[Tensor | None, ...]  # weight, weight_scale, weight_scale_2, zero_point
+    columns: Tensor | None  # scales of rows of the weight that are applied after the product
+    rounding: Rounding | None
+    given: Tensor | None
+    locks: Tensor
+    plain: Tensor | None = None  # which kernel for how many rows; compiled at the first call
+    biased: Tensor | None = None
+    bias: tuple[Tensor, Tensor] | None = field(default=None, repr=False)  # (as given, in humming's order)
+
+
+def supports(form: Format, device: torch.device, dtype: torch.dtype, rounded: bool = False) -> str | None:
+    how = layout(form, dtype, rounded)
+    if isinstance(how, str):
+        return how
+    if find_spec("humming") is None:
+        return MISSING
+    least = max(LEAST[how.input.element] if how.input else (0, 0), (8, 0) if dtype == torch.bfloat16 else (0, 0))
+    if torch.cuda.is_available() and (found := torch.cuda.get_device_capability(device)) < least:
+        return f"needs compute capability {least[0]}.{least[1]} for this, found {found[0]}.{found[1]}"
+    return triton_runtime.lacking(device)
+
+
+def prepack_linear(q: Quantized, dtype: torch.dtype, rounded: bool = False) -> Held | Rows:
+    """Columns and rows that do not come in whole words, and scales beyond the type, are left to the reference."""
+    from fewbit.kernels import humming_weight
+
+    how = layout(q.format, dtype, rounded)
+    assert isinstance(how, Layout), how
+    device = q.weight.device
+    with torch.cuda.device(device):
+        made = humming_weight.tensors(q.weight, how, dtype)
+    if made is None:
+        return torch_dequant.prepack_linear(q)
+    config, tensors, columns = made
+    names = ("weight", "weight_scale", "weight_scale_2", "zero_point")
+    given = q.act["scale0"].float().view(1) if how.input and how.input.given else None
+    locks = torch.zeros(LOCKS, dtype=torch.int32, device=device)
+    return Held(emptied(q), config, dtype, tuple(map(tensors.get, names)), columns, how.input, given, locks)
+
+
+def emptied(q: Quantized) -> Quantized:
+    """The same without the weight's planes."""
+    planes = {name: plane.to("meta") for name, plane in q.weight.planes.items()}
+    return Quantized(q.format, QTensor(q.weight.spec, q.weight.shape, planes), q.act, q.transforms)
+
+
+def run_linear(x: Tensor, held: Held | Rows, bias: Tensor | None = None) -> Tensor:
+    """x: [..., K] -> [..., N]."""
+    if isinstance(held, Rows):
+        return torch_dequant.run_linear(x, held, bias)
+    q = held.source
+    x = transformed(x, q.transforms)
+    flat = x.reshape(-1, x.shape[-1])
+    n = q.weight.shape[-2]
+    y = _product(flat, held, bias) if len(flat) else flat.new_empty(0, n)
+    return low_rank(x, q.transforms, y.view(*x.shape[:-1], n))
+
+
+def _product(x: Tensor, held: Held, bias: Tensor | None) -> Tensor:
+    """x: [M, K] -> [M, N]."""
+    scale = None
+    if held.rounding is not None:
+        from fewbit.kernels.triton_quantize import quantize_rows
+
+        x, scale = quantize_rows(x, held.rounding, held.given)
+    inside = bias is not None and held.columns is None
+    configs = _biased(held, bias) if inside else held.plain if held.plain is not None else _plain(held)
+    weight, weight_scale, outer, zero = held.tensors
+    y = torch.ops.humming.launch_kernel.default(
+        configs, x, weight, weight_scale, outer, scale, None, zero, held.bias[1] if inside else None, None,
+        None, None, None, None, held.locks, 1, 0,
+    )  # fmt: skip
+    if held.columns is None:
+        return y
+    from fewbit.kernels.triton_scale import scale_
+
+    return scale_(y, None, held.columns, bias)
+
+
+def _plain(held: Held) -> Tensor:
+    held.plain = _compiled(held.config, held.locks.device)
+    return held.plain
+
+
+def _biased(held: Held, bias: Tensor) -> Tensor:
+    if held.bias is None or held.bias[0] is not bias:
+        from fewbit.kernels import humming_weight
+
+        held.bias = bias, humming_weight.bias_of(bias, held.dtype)
+        held.biased = _compiled(humming_weight.with_bias(held.config), held.locks.device)
+    return held.biased
+
+
+def _compiled(config: Any, device: torch.device) -> Tensor:
+    """-> int64 on the CPU: (rows above, rows up to, kernel, processors) of every tile that humming would choose."""
+    from humming.kernel.humming import HummingKernel
+
+    return HummingKernel.prepare_kernels(config.to_str(), None, None, device)

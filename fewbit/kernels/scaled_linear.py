@@ -1,0 +1,87 @@
+"""FP8 inputs times FP8 weights through cuBLASLt (torch._scaled_mm), for one scale per tensor or per row of the weight.
+
+Its kernels with one scale for each operand are faster at any number of rows than those with scales of rows (28672 x
+4096 on an H200: 30 against 46 us for 1 row, 657 against 828 for 4096). So what varies by row multiplies afterwards:
+the sums are rounded to bfloat16 twice, each time by at most 2**-8 of the value, and cannot leave its range.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbit.kernels import torch_dequant, triton_runtime
+from fewbit.kernels.input_rounding import Rounding, rounding
+from fewbit.kernels.torch_dequant import Rows, low_rank
+from fewbit.quant.elements import E4M3, F32
+from fewbit.quant.qtensor import Quantized
+from fewbit.quant.reference import transformed
+from fewbit.quant.spec import Format
+
+STEP = 16  # rows and columns come in as many: cuBLASLt reads 16 bytes at a time
+FAST = False  # sums of fewer bits: no faster here within the noise of measuring (8192**3: 1329 against 1349 TFLOP/s)
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """A weight as cuBLASLt takes it: the canonical codes, seen as float8."""
+
+    source: Quantized
+    codes: Tensor  # [K, N], a view
+    whole: Tensor  # [1] float32: the scale of the weight, or 1
+    columns: Tensor | None  # [N] float32: the scales of its rows
+    rounding: Rounding
+    given: Tensor | None  # [1] float32: the stored scale of the input
+    one: Tensor
+
+
+def supports(form: Format, device: torch.device, dtype: torch.dtype) -> str | None:
+    weight, scales = form.weight, form.weight.scales
+    shapes = [(scale.element, scale.block, scale.op) for scale in scales]
+    if weight.element is not E4M3 or weight.zeros or shapes not in ([(F32, (0, 0), "mul")], [(F32, (1, 0), "mul")]):
+        return "takes e4m3 weights with one float32 scale per tensor or row"
+    how = rounding(form.act) if form.act else "takes inputs rounded to e4m3"
+    if isinstance(how, str):
+        return how
+    if how.element != "e4m3" or how.columns or how.powers:
+        return "takes inputs rounded to e4m3 with one scale or one per token"
+    return triton_runtime.lacking(device)
+
+
+def prepack_linear(q: Quantized) -> Scaled | Rows:
+    """Nothing is moved. Sizes that cuBLASLt does not take are left to the reference."""
+    w = q.weight
+    if any(size % STEP for size in w.shape) or q.format.act is None:
+        return torch_dequant.prepack_linear(q)
+    how = rounding(q.format.act)
+    assert isinstance(how, Rounding), how
+    scale, one = w.planes["scale0"], torch.ones(1, device=w.device)
+    by_rows = scale.shape[-2] > 1
+    given = q.act["scale0"].view(1) if how.given else None
+    codes = w.planes["codes"].view(torch.float8_e4m3fn).t()
+    return Scaled(q, codes, one if by_rows else scale.view(1), scale.reshape(-1) if by_rows else None, how, given, one)
+
+
+def run_linear(x: Tensor, held: Scaled | Rows, bias: Tensor | None = None) -> Tensor:
+    """x: [..., K] bfloat16 -> [..., N]."""
+    if isinstance(held, Rows):
+        return torch_dequant.run_linear(x, held, bias)
+    q = held.source
+    x = transformed(x, q.transforms)
+    flat = x.reshape(-1, x.shape[-1])
+    n = q.weight.shape[-2]
+    y = _product(flat, held, bias) if len(flat) else flat.new_empty(0, n)
+    return low_rank(x, q.transforms, y.view(*x.shape[:-1], n))
+
+
+def _product(x: Tensor, held: Scaled, bias: Tensor | None) -> Tensor:
+    """x: [M, K] -> [M, N]."""
+    from fewbit.kernels.triton_quantize import quantize_rows
+    from fewbit.kernels.triton_scale import scale_
+
+    codes, scale = quantize_rows(x, held.rounding, held.given)
+    alone = scale.numel() == 1
+    whole = scale.view(1) if alone else held.one
+    after = not alone or held.columns is not None
+    y = torch._scaled_mm(codes, held.codes, whole, held.whole, None if after else bias, None, x.dtype, FAST)
+    return scale_(y, None if alone else scale, held.columns, bias) if after else y

@@ -1,0 +1,122 @@
+"""Activations to codes: scales by row, by run of columns, or given; the codes that quant.reference would choose.
+
+Divisions are rounded once, codes to the nearest, ties to even, saturating: as fake_quant does, bit for bit.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fewbit.kernels.input_rounding import Rounding
+
+HELD = 16384  # columns of a row that stay in registers between the search and the rounding
+TILE = 2048  # values of a program that rounds runs of columns
+
+
+def quantize_rows(x: Tensor, how: Rounding, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x: [M, K] float -> codes [M, K] and float32 scales [M, 1], [M, runs], or the one given."""
+    x = x.contiguous()
+    m, k = x.shape
+    codes = torch.empty(m, k, dtype=how.dtype, device=x.device)
+    if how.columns:
+        return codes, _by_runs(x, codes, how)
+    scales = scale if how.given else torch.empty(m, 1, dtype=torch.float32, device=x.device)
+    block = min(triton.next_power_of_2(k), HELD)
+    warps = max(1, min(16, block // 512))
+    if m:
+        _token[(m,)](x, codes, scales, k, how.reach, how.empty, block, block >= k, how.given, how.powers,
+                     how.element == "int8", num_warps=warps)  # fmt: skip
+    return codes, scales
+
+
+def _by_runs(x: Tensor, codes: Tensor, how: Rounding) -> Tensor:
+    m, k = x.shape
+    runs = triton.cdiv(k, how.columns)
+    scales = torch.empty(m, runs, dtype=torch.float32, device=x.device)
+    each = min(triton.next_power_of_2(runs), TILE // how.columns)
+    if m:
+        _runs[(m, triton.cdiv(runs, each))](x, codes, scales, k, runs, how.reach, how.empty, how.columns, each,
+                                            how.powers, how.element == "int8", num_warps=4)  # fmt: skip
+    return scales
+
+
+@triton.jit
+def _scale(amax, REACH: tl.constexpr, EMPTY: tl.constexpr, POWERS: tl.constexpr):
+    """Largest magnitudes -> scales; one that would round to 0 is that of an empty row."""
+    value = tl.math.div_rn(amax, REACH)
+    if POWERS:
+        bits = value.to(tl.int32, bitcast=True)
+        power, rest = bits >> 23, bits & 0x7FFFFF
+        power += (rest > tl.where(power == 0, 0x400000, 0)).to(tl.int32)
+        power = tl.where(value > 0, tl.minimum(power, 254), 127)
+        bits = tl.where(power > 0, power << 23, 0x400000)  # 2**-127 is subnormal
+        value = bits.to(tl.float32, bitcast=True)
+    else:
+        value = tl.where(value == 0, EMPTY, tl.minimum(value, 3.4028234663852886e38))
+    return value
+
+
+@triton.jit
+def _codes(x, scale, INT: tl.constexpr):
+    value = tl.math.div_rn(x, scale)
+    if INT:
+        value = tl.minimum(tl.maximum(value, -256.0), 256.0)
+        codes = tl.minimum(tl.maximum(value + 12582912.0 - 12582912.0, -128.0), 127.0).to(tl.int8)
+    else:
+        value = tl.maximum(value, -448.0, propagate_nan=tl.PropagateNan.ALL)
+        value = tl.minimum(value, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        # rounded before the cast, so that any cast is exact: to a constant's last bit, worth as much as e4m3's at value
+        power = tl.maximum(value.to(tl.int32, bitcast=True) & 0x7F800000, 121 << 23)
+        grid = (power + (20 << 23) | 0x400000).to(tl.float32, bitcast=True)
+        near = value + grid - grid
+        codes = tl.where(near == 0, value * 0.0, near).to(tl.float8e4nv)  # a zero keeps its sign
+    return codes
+
+
+@triton.jit
+def _token(
+    x, codes, scales, k: tl.constexpr, REACH: tl.constexpr, EMPTY: tl.constexpr, BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr, GIVEN: tl.constexpr, POWERS: tl.constexpr, INT: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    x += row * k
+    codes += row * k
+    if WHOLE:
+        values = tl.load(x + at, mask=at < k, other=0.0).to(tl.float32)
+        if GIVEN:
+            scale = tl.load(scales)
+        else:
+            scale = _scale(tl.max(tl.abs(values), 0), REACH, EMPTY, POWERS)
+            tl.store(scales + row, scale)
+        tl.store(codes + at, _codes(values, scale, INT), mask=at < k)
+    else:
+        if GIVEN:
+            scale = tl.load(scales)
+        else:
+            top = tl.zeros((BLOCK,), tl.float32)
+            for start in range(0, k, BLOCK):
+                values = tl.load(x + start + at, mask=start + at < k, other=0.0).to(tl.float32)
+                top = tl.maximum(top, tl.abs(values))
+            scale = _scale(tl.max(top, 0), REACH, EMPTY, POWERS)
+            tl.store(scales + row, scale)
+        for start in range(0, k, BLOCK):
+            values = tl.load(x + start + at, mask=start + at < k, other=0.0).to(tl.float32)
+            found = _codes(values, scale, INT)
+            tl.store(codes + start + at, found, mask=start + at < k)
+
+
+@triton.jit
+def _runs(
+    x, codes, scales, k: tl.constexpr, runs: tl.constexpr, REACH: tl.constexpr, EMPTY: tl.constexpr,
+    COLUMNS: tl.constexpr, EACH: tl.constexpr, POWERS: tl.constexpr, INT: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    run = tl.program_id(1) * EACH + tl.arange(0, EACH)
+    at = run[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    values = tl.load(x + row * k + at, mask=at < k, other=0.0).to(tl.float32)
+    scale = _scale(tl.max(tl.abs(values), 1), REACH, EMPTY, POWERS)
+    tl.store(scales + row * runs + run, scale, mask=run < runs)
+    found = _codes(values, scale[:, None], INT)
+    tl.store(codes + row * k + at, found, mask=at < k)

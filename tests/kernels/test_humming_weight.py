@@ -1,0 +1,92 @@
+"""What is handed to humming-kernels, read back by its documented meaning: the very values of the reference."""
+
+import pytest
+import torch
+
+from fewbit.kernels import humming_linear, scaled_linear
+from fewbit.kernels.humming_layout import Layout, layout
+from fewbit.kernels.humming_weight import TILE, fits, flipped, padded, scales, words, zeros
+from fewbit.kernels.registry import kernels
+from fewbit.quant import elements
+from fewbit.quant.formats import FORMATS
+from fewbit.quant.pack import pack, unpack
+from fewbit.quant.reference import decode, encode
+
+DTYPES = (torch.bfloat16, torch.float16)
+CASES = [
+    (name, dtype, rounded) for dtype in DTYPES for rounded in (False, True) for name, form in FORMATS.items()
+    if isinstance(layout(form, dtype, rounded), Layout)
+    and not (rounded and isinstance(layout(form, dtype, False), Layout))
+]  # fmt: skip
+N, COLUMNS = 136, {"64": 320, "128": 384}
+
+
+def told(name: str, dtype: torch.dtype, rounded: bool = False) -> Layout:
+    how = layout(FORMATS[name], dtype, rounded)
+    assert isinstance(how, Layout), how
+    return how
+
+
+@pytest.mark.parametrize(("name", "dtype", "rounded"), CASES, ids=lambda c: str(c).removeprefix("torch."))
+def test_values_survive(name: str, dtype: torch.dtype, rounded: bool) -> None:
+    n, k = N, next((k for group, k in COLUMNS.items() if group in name), 288)
+    how = told(name, dtype, rounded)
+    values = torch.randn(n, k, generator=torch.Generator().manual_seed(len(name))) / 16
+    w = encode(values * (torch.rand(n, 1) + 0.5), FORMATS[name].weight)
+    assert fits(w, how)
+    found = scales(w, how, dtype)
+    assert found is not None
+    codes = unpack(words(w, how).view(torch.uint8), how.bits, padded(k, how.group))
+    assert codes.shape == (padded(n), padded(k, how.group))
+    whole = w.spec.element.kind == "int"
+    x = codes.float() if whole else elements.decode(codes, w.spec.element)
+    if how.zeros:
+        packed = zeros(w, how)
+        assert packed is not None
+        zero = unpack(packed.mT.contiguous().view(torch.uint8), how.bits, padded(n)).mT.float()
+        x -= zero.repeat_interleave(x.shape[1] // zero.shape[1], 1)
+    elif whole:
+        x -= 2 ** (how.bits - 1)
+    plane = found.plane.float()
+    if found.kind == "block":
+        plane = plane.repeat_interleave(TILE, 0).repeat_interleave(TILE, 1)
+    elif found.kind == "group":
+        plane = plane.repeat_interleave(how.group, 1)
+    x = (x * plane)[:n, :k]
+    x = x if found.outer is None else x * found.outer
+    x = x if found.columns is None else x * found.columns[:, None]
+    want = decode(w)
+    bound = (2.0**-8 if rounded and found.kind != "block" else 2.0**-23) * want.abs()
+    assert bool(((x - want).abs() <= bound).all()), float(((x - want).abs() / want.abs().clamp(min=1e-9)).max())
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_flipping_is_adding_half(bits: int) -> None:
+    codes = torch.arange(64).view(2, 32) * 37 % 2**bits
+    found = unpack(flipped(pack(codes.to(torch.uint8), bits), bits), bits, 32)
+    assert torch.equal(found.long(), (codes + 2 ** (bits - 1)) % 2**bits)
+
+
+def test_what_does_not_fit_is_left() -> None:
+    how = told("int4-g128-asym", torch.float16)
+    assert not fits(encode(torch.randn(12, 256), FORMATS["int4-g128-asym"].weight), how)
+    assert not fits(encode(torch.randn(16, 192), FORMATS["int4-g128-asym"].weight), how)
+    wide = torch.randn(16, 256) * torch.logspace(-20, 15, 256)
+    assert scales(encode(wide, FORMATS["mxfp4-a16"].weight), told("mxfp4-a16", torch.float16), torch.float16) is None
+    tiny = encode(torch.randn(16, 256) * 1e-9, FORMATS["fp8-1x128"].weight)
+    assert scales(tiny, told("fp8-1x128", torch.float16, True), torch.float16) is None
+
+
+def test_group_scales_are_not_rounded_unasked() -> None:
+    reason = layout(FORMATS["int4-g128"], torch.bfloat16, False)
+    assert reason == "scales in f16 would be rounded to bfloat16"
+    assert told("int4-g128", torch.float16).scale == "float16"
+    assert told("int4-g128-a8fp8", torch.bfloat16).scale == "float16"
+
+
+def test_order_and_reasons() -> None:
+    names = [k.name for k in kernels() if k.op == "linear" and "cuda" in k.devices]
+    assert names[:3] == ["scaled", "humming", "humming-rounded"]
+    cuda = torch.device("cuda")
+    assert "e4m3" in str(scaled_linear.supports(FORMATS["int4-g128"], cuda, torch.bfloat16))
+    assert "inputs" in str(humming_linear.supports(FORMATS["nvfp4"], cuda, torch.bfloat16))
