@@ -10,6 +10,7 @@ Prefill: 16 texts of 2048 tokens, one token out. In brackets the share of what v
 import argparse
 import gc
 import json
+import logging
 import random
 import statistics
 import time
@@ -53,6 +54,7 @@ def timed(llm: LLM, prompts: list[list[int]], most: list[int]) -> float:
 def decode(llm: LLM, batch: int, repeat: int) -> tuple[float, float]:
     """-> tokens a second, milliseconds of a step."""
     draw = random.Random(batch)
+    timed(llm, texts(batch, 128, 128, draw), [3] * batch)  # compiles what this size is first to need
     whole = statistics.median(timed(llm, texts(batch, 128, 128, draw), [128] * batch) for _ in range(repeat))
     first = statistics.median(timed(llm, texts(batch, 128, 128, draw), [1] * batch) for _ in range(repeat))
     return batch * 128 / whole, (whole - first) / 127 * 1e3
@@ -67,6 +69,7 @@ def serve(llm: LLM) -> float:
 
 def prefill(llm: LLM, repeat: int) -> float:
     draw = random.Random(1)
+    timed(llm, texts(16, 2048, 2048, draw), [1] * 16)
     return 16 * 2048 / statistics.median(timed(llm, texts(16, 2048, 2048, draw), [1] * 16) for _ in range(repeat))
 
 
@@ -107,6 +110,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--options", type=json.loads, default={}, help="more options of LLM, as JSON")
     given = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d ms %(message)s")
     model = make(given.folder / "model", given.layers, "cuda")
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
     for name in given.rows.split(","):
