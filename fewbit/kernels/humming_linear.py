@@ -21,6 +21,7 @@ from fewbit.quant.reference import transformed
 from fewbit.quant.spec import Format
 
 LOCKS = 2048  # counters of blocks that share a sum, one set for each weight: streams may overlap
+ROWS: tuple[int, ...] = ()  # numbers of rows to compile for, () = any: tests and benchmarks are spared minutes
 MISSING = "needs humming-kernels: pip install 'fewbit[gpu]'"
 
 
@@ -127,5 +128,9 @@ def _biased(held: Held, bias: Tensor) -> Tensor:
 def _compiled(config: Any, device: torch.device) -> Tensor:
     """-> int64 on the CPU: (rows above, rows up to, kernel, processors) of every tile that humming would choose."""
     from humming.kernel.humming import HummingKernel
+    from humming.tune import get_heuristics_config
 
-    return HummingKernel.prepare_kernels(config.to_str(), None, None, device)
+    with torch.cuda.device(device):
+        tiles = get_heuristics_config(config, device=device)
+        tiles = [tile for tile in tiles if not ROWS or any(tile[0] < rows <= tile[1] for rows in ROWS)]
+        return HummingKernel.prepare_kernels(config.to_str(), None, tiles, device)
