@@ -19,7 +19,9 @@ from fewbit.kernels.triton_attention_parts import LOWEST, opening, padded, preci
 PROGRAMS = 4  # that are aimed at, per multiprocessor
 MOST_PARTS = 64
 MOST_HEADS = 64  # queries of a program
-TILE_BYTES = 16384  # of keys: several programs share a multiprocessor
+MOST_TOKENS = 64
+TILE = 8192  # numbers of a tile of keys: several programs share a multiprocessor
+WARPS, STAGES = 4, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,9 @@ def shape(query: Tensor, cache: Cache, table: Table, window: int | None) -> Shap
     group = query.shape[1] // key_heads
     heads = min(MOST_HEADS, padded(group))
     blocks = -(-group // heads)
-    tokens = 64 if padded(cache.key.shape[2]) * query.element_size() * 64 <= TILE_BYTES else 32
+    tokens = min(MOST_TOKENS, max(16, TILE // padded(cache.key.shape[2])))
+    if query.dtype == torch.float32:  # without matrix units larger tiles spill
+        tokens = 16
     reach = table.reach if window is None else min(table.reach, window)
     wanted = -(-PROGRAMS * processors(query.device) // (table.ones * key_heads * blocks))
     parts = max(1, min(-(-reach // tokens), wanted, MOST_PARTS))
@@ -66,7 +70,7 @@ def run(
         table.lengths, table.starts, sinks, scaling, window, softcap, heads, query.stride(2), query.stride(1),
         *cache.key.stride()[:2], *cache.value.stride()[:2], *out.stride()[:2], table.pages.stride(0), key_heads,
         GROUP=heads // key_heads, BLOCKS=cut.blocks, HEADS=cut.heads, SIZE=table.size,
-        PRECISION=precision(query.dtype), num_warps=4, num_stages=3, **fixed, **dims,
+        PRECISION=precision(query.dtype), num_warps=WARPS, num_stages=STAGES, **fixed, **dims,
     )  # fmt: skip
     if cut.parts > 1:
         many = triton.next_power_of_2(cut.parts)

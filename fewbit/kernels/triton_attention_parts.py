@@ -98,3 +98,9 @@ def precision(dtype: torch.dtype) -> str:
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; the interpreter is as wide as a small one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+@once
+def shared_bytes(device: torch.device) -> int:
+    """Of shared memory that one program can have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 1 << 20

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewbit.kernels.cache import Cache
 from fewbit.kernels.table import Table
-from fewbit.kernels.triton_attention_parts import opening, padded, precision, sizes, walk
+from fewbit.kernels.triton_attention_parts import opening, padded, precision, shared_bytes, sizes, walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,19 +24,23 @@ class Tile:
     stages: int
 
 
-FEW, SOME, MANY, WIDE, FULL = (
-    Tile(16, 64, 4, 3), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 32, 8, 2), Tile(32, 32, 4, 2),
-)  # fmt: skip
+LADDER = (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3), Tile(64, 32, 8, 3), Tile(16, 64, 4, 3), Tile(16, 32, 4, 3),
+          Tile(16, 16, 4, 3))  # fmt: skip
+WHOLE = (Tile(32, 16, 8, 2), Tile(16, 16, 8, 2))  # float32 has no matrix units: larger tiles spill
+REGISTERS = 128  # of a thread, for what it gathers
 
 
 def tile(query: Tensor, cache: Cache, longest: int) -> Tile:
-    """FULL keeps float32 without matrix units within the registers; WIDE, large heads within shared memory."""
-    widest = padded(max(cache.key.shape[2], cache.value.shape[2]))
-    if query.dtype == torch.float32:
-        return FULL
-    if widest > 256:
-        return WIDE
-    return FEW if longest <= FEW.rows else SOME if longest <= SOME.rows or widest > 128 else MANY
+    """The first that is not half empty, and has room."""
+    size, value_size, held = padded(cache.key.shape[2]), padded(cache.value.shape[2]), query.element_size()
+    room = shared_bytes(query.device) - 2048
+    ladder = WHOLE if query.dtype == torch.float32 else LADDER
+
+    def fits(t: Tile) -> bool:
+        needs = (t.rows * size + 2 * t.tokens * (size + value_size)) * held
+        return t.rows < 2 * longest and needs <= room and t.rows * value_size <= REGISTERS * 32 * t.warps
+
+    return next((t for t in ladder if fits(t)), ladder[-1])
 
 
 def run(

@@ -1,0 +1,153 @@
+"""The attention kernels compiled for a GPU, at sizes that models have, against plain torch in float64."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewbit.kernels import triton_attention
+from fewbit.kernels.cache import Cache
+from fewbit.kernels.triton_runtime import lacking
+from tests.kernels.test_triton_attention import Case, Made, by_kernels, copied, make, plainly, planes, same
+
+CUDA = torch.device("cuda")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    pytest.mark.skipif(lacking(CUDA) is not None, reason=str(lacking(CUDA))),
+]
+
+BF16, F16, F32, E4M3, E5M2, INT8 = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn,
+                                    torch.float8_e5m2, torch.int8)  # fmt: skip
+MANY = tuple((1, 37 * i % 301 + 1) for i in range(200))
+MIXED = ((1, 1), (1, 0), (1, 17), (1, 4000), (1, 2048), (1, 129), (700, 700), (130, 3000), (64, 64), (3, 1000), (40, 0))
+SHORT = ((1, 1), (1, 64), (1, 700), (33, 50), (5, 300))
+CASES: dict[str, Case] = {
+    "llama": Case((32, 8), 128, dtype=BF16, requests=MIXED),
+    "llama e4m3": Case((32, 8), 128, dtype=BF16, held=E4M3, requests=MIXED),
+    "llama e5m2": Case((32, 8), 128, dtype=BF16, held=E5M2, requests=MIXED),
+    "llama int8": Case((32, 8), 128, dtype=BF16, held=INT8, requests=MIXED, page=32),
+    "llama float16": Case((32, 8), 128, dtype=F16, requests=SHORT),
+    "llama float32": Case((32, 8), 128, dtype=F32, requests=SHORT),
+    "many": Case((32, 8), 128, dtype=BF16, requests=MANY),
+    "many int8": Case((32, 8), 128, dtype=BF16, held=INT8, requests=MANY),
+    "one long": Case((32, 8), 128, dtype=BF16, requests=((1, 20000),)),
+    "a chunk of a long text": Case((32, 8), 128, dtype=BF16, requests=((512, 9000),)),
+    "qwen 0.5": Case((14, 2), 64, dtype=BF16, requests=MIXED),
+    "gemma 2": Case((8, 4), 256, dtype=BF16, requests=MIXED, how={"sliding_window": 512, "softcap": 50.0}),
+    "gpt-oss": Case((64, 8), 64, dtype=BF16, requests=MIXED, how={"sliding_window": 128}, sinks=True),
+    "gpt-oss int8": Case((64, 8), 64, dtype=BF16, held=INT8, requests=SHORT, sinks=True),
+    "falcon": Case((71, 1), 64, dtype=BF16, requests=SHORT),
+    "phi": Case((32, 32), 80, dtype=BF16, requests=SHORT),
+    "keys wider": Case((16, 16), 192, 128, dtype=BF16, requests=SHORT),
+    "512": Case((8, 1), 512, dtype=BF16, requests=SHORT),
+    "windows in float32": Case((4, 2), 64, dtype=F32, requests=MIXED, how={"sliding_window": 100}),
+    "softcap and sinks in float32": Case((4, 2), 32, dtype=F32, requests=SHORT, how={"softcap": 5.0}, sinks=True),
+    "e4m3 in float32": Case((4, 2), 32, dtype=F32, held=E4M3, requests=SHORT),
+    "int8 in float32": Case((4, 2), 32, dtype=F32, held=INT8, requests=SHORT),
+    "256 in float32": Case((4, 2), 256, dtype=F32, requests=SHORT),
+}
+
+
+def truth(made: Made, case: Case) -> Tensor:
+    """The same texts and the same cache, computed in float64."""
+    wide = replace(made, query=made.query.double(), key=made.key.double(), value=made.value.double())
+    return plainly(wide, case)[0].float()
+
+
+def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+    """float32 to its rounding; else weights and results are rounded to 16 bits."""
+    assert bool(got.isfinite().all())
+    if dtype == F32:
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=5e-6)
+        return
+    torch.testing.assert_close(got.float(), want, rtol=2.0**-6, atol=2.0**-6)
+    assert float((got.float() - want).norm() / want.norm()) < 2.0**-8
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_plain_torch(name: str) -> None:
+    case = CASES[name]
+    made = make(case, "cuda")
+    got, written = by_kernels(made, case)
+    close(got, truth(made, case), case.dtype)
+    same(written, plainly(made, case)[1])
+
+
+@pytest.mark.parametrize("held", [BF16, F16, E4M3, E5M2, INT8])
+def test_writes_the_same_bits(held: torch.dtype) -> None:
+    """Of ordinary numbers, and of those that 8 bits cannot hold."""
+    draw = torch.Generator("cuda").manual_seed(0)
+    key, value = (
+        torch.randn(1, 300, 8, d, generator=draw, device="cuda", dtype=BF16).transpose(1, 2) for d in (128, 80)
+    )
+    key = key * 10.0 ** torch.randint(-6, 6, (300, 1), generator=draw, device="cuda").to(BF16)
+    key[:, :, 7] = 0
+    slots = torch.randperm(500, device="cuda")[:300]
+    caches = [Cache.like(500, key, value, held) for _ in range(2)]
+    for cache, write in zip(caches, (Cache.write, triton_attention.write), strict=True):
+        for plane in planes(cache):
+            if plane is not None:
+                plane.zero_()
+        write(cache, slots, key, value)
+    for got, want in zip(planes(caches[1]), planes(caches[0]), strict=True):
+        if want is not None and got is not None:
+            assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama int8", "gpt-oss"])
+def test_inside_a_graph(name: str) -> None:
+    """Captured for one set of texts, replayed for others that are copied over it: also with fewer of them."""
+    bound = {"reach": 5000, "longest": 800}
+    case = CASES[name]
+    first, second = (replace(case, requests=r) for r in (((1, 5),) * 6 + ((300, 300), (20, 20)),
+                                                         ((1, 3000), (1, 0), (1, 700), (1, 1), (1, 64), (1, 0),
+                                                          (170, 2000), (150, 150))))  # fmt: skip
+    held, fresh = make(first, "cuda"), make(second, "cuda")
+    width = max(held.table.pages.shape[1], fresh.table.pages.shape[1])
+    held.table = replace(held.table, pages=torch.zeros(8, width, dtype=torch.int32, device="cuda"), **bound)
+    held.cache = copied(fresh.cache)  # so that there is room for the texts to come
+    out = torch.full((held.query.shape[2], case.heads[0], case.size), torch.nan, dtype=case.dtype, device="cuda")
+    how = case.how or {}
+
+    def step() -> None:
+        triton_attention.write(held.cache, held.slots, held.key, held.value)
+        triton_attention.attend(held.query, held.cache, out, held.table, case.size**-0.5, how.get("sliding_window"),
+                                how.get("softcap"), held.sinks)  # fmt: skip
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    renew(held, fresh)
+    out.fill_(torch.nan)
+    graph.replay()
+    close(out, truth(fresh, second), case.dtype)
+
+
+def renew(held: Made, fresh: Made) -> None:
+    """What a graph reads, with new contents where it lies."""
+    pairs: list[tuple[Any, Any]] = [(getattr(held, n), getattr(fresh, n)) for n in ("query", "key", "value", "slots")]
+    pairs += [(getattr(held.table, n), getattr(fresh.table, n)) for n in ("lengths", "starts")]
+    pairs += [(held.table.pages[:, : fresh.table.pages.shape[1]], fresh.table.pages)]
+    pairs += [(h, f) for h, f in zip(planes(held.cache), planes(fresh.cache), strict=True) if f is not None]
+    if held.sinks is not None:
+        pairs.append((held.sinks, fresh.sinks))
+    for old, new in pairs:
+        old.copy_(new)
+
+
+@pytest.mark.parametrize("held", [None, INT8])
+def test_the_same_bits_beside_others(held: torch.dtype | None) -> None:
+    """Where a text is cut into as many parts: of 132 requests and of 150 there is one part each."""
+    case = Case((32, 8), 128, dtype=BF16, held=held, requests=tuple((1, 7 * i + 1) for i in range(150)))
+    made = make(case, "cuda")
+    together, cache = by_kernels(made, case)
+    t, first = made.table, 18
+    table = replace(t, pages=t.pages[first:], lengths=t.lengths[first:], starts=t.starts[first:] - first, ones=132)
+    some = replace(made, query=made.query[:, :, first:], key=made.key[:, :, first:], value=made.value[:, :, first:],
+                   slots=made.slots[first:], cache=cache, table=table)  # fmt: skip
+    assert torch.equal(by_kernels(some, case)[0], together[first:])
