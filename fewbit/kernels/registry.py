@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import SpecError
-from fewbit.kernels import packed, torch_decoded, torch_dequant
+from fewbit.kernels import coded, packed, torch_decoded, torch_dequant, triton_experts, triton_linear
 from fewbit.quant.qtensor import Quantized
 from fewbit.quant.spec import Format
 
@@ -68,6 +68,14 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel(
         "packed", "experts", ("cpu",), (torch.bfloat16,), packed.supports, packed.prepack_experts, packed.run_experts,
         note="the same, one expert at a time",
+    ),
+    Kernel(
+        "triton", "linear", ("cuda",), FLOATS, triton_linear.supports, coded.coded, triton_linear.run_linear,
+        note="planes read as they are stored, few rows in registers, many through a buffer and cuBLAS",
+    ),
+    Kernel(
+        "triton", "experts", ("cuda",), FLOATS, triton_experts.supports, triton_experts.prepack_experts,
+        triton_experts.run_experts, note="all experts in one launch, whose rows only the device need know",
     ),
     Kernel(
         DECODED, "linear", (), FLOATS, _anything, torch_decoded.prepack_linear, torch_decoded.run_linear, asked=True,
