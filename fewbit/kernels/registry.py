@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import SpecError
-from fewbit.kernels import humming_linear, packed, scaled_linear, torch_decoded, torch_dequant
+from fewbit.kernels import (
+    coded,
+    humming_linear,
+    packed,
+    scaled_linear,
+    torch_decoded,
+    torch_dequant,
+    triton_experts,
+    triton_linear,
+)
 from fewbit.quant.spec import Format
 
 Op = Literal["linear", "experts"]
@@ -85,6 +94,14 @@ KERNELS: tuple[Kernel, ...] = (
         "humming-rounded", "linear", ("cuda",), HALVES, partial(humming_linear.supports, rounded=True),
         partial(humming_linear.prepack_linear, rounded=True), humming_linear.run_linear, (7, 5), owns=True,
         note="the same, with group scales rounded to the 16-bit type of the inputs, by at most 2**-8 of each",
+    ),
+    Kernel(
+        "triton", "linear", ("cuda",), FLOATS, triton_linear.supports, coded.coded, triton_linear.run_linear,
+        note="planes read as they are stored, few rows in registers, many through a buffer and cuBLAS",
+    ),
+    Kernel(
+        "triton", "experts", ("cuda",), FLOATS, triton_experts.supports, triton_experts.prepack_experts,
+        triton_experts.run_experts, note="all experts in one launch, whose rows only the device need know",
     ),
     Kernel(
         DECODED, "linear", (), FLOATS, _anything, torch_decoded.prepack_linear, torch_decoded.run_linear, asked=True,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fewbit.kernels.torch_dequant import expert, low_rank
+from fewbit.kernels.torch_dequant import expert, listed, low_rank
 from fewbit.quant.qtensor import Quantized
 from fewbit.quant.reference import decode, fake_quant, transformed
 
@@ -44,11 +44,9 @@ def prepack_experts(q: Quantized) -> tuple[Decoded, ...]:
     return tuple(Decoded(expert(q, e)) for e in range(q.weight.shape[0]))
 
 
-def run_experts(x: Tensor, packed: Sequence[Decoded], rows: Sequence[int]) -> Tensor:
+def run_experts(x: Tensor, packed: Sequence[Decoded], rows: Sequence[int] | Tensor) -> Tensor:
     """x: [S, K] sorted by expert, rows: how many belong to each -> [S, N]."""
-    runs = zip(x.split(list(rows)), packed, strict=True)
-    return torch.cat([run_linear(run, one) for run, one in runs if len(run)] or [x.new_empty(0, _outputs(packed))])
-
-
-def _outputs(packed: Sequence[Decoded]) -> int:
-    return packed[0].source.weight.shape[-2]
+    counts = listed(rows)
+    over = x.new_zeros(len(x) - sum(counts), packed[0].source.weight.shape[-2])
+    runs = zip(x[: sum(counts)].split(counts), packed, strict=True)
+    return torch.cat([*(run_linear(run, one) for run, one in runs if len(run)), over])

@@ -78,11 +78,16 @@ def prepack_experts(q: Quantized) -> Quantized:
     return q
 
 
-def run_experts(x: Tensor, packed: Quantized, rows: Sequence[int]) -> Tensor:
+def listed(rows: Sequence[int] | Tensor) -> list[int]:
+    """How many rows belong to each expert; waits for the device where only it knows."""
+    return rows.tolist() if isinstance(rows, Tensor) else list(rows)
+
+
+def run_experts(x: Tensor, packed: Quantized, rows: Sequence[int] | Tensor) -> Tensor:
     """x: [S, K] sorted by expert, rows: how many belong to each -> [S, N]."""
     y = x.new_empty(x.shape[0], packed.weight.shape[-2])
     start = 0
-    for e, count in enumerate(rows):
+    for e, count in enumerate(listed(rows)):
         if count:
             stop = start + count
             y[start:stop] = run_linear(x[start:stop], prepack_linear(expert(packed, e)))

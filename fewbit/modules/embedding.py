@@ -21,7 +21,11 @@ class Embedding(nn.Module):
         self.num_embeddings, self.embedding_dim = table.shape
 
     def forward(self, ids: Tensor) -> Tensor:
-        needed, places = ids.unique(return_inverse=True)
+        if ids.is_cuda:  # `unique` would wait for the device, and keep this out of a CUDA graph
+            needed = ids.reshape(-1)
+            places = torch.arange(len(needed), device=ids.device).view(ids.shape)
+        else:
+            needed, places = ids.unique(return_inverse=True)
         self.host.weight = rows(self.table, needed).to(self.dtype)
         try:
             return self.host(places)

@@ -1,7 +1,8 @@
 """Experts: the quantized projections of one mixture-of-experts module, each a list of parts [E, N_i, K] along N.
 
 The host is transformers' own experts module: its dense parameters, biases and gate are used as they are, and `forward`
-is what it is told to call. Gate and up stay separate parts, since each may have its own format and scales.
+is what it is told to call. On a GPU only the device knows which expert has how many rows. Gate and up stay separate
+parts, since each may have its own format and scales.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,12 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.errors import UnsupportedError
+from fewbit.kernels import triton_runtime
+from fewbit.kernels.triton_experts import run_plain
 from fewbit.modules.linear import Options, Part, moved, part
 from fewbit.quant.qtensor import QTensor, Quantized, Transform
 from fewbit.quant.spec import Format, describe
 
 ATTRIBUTE = "fewbit_experts"  # where a host holds its Experts
 WATCH = "fewbit_watch"  # where a host holds what watches it: a Watch
+Rows = Sequence[int] | Tensor  # how many rows belong to each expert: numbers, or [E] on the device
 
 
 class Host(Protocol):
@@ -56,7 +60,7 @@ class Experts(nn.Module):
         """parts: planes with a leading axis of experts, in their order along N."""
         self.parts[projection] = tuple(part(q, "experts", self.options) for q in parts)
 
-    def run(self, projection: str, x: Tensor, rows: Sequence[int]) -> Tensor:
+    def run(self, projection: str, x: Tensor, rows: Rows) -> Tensor:
         """x: [S, K] sorted by expert -> [S, N]."""
         outs = [p.kernel.run(x, p.packed, rows) for p in self.parts[projection]]
         return outs[0] if len(outs) == 1 else torch.cat(outs, -1)
@@ -68,10 +72,25 @@ class Experts(nn.Module):
 
 
 def forward(host: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """hidden: [T, H], top_k_index and top_k_weights: [T, k] -> [T, H]; the function registered with transformers."""
+    """hidden: [T, H], top_k_index and top_k_weights: [T, k] -> [T, H]; the function registered with transformers.
+
+    A choice of num_experts or above names no expert (padding under expert parallelism); it sorts last.
+    """
+    way = by_device if stays_on_device(host, hidden) else by_host
+    return way(host, hidden, top_k_index, top_k_weights)
+
+
+def stays_on_device(host: Any, hidden: Tensor) -> bool:
+    """Whether the host need not know which expert has how many rows: nobody watches, and nothing goes back through."""
+    ours = getattr(host, ATTRIBUTE, None)
+    seen = hasattr(host, WATCH) or not (ours is None or isinstance(ours, Experts))
+    return hidden.is_cuda and not seen and not torch.is_grad_enabled() and triton_runtime.lacking(hidden.device) is None
+
+
+def by_host(host: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Rows of each expert as numbers of Python's, which wait for the device."""
     choices = top_k_index.reshape(-1)
     order = choices.argsort(stable=True)
-    # a choice of num_experts or above names no expert (padding under expert parallelism); it sorts last
     rows = torch.bincount(choices, minlength=host.num_experts)[: host.num_experts].tolist()
     order = order[: sum(rows)]
     token = order // top_k_index.shape[-1]
@@ -79,12 +98,22 @@ def forward(host: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tenso
     if watch is not None:
         watch.routed(rows)
         show_all(host, hidden, watch)
-    x = raised(host, hidden[token], rows, partial(watch, rows=rows) if watch is not None else None)
-    x = project(host, "down_proj", x, rows)
-    if getattr(host, "has_post_expert_norm", False):
-        x = host.post_expert_norm(x)
+    x = lowered(host, raised(host, hidden[token], rows, partial(watch, rows=rows) if watch is not None else None), rows)
     x = x * top_k_weights.reshape(-1)[order, None]
     return torch.zeros_like(hidden).index_add_(0, token, x.to(hidden.dtype))
+
+
+def by_device(host: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Rows of each expert as a tensor: no one waits, sizes follow from shapes, and a CUDA graph can hold it all."""
+    choices = top_k_index.reshape(-1)
+    order = choices.argsort(stable=True)
+    places = torch.arange(len(order), device=order.device)
+    rows = torch.zeros(host.num_experts + 1, dtype=torch.int64, device=hidden.device)
+    rows = rows.scatter_add_(0, choices.clamp(max=host.num_experts), torch.ones_like(choices))[:-1]
+    x = raised(host, hidden[order // top_k_index.shape[-1]], rows, None)
+    x = lowered(host, x, rows)[torch.empty_like(order).scatter_(0, order, places)]
+    x = x.view(*top_k_index.shape, x.shape[-1]) * top_k_weights[..., None]
+    return x.masked_fill((top_k_index >= host.num_experts)[..., None], 0).sum(1).to(hidden.dtype)
 
 
 def show_all(host: Any, hidden: Tensor, watch: Watch) -> None:
@@ -93,7 +122,7 @@ def show_all(host: Any, hidden: Tensor, watch: Watch) -> None:
         raised(host, hidden, [len(hidden) * (i == e) for i in range(host.num_experts)], partial(watch.shown, expert=e))
 
 
-def raised(host: Any, x: Tensor, rows: Sequence[int], tell: Callable[[str, Tensor], None] | None) -> Tensor:
+def raised(host: Any, x: Tensor, rows: Rows, tell: Callable[[str, Tensor], None] | None) -> Tensor:
     """x: [S, H] sorted by expert -> what the down projection reads."""
     up = "gate_up_proj" if host.has_gate else "up_proj"
     if tell is not None:
@@ -105,7 +134,13 @@ def raised(host: Any, x: Tensor, rows: Sequence[int], tell: Callable[[str, Tenso
     return x
 
 
-def project(host: Any, name: str, x: Tensor, rows: Sequence[int]) -> Tensor:
+def lowered(host: Any, x: Tensor, rows: Rows) -> Tensor:
+    """x: [S, M] as `raised` gives it -> what the experts put out, [S, H]."""
+    x = project(host, "down_proj", x, rows)
+    return host.post_expert_norm(x) if getattr(host, "has_post_expert_norm", False) else x
+
+
+def project(host: Any, name: str, x: Tensor, rows: Rows) -> Tensor:
     """One projection of all chosen experts, dense or quantized, with its bias."""
     ours: Experts | None = getattr(host, ATTRIBUTE, None)
     bias = getattr(host, f"{name}_bias") if host.has_bias else None
@@ -115,11 +150,21 @@ def project(host: Any, name: str, x: Tensor, rows: Sequence[int]) -> Tensor:
         y = dense(x, getattr(host, name), host.is_transposed, rows)
     if bias is None:
         return y
+    if isinstance(rows, Tensor):
+        return y + bias[owners(rows, len(y))]
     return y + bias.repeat_interleave(torch.tensor(rows, device=x.device), dim=0, output_size=x.shape[0])
 
 
-def dense(x: Tensor, weight: Tensor, transposed: bool, rows: Sequence[int]) -> Tensor:
+def owners(rows: Tensor, size: int) -> Tensor:
+    """-> [size]: which expert a row belongs to; the last one, of rows that belong to none."""
+    places = torch.arange(size, device=rows.device)
+    return torch.searchsorted(rows.cumsum(0), places, right=True).clamp_(max=len(rows) - 1)
+
+
+def dense(x: Tensor, weight: Tensor, transposed: bool, rows: Rows) -> Tensor:
     """weight: [E, N, K], or [E, K, N] where transformers stores it transposed."""
+    if isinstance(rows, Tensor):
+        return run_plain(x, weight, transposed, rows)
     runs = x.split(list(rows))
     used = [(run, weight[e]) for e, run in enumerate(runs) if len(run)]
     if not used:

@@ -101,7 +101,7 @@ def largest(x: Tensor, shape: tuple[int, ...], inner: Block, outer: Block) -> Te
 
 def over(x: Tensor, number: float) -> Tensor:
     """x / number, rounded once on every device: CUDA divides by a scalar as a product with its reciprocal."""
-    return x / torch.tensor(number, dtype=x.dtype, device=x.device)
+    return x / torch.full((), number, dtype=x.dtype, device=x.device)
 
 
 def finite_or_raise(w: Tensor) -> float:

@@ -148,6 +148,12 @@ def values(element: Element) -> Tensor:
     return _float_values(element, codes)
 
 
+@cache
+def table(element: Element, device: torch.device) -> Tensor:
+    """`values` on a device, where they are brought once: bringing them waits, and cannot stand in a CUDA graph."""
+    return values(element).to(device)
+
+
 def _float_values(element: Element, codes: Tensor) -> Tensor:
     fraction = codes & (2**element.mantissa - 1)
     power = (codes >> element.mantissa) & (2**element.exponent - 1)
@@ -173,8 +179,7 @@ def decode(codes: Tensor, element: Element) -> Tensor:
         return ((codes ^ half) - half).view(torch.int8).float() if element.signed else codes.float()
     if element.name == "e5m2":
         return codes.view(torch.float8_e5m2).float()  # its cast is vectorized; that of e4m3 is slower than the table
-    table = values(element).to(codes.device)
-    return table.index_select(0, codes.reshape(-1).int()).view(codes.shape)
+    return table(element, codes.device).index_select(0, codes.reshape(-1).int()).view(codes.shape)
 
 
 def encode(x: Tensor, element: Element) -> Tensor:
@@ -201,7 +206,7 @@ def _encode_float(x: Tensor, element: Element) -> Tensor:
     bits = magnitude.view(torch.int32)
     normal = (bits + (((bits >> (23 - m)) & 1) + (2 ** (22 - m) - 1)) >> (23 - m)) - ((127 - bias) << m)
     # adding c leaves |x| in units of the smallest subnormal in c's low bits, rounded to even by the adder itself
-    c = torch.tensor(2.0 ** (1 - bias - m + 23), device=x.device)
+    c = torch.full((), 2.0 ** (1 - bias - m + 23), device=x.device)
     subnormal = (magnitude + c).view(torch.int32) - c.view(torch.int32)
     codes = torch.where(magnitude < 2.0 ** (1 - bias), subnormal, normal)
     negative = (x.view(torch.int32) < 0).int() << (element.exponent + m)

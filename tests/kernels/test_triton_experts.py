@@ -1,0 +1,119 @@
+"""Grouped experts by Triton's interpreter: rows that only a tensor knows, against the experts one by one."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewbit.kernels import torch_dequant, triton_experts, triton_linear
+from fewbit.kernels.registry import KERNELS
+from fewbit.kernels.triton_linear import Tiling
+from fewbit.modules import experts
+from fewbit.modules.experts import ATTRIBUTE, Experts, by_device, by_host
+from fewbit.modules.linear import Options, Part
+from fewbit.quant.formats import FORMATS
+from fewbit.quant.qtensor import Quantized, Transform
+from fewbit.quant.reference import encode
+from tests.modules.test_experts import E, H, Host, M, choices
+
+LACKING = triton_linear.triton_runtime.lacking(torch.device("cpu"))
+pytestmark = pytest.mark.skipif(LACKING is not None or torch.cuda.is_available(), reason=str(LACKING))
+KERNEL = next(k for k in KERNELS if (k.name, k.op) == ("triton", "experts"))
+COUNTS = ([3, 0, 18, 1], [0, 0, 0, 5], [1, 1, 1, 1], [0, 0, 0, 0], [33, 0, 0, 0])
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("TILES", "EXACT"):
+        monkeypatch.setattr(triton_linear, name, (Tiling(16, 32, 64, 4),))
+    torch.use_deterministic_algorithms(True)  # torch.empty gives NaN
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def stack(name: str, n: int = 40, k: int = 64) -> Quantized:
+    w = torch.randn(4, n, k, generator=torch.Generator().manual_seed(1)) / 8
+    return Quantized(FORMATS[name], encode(w, FORMATS[name].weight))
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("over", [0, 2])
+def test_plain(counts: list[int], over: int) -> None:
+    size = sum(counts)
+    x, w = torch.randn(size + over, 72), torch.randn(4, 40, 72)
+    want = torch.cat([run @ e.T for run, e in zip(x[:size].split(counts), w, strict=True)])
+    for weight, transposed in ((w, False), (w.mT.contiguous(), True)):
+        got = triton_experts.run_plain(x, weight, transposed, torch.tensor(counts))
+        assert got.shape == (size + over, 40)
+        torch.testing.assert_close(got[:size], want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["q8_0", "int4-g32-asym", "fp8-tensor", "nvfp4-a16", "int6-channel", "nf4"])
+def test_quantized(name: str) -> None:
+    q = stack(name)
+    for counts in COUNTS[:2]:
+        x = torch.randn(sum(counts), 64)
+        want = torch_dequant.run_experts(x, q, counts)
+        for rows in (torch.tensor(counts), counts):
+            got = triton_experts.run_experts(x, triton_experts.prepack_experts(q), rows)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_what_it_leaves_to_others() -> None:
+    cpu = torch.device("cpu")
+    why = triton_experts.supports(FORMATS["fp8-tensor-static"], cpu, torch.float32)
+    assert "for each row" in str(why)
+    assert triton_experts.supports(FORMATS["fp8-tensor"], cpu, torch.float32) is None
+    permute = Transform("permute", {"index": torch.stack([torch.randperm(64)] * 4)})
+    permuted = Quantized(FORMATS["int8-channel"], stack("int8-channel").weight, transforms=(permute,))
+    x, rows = torch.randn(4, 64), torch.tensor([1, 0, 2, 1])
+    got = triton_experts.run_experts(x, triton_experts.prepack_experts(permuted), rows)
+    torch.testing.assert_close(got, torch_dequant.run_experts(x, permuted, rows.tolist()))
+
+
+def quantized(host: Host, name: str) -> None:
+    """Bind both projections to the Triton kernel, the first in two parts."""
+    ours = Experts(Options())
+    for projection, shapes in (("gate_up_proj", ((M, H), (M, H))), ("down_proj", ((H, M),))):
+        parts = [Quantized(FORMATS[name], encode(torch.randn(E, *s) / 8, FORMATS[name].weight)) for s in shapes]
+        ours.parts[projection] = tuple(Part(q, KERNEL, triton_experts.prepack_experts(q)) for q in parts)
+    setattr(host, ATTRIBUTE, ours)
+
+
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    [(None, {}), (None, {"transposed": True, "bias": True}), (None, {"gate": False}), ("int4-g32", {"bias": True})],
+)
+def test_forward_by_device_is_forward_by_host(form: str | None, kind: dict[str, bool]) -> None:
+    host = Host(**kind)
+    if form is not None:
+        quantized(host, form)
+    hidden, index, weights = choices(7)
+    index[2, 1] = index[5, 0] = E  # no expert
+    weights[2, 1] = weights[5, 0] = 0.0
+    with torch.no_grad():
+        got = by_device(host, hidden, index, weights)
+        torch.testing.assert_close(got, by_host(host, hidden, index, weights), rtol=1e-4, atol=1e-4)
+
+
+def test_norm_after_the_experts() -> None:
+    host = Host()
+    host.has_post_expert_norm, host.post_expert_norm = True, torch.nn.LayerNorm(H)
+    with torch.no_grad():
+        args = (host, *choices(5))
+        torch.testing.assert_close(by_device(*args), by_host(*args), rtol=1e-4, atol=1e-4)
+
+
+def test_no_token_at_all() -> None:
+    assert by_device(Host(), torch.randn(0, H), torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2)).shape == (0, H)
+
+
+def test_a_cpu_goes_by_host() -> None:
+    with torch.no_grad():
+        assert not experts.stays_on_device(Host(), torch.randn(1, H))
+
+
+def test_owners() -> None:
+    found: Tensor = experts.owners(torch.tensor([2, 0, 1]), 5)
+    assert found.tolist() == [0, 0, 2, 2, 2]
