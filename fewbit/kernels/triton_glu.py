@@ -32,9 +32,7 @@ def _act(x, ACT: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def _act_mul(
-    gate_at, up_at, y_at, n, blocks, gate_row, up_row, ACT: tl.constexpr, BLOCK: tl.constexpr
-):
+def _act_mul(gate_at, up_at, y_at, n, blocks, gate_row, up_row, ACT: tl.constexpr, BLOCK: tl.constexpr):
     pid = tl.program_id(0)
     row = (pid // blocks).to(tl.int64)
     at = pid % blocks * BLOCK + tl.arange(0, BLOCK)

@@ -6,10 +6,11 @@ each rewrite that follows is kept where the twin's logits stay what they were. `
 
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fewbit.kernels.triton_runtime import lacking
 from fewbit.models import twin
@@ -19,6 +20,7 @@ from fewbit.models.fuse_values import Decision, Fused, Plan, Rewrite
 from fewbit.models.shrink import shrink
 
 LIMIT = 1e-6  # of the twin's logits, relative
+ATTRIBUTE = "fewbit_fused"  # where a model holds what became of it
 
 _PLANS: dict[str, Plan] = {}  # by class and shrunk config
 
@@ -38,33 +40,43 @@ def plan(config: Any) -> Plan:
 
 def planned(name: str, small: Any, attention: str) -> Plan:
     _, model = twin.filled(small, attention)
-    wanted = twin.logits(model, small)
-    kept: list[Rewrite] = []
-    refused: list[Decision] = []
-    for proposal in proposals(look(model, small)):
-        if isinstance(proposal, Decision):
-            refused.append(proposal)
-        elif reason := disproof(model, small, wanted, [*kept, proposal]):
-            refused.append(Decision(proposal.target.module, proposal.kind, str(proposal.form), reason))
+    bench = Bench(model, small, twin.logits(model, small))
+    found = list(proposals(look(model, small)))
+    proposed = [p for p in found if isinstance(p, Rewrite)]
+    refused = [p for p in found if isinstance(p, Decision)]
+    kept = proposed if not bench.disproof(proposed) else []
+    for rewrite in proposed if not kept else ():
+        if reason := bench.disproof([*kept, rewrite]):
+            refused.append(Decision(rewrite.target.module, rewrite.kind, str(rewrite.form), reason))
         else:
-            kept.append(proposal)
+            kept.append(rewrite)
     return Plan(name, tuple(kept), tuple(dict.fromkeys(refused)))
 
 
-def disproof(model: nn.Module, small: Any, wanted: list[torch.Tensor], rewrites: Sequence[Rewrite]) -> str:
-    """Why the twin does not agree with the last of these rewrites, "" where it does."""
-    try:
-        copy = deepcopy(model)
-        decisions = list(place(copy, rewrites))
-        got = twin.logits(copy, small)
-    except Exception as error:  # code that reads what is no longer there
-        return told(error)
-    kind, what = rewrites[-1].kind, str(rewrites[-1].form)
-    for decision in decisions:
-        if (decision.kind, decision.what) == (kind, what) and not decision.kept:
-            return decision.reason
-    error = max(twin.relative(a, b) for a, b in zip(got, wanted, strict=True))
-    return "" if error <= LIMIT else f"the twin's logits differ by {error:.2g}, allowed {LIMIT:.0e}"
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """A twin and the logits that it gives as it is."""
+
+    model: nn.Module
+    config: Any
+    wanted: list[Tensor]
+
+    def disproof(self, rewrites: Sequence[Rewrite]) -> str:
+        """Why the twin does not agree with these rewrites, "" where it does."""
+        try:
+            copy = deepcopy(self.model)
+            left = [d.reason for d in place(copy, rewrites) if not d.kept]
+            got = twin.logits(copy, self.config)
+        except Exception as error:  # code that reads what is no longer there
+            return told(error)
+        error = max(twin.relative(a, b) for a, b in zip(got, self.wanted, strict=True))
+        return (
+            left[0]
+            if left
+            else ""
+            if error <= LIMIT
+            else f"the twin's logits differ by {error:.2g}, allowed {LIMIT:.0e}"
+        )
 
 
 def apply(model: nn.Module, plan: Plan) -> Fused:

@@ -93,10 +93,17 @@ def rotary_form(function: Callable[..., Any], axis: str) -> RotaryForm | str:
     return "its values are those of no rotary embedding that is known"
 
 
-def agrees(function: Callable[..., Any], axis: str, form: RotaryForm, width: int, dtypes: Sequence[torch.dtype]) -> bool:
+def agrees(
+    function: Callable[..., Any], axis: str, form: RotaryForm, width: int, dtypes: Sequence[torch.dtype]
+) -> bool:
     """Whether a function turns `width` channels of HEAD as the form does."""
     entries = width // 2 if form.table == "short" else width
-    q, k, cos, sin = random(2, 5, 4, HEAD), random(2, 5, 2, HEAD, seed=1), random(2, 5, entries), random(2, 5, entries, seed=2)
+    q, k, cos, sin = (
+        random(2, 5, 4, HEAD),
+        random(2, 5, 2, HEAD, seed=1),
+        random(2, 5, entries),
+        random(2, 5, entries, seed=2),
+    )
     for heads, dtype in ((h, d) for h in ((1, 2) if axis else (1,)) for d in dtypes):
         given = [t.to(dtype) for t in ((q, k) if heads == 2 else (q.transpose(1, 2), k.transpose(1, 2)))]
         tables = [t.to(dtype) for t in (cos, sin)]

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fewbit.models import twin
-from fewbit.models.fuse_values import Called, Decision, Rewrite, Siblings, Signature
 from fewbit.models.fuse_forms import glu_form, norm_form, rotary_form
+from fewbit.models.fuse_values import Called, Decision, Rewrite, Siblings, Signature
 from fewbit.modules.linear import Linear
 
 ROTARY = ["q", "k", "cos", "sin"]  # what a function is called with that turns queries and keys

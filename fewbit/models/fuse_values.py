@@ -58,7 +58,9 @@ class Signature:
         held = tuple((name, p.dim()) for name, p in module._parameters.items() if p is not None)
         plain = {n: v for n, v in vars(module).items() if type(v) in (bool, float, str) and n[0] != "_"}
         plain.pop("training", None)
-        return cls(f"{kind.__module__}.{kind.__qualname__}", children, held, tuple(sorted(plain.items())) if numbers else ())
+        return cls(
+            f"{kind.__module__}.{kind.__qualname__}", children, held, tuple(sorted(plain.items())) if numbers else ()
+        )
 
 
 @dataclass(frozen=True, slots=True)

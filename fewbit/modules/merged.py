@@ -47,6 +47,7 @@ class Slice(Linear):
         self.in_features, self.out_features = merged.linear.in_features, merged.sizes[index]
         self.merged, self.index = merged, index
         self.parts = self.pending = ()
+        self.options = merged.linear.options
         if index == 0:
             self.whole = merged.linear  # in the tree once, so that it moves with the model
 
@@ -108,7 +109,9 @@ def joined_pending(linears: Sequence[Linear]) -> Quantized:
         raise UnsupportedError(str(error)) from error
     if found.format != parts[0].format:
         device = found.weight.device
-        kernels = [select("linear", f, device, options.dtype, options.kernels)[0] for f in (parts[0].format, found.format)]
+        kernels = [
+            select("linear", f, device, options.dtype, options.kernels)[0] for f in (parts[0].format, found.format)
+        ]
         if kernels[0] is not kernels[1]:
             raise UnsupportedError(f"a scale for each row leaves {kernels[0].name} for {kernels[1].name}")
     return found

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-
 Times = Literal["late", "wide", "plus"]
 TIMES: dict[Times, str] = {"late": "w after the cast", "wide": "w", "plus": "1 + w"}
 
@@ -67,5 +66,3 @@ def kernel() -> Any:
     from fewbit.kernels import triton_norm
 
     return triton_norm
-
-

@@ -12,9 +12,9 @@ pytestmark = [
     pytest.mark.skipif(lacking(torch.device(DEVICE)) is not None, reason=str(lacking(torch.device(DEVICE)))),
     pytest.mark.filterwarnings("ignore:overflow encountered in exp"),
 ]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16)
 # two roundings of a value each one off; the interpreter cuts bfloat16 where a GPU rounds
-STEP = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
+STEP = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-6}
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -40,8 +40,8 @@ def test_norm(form: norm.NormForm, dtype: torch.dtype) -> None:
     wide = random(1, 3, 2, 40, dtype=dtype, seed=3)
     wide[:, 1] *= 1e-3  # where eps matters
     for x, weight, bias in (
-        (wide[0, :, 0, :24].contiguous(), w, None), (wide[..., :24].transpose(1, 2), w, b), (wide[..., 8:32], None, None),
-        (wide[0, 1, 0, :24], w, None),
+        (wide[0, :, 0, :24].contiguous(), w, None), (wide[..., :24].transpose(1, 2), w, b),
+        (wide[..., 8:32], None, None), (wide[0, 1, 0, :24], w, None),
     ):  # fmt: skip
         assert triton_norm.takes(x)
         got = triton_norm.norm(x, weight, bias, form.eps, form.times, form.centred)
@@ -49,10 +49,11 @@ def test_norm(form: norm.NormForm, dtype: torch.dtype) -> None:
         assert got.stride() == (x + 0).stride()
 
 
-def test_norm_of_many_short_rows() -> None:
+def test_norm_of_many_short_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     from fewbit.kernels import triton_norm
 
-    x, w = random(triton_norm.MANY + 3, 16), random(16, seed=1)
+    monkeypatch.setattr(triton_norm, "MANY", 1)
+    x, w = random(11, 16), random(16, seed=1)
     near(triton_norm.norm(x, w, None, 1e-6, "wide"), norm.norm(x, w, None, norm.NormForm(1e-6)))
 
 
