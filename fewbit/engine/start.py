@@ -135,7 +135,7 @@ def loaded(config: EngineConfig, device: torch.device, format: str | None, group
     model: Any = build.load(
         config.model, device=device, dtype=dtype_of(config, device), kernels=config.kernels,
         activations=activations(config, device), format=format, trust_remote_code=config.trust_remote_code,
-        attend=proof.attention, ranks=group,
+        attend=proof.attention, ranks=group, fuse=device.type == "cuda",
     )  # fmt: skip
     try:
         tokenizer = read_tokenizer(config.tokenizer or config.model)

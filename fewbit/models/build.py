@@ -14,9 +14,10 @@ from torch import nn
 from fewbit import codecs
 from fewbit.errors import CheckpointError, SpecError, UnsupportedError
 from fewbit.kernels.select import known_or_raise
+from fewbit.models import fuse as fusing
 from fewbit.models import hf, twin
 from fewbit.models.account import finish
-from fewbit.models.fill import Filler, is_stack, prepare
+from fewbit.models.fill import Filler, is_stack, prepare, settle
 from fewbit.models.finding import refuse_on_errors
 from fewbit.models.shard_source import sharded
 from fewbit.models.shard_values import Ranks
@@ -45,6 +46,7 @@ def load(
     unsafe_skip_verify: Sequence[str] = (),
     attend: Callable[[Any], str] = twin.require,
     ranks: Ranks | None = None,
+    fuse: bool = False,
 ) -> nn.Module:
     """A folder or a .gguf file -> the model in eval mode: model(input_ids).logits, model.generate(...).
 
@@ -52,6 +54,7 @@ def load(
     activations: "declared", "hardware" to leave them in dtype where the device lacks theirs, "off" to leave all.
     format: quantize every linear and expert on arrival.
     attend: config -> the attention that the architecture is built with, or an error. ranks: hold one rank's part only.
+    fuse: with fused modules where the twin agrees; what became of each is model.fewbit_fused.
     """
     if activations not in ACTIVATIONS:
         raise SpecError(f"activations={activations!r}: known are {', '.join(ACTIVATIONS)}")
@@ -81,6 +84,9 @@ def load(
         if shards is not None:
             shards.finish()
     model.to(device)
+    if fuse:
+        setattr(model, fusing.ATTRIBUTE, fusing.apply(model, fusing.plan(config)))
+    settle(model)
     if (generation := hf.generation_config(path)) is not None:
         model.generation_config = generation
     return model

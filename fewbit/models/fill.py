@@ -219,6 +219,13 @@ def prepare(model: nn.Module) -> None:
             replace(model, path, Linear.of(module))
 
 
+def settle(model: nn.Module) -> None:
+    """Choose kernels for every quantized linear, one after the other."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.settle()
+
+
 def ask(name: str, shape: Sequence[int]) -> str:
     """A quantized module's name as the tensor to look for: `<module>.weight`, or stacked experts' own name."""
     return name if len(shape) > 2 else f"{name}.weight"

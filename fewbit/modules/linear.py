@@ -1,6 +1,7 @@
 """Linear: a weight that is a plain parameter, or Quantized parts that kernels run; several parts lie along N.
 
 A dense Linear keeps `.weight`, so model code that reads it goes on working; a quantized one decodes it when asked.
+What is bound waits as it came until `settle`, or whoever asks for `parts`, has kernels chosen: what waits can be merged.
 """
 
 from collections.abc import Callable
@@ -78,6 +79,7 @@ class Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.parts: tuple[Part, ...] = ()
+        self.pending: tuple[Quantized, ...] = ()
         self.options = Options()
         self.weight = weight
         self.bias = bias
@@ -94,8 +96,16 @@ class Linear(nn.Module):
         if rows != self.out_features or any(shape[-1] != self.in_features for shape in shapes):
             raise UnsupportedError(f"a linear of [{self.out_features}, {self.in_features}] cannot hold {shapes}")
         self._parameters.pop("weight", None)
-        self.options = options
-        self.parts = tuple(part(q, "linear", options) for q in parts)
+        for name in ("weight", "parts"):
+            self.__dict__.pop(name, None)
+        self.options, self.pending = options, parts
+
+    def settle(self) -> tuple[Part, ...]:
+        """Choose kernels for what waits, and bring it into their layouts."""
+        if self.pending:
+            self.parts = tuple(part(q, "linear", self.options) for q in self.pending)
+            self.pending = ()
+        return self.parts
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.parts:
@@ -107,17 +117,23 @@ class Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def __getattr__(self, name: str) -> Any:
-        if name == "weight" and self.__dict__.get("parts"):
+        if name == "parts" and self.__dict__.get("pending"):
+            return self.settle()
+        if name == "weight" and (self.__dict__.get("pending") or self.__dict__.get("parts")):
             return decoded(self.parts).to(self.options.dtype)
         return super().__getattr__(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        self.parts = moved(self.parts, "linear", fn, self.options)
+        if self.pending:
+            self.pending = tuple(on_device(q, place(q.weight.device, fn)) for q in self.pending)
+        else:
+            self.parts = moved(self.parts, "linear", fn, self.options)
         return self
 
     def extra_repr(self) -> str:
-        kinds = ", ".join(p.quantized.weight.spec.element.name for p in self.parts) or "dense"
+        held = self.pending or tuple(p.quantized for p in self.parts)
+        kinds = ", ".join(q.weight.spec.element.name for q in held) or "dense"
         return f"{self.in_features} -> {self.out_features}, {kinds}"
 
 
@@ -135,11 +151,16 @@ def moved(parts: tuple[Part, ...], op: Op, fn: Callable[[Tensor], Tensor], optio
     if not parts:
         return parts
     old = parts[0].device
-    new = fn(torch.empty(0, dtype=torch.uint8, device=old)).device
+    new = place(old, fn)
     if new == old:
         return parts
     there_or_raise(parts, f"moved to {new}")
     return tuple(part(on_device(p.quantized, new), op, options) for p in parts)
+
+
+def place(old: torch.device, fn: Callable[[Tensor], Tensor]) -> torch.device:
+    """Where Module.to puts what is on a device."""
+    return fn(torch.empty(0, dtype=torch.uint8, device=old)).device
 
 
 def on_device(q: Quantized, device: str | torch.device) -> Quantized:

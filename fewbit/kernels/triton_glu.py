@@ -1,0 +1,63 @@
+"""act(gate) * up in one launch. gate and up may be halves of one output, side by side; what is made has no gaps.
+
+The activation is rounded to the type of gate before it is multiplied, as models do that write the two apart.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ACTS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "sigmoid")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FULL = 1 << 18  # values from which on every processor has work in large tiles
+
+
+@triton.jit
+def _act(x, ACT: tl.constexpr):
+    if ACT == "silu":
+        return x * tl.sigmoid(x)
+    if ACT == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    if ACT == "gelu_tanh":  # 0.5 * (1 + tanh(u)) = sigmoid(2 u)
+        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    if ACT == "quick_gelu":
+        return x * tl.sigmoid(1.702 * x)
+    if ACT == "sigmoid":
+        return tl.sigmoid(x)
+    y = tl.maximum(x, 0.0)
+    if ACT == "relu2":
+        y = y * y
+    return y
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def _act_mul(gate_at, up_at, y_at, n, blocks, gate_row, up_row, ACT: tl.constexpr, BLOCK: tl.constexpr):
+    pid = tl.program_id(0)
+    row = (pid // blocks).to(tl.int64)
+    at = pid % blocks * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(gate_at + row * gate_row + at, at < n)
+    up = tl.load(up_at + row * up_row + at, at < n)
+    a = _act(gate.to(tl.float32), ACT).to(gate.dtype).to(tl.float32)
+    tl.store(y_at + row * n + at, (a * up.to(tl.float32)).to(y_at.dtype.element_ty), at < n)
+
+
+def takes(gate: Tensor, up: Tensor) -> bool:
+    """Whether the kernel runs on them."""
+    alike = gate.shape == up.shape and gate.dtype == up.dtype and gate.dtype in FLOATS
+    return alike and gate.dim() > 0 and gate.stride(-1) == 1 == up.stride(-1)
+
+
+def act_mul(gate: Tensor, up: Tensor, act: str) -> Tensor:
+    """gate, up: [..., N] -> [..., N]; as modules.glu.act_mul."""
+    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    if y.numel() == 0:
+        return y
+    n = gate.shape[-1]
+    gate, up = gate.reshape(-1, n), up.reshape(-1, n)
+    block = 1024 if y.numel() >= FULL else 256
+    blocks = triton.cdiv(n, block)
+    _act_mul[(gate.shape[0] * blocks,)](
+        gate, up, y, n, blocks, gate.stride(0), up.stride(0), act, block, num_warps=block // 256
+    )
+    return y

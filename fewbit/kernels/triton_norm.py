@@ -1,0 +1,82 @@
+"""RMSNorm and LayerNorm in one launch: a program holds whole rows in registers, one long row or several short ones.
+
+x may be a strided view of up to four axes, as the heads of a merged projection are; y has x's order of axes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LONGEST = 1 << 15  # of a row: what the registers of 16 warps hold
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+SHORT, MANY = 512, 2048  # rows up to this long are taken several at a time, where there are so many
+
+
+@triton.jit(do_not_specialize=["rows", "n1", "n2"])
+def _norm(
+    x_at, w_at, b_at, y_at, rows, n1, n2, xs0, xs1, xs2, ys0, ys1, ys2, eps, D: tl.constexpr,
+    OFFSET: tl.constexpr, LATE: tl.constexpr, CENTRED: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    at = tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (at < D)[None, :]
+    i2, i1, i0 = row % n2, row // n2 % n1, row // n2 // n1
+    x_rows = i0 * xs0 + i1 * xs1 + i2 * xs2
+    y_rows = i0 * ys0 + i1 * ys1 + i2 * ys2
+    raw = tl.load(x_at + x_rows[:, None] + at[None, :], inside, 0.0)
+    h = raw.to(tl.float32)
+    if CENTRED:
+        h = tl.where(inside, h - (tl.sum(h, 1) / D)[:, None], 0.0)
+    h = h * tl.rsqrt(tl.sum(h * h, 1) / D + eps)[:, None]
+    if LATE:
+        h = h.to(raw.dtype).to(tl.float32)
+    if WEIGHT:
+        w = tl.load(w_at + at, at < D, 0.0).to(tl.float32) + OFFSET
+        h = h * w[None, :]
+    if BIAS:
+        if LATE and WEIGHT:
+            h = h.to(y_at.dtype.element_ty).to(tl.float32)
+        h = h + tl.load(b_at + at, at < D, 0.0).to(tl.float32)[None, :]
+    tl.store(y_at + y_rows[:, None] + at[None, :], h.to(y_at.dtype.element_ty), inside)
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the kernel runs on it."""
+    return x.dtype in FLOATS and 1 <= x.dim() <= 4 and x.stride(-1) == 1 and 0 < x.shape[-1] <= LONGEST
+
+
+def norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, times: str, centred: bool = False
+) -> Tensor:
+    """x: [..., D], weight and bias: [D] -> [..., D]; as modules.norm.norm."""
+    late = times == "late"
+    y = torch.empty_like(x, dtype=widest(x, weight, bias) if late else x.dtype)
+    d, rows = x.shape[-1], x.numel() // x.shape[-1]
+    if rows == 0:
+        return y
+    (_, n1, n2), xs, ys = leading(x, y)
+    block = triton.next_power_of_2(d)
+    several = 8 if d <= SHORT and rows >= MANY else 1
+    warps = min(16, max(1, several * block // 512))
+    _norm[(triton.cdiv(rows, several),)](
+        x, weight if weight is not None else x, bias if bias is not None else x, y, rows, n1, n2, *xs, *ys, eps, d,
+        float(times == "plus"), late, centred, weight is not None, bias is not None, several, block, num_warps=warps,
+    )  # fmt: skip
+    return y
+
+
+def widest(x: Tensor, *others: Tensor | None) -> torch.dtype:
+    found = x.dtype
+    for other in others:
+        found = found if other is None else torch.promote_types(found, other.dtype)
+    return found
+
+
+def leading(x: Tensor, y: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Sizes and strides of the axes before the last, as three; one where both lie without gaps."""
+    if x.is_contiguous():
+        return (1, 1, x.numel() // x.shape[-1]), (0, 0, x.shape[-1]), (0, 0, x.shape[-1])
+    pad = 4 - x.dim()
+    return ((1,) * pad + tuple(x.shape[:-1]), (0,) * pad + x.stride()[:-1], (0,) * pad + y.stride()[:-1])

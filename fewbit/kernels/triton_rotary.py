@@ -1,0 +1,111 @@
+"""Rotary embedding of queries and keys in one launch: a program turns some heads of one token.
+
+q and k may be strided views of a merged projection; what is made has their order of axes. Channels beyond those that
+are turned are copied.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+MANY = 1024  # tokens from which on a program takes more heads
+
+
+@triton.jit
+def _turn(
+    x_at, y_at, head, heads, x_head, y_head, c0, c1, s0, s1, D: tl.constexpr, R: tl.constexpr,
+    READS: tl.constexpr, WRITES: tl.constexpr, WIDE: tl.constexpr, HALF: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    j = tl.arange(0, HALF)
+    inside = (head < heads)[:, None] & (j < R // 2)[None, :]
+    x_row, y_row = head[:, None] * x_head, head[:, None] * y_head
+    r0, r1 = (2 * j, 2 * j + 1) if READS else (j, j + R // 2)
+    w0, w1 = (2 * j, 2 * j + 1) if WRITES else (j, j + R // 2)
+    raw = tl.load(x_at + x_row + r0[None, :], inside)
+    a = raw.to(tl.float32)
+    b = tl.load(x_at + x_row + r1[None, :], inside).to(tl.float32)
+    ac, bs, bc, as_ = a * c0, b * s0, b * c1, a * s1
+    if not WIDE:  # models round each product
+        ac, bs = ac.to(raw.dtype).to(tl.float32), bs.to(raw.dtype).to(tl.float32)
+        bc, as_ = bc.to(raw.dtype).to(tl.float32), as_.to(raw.dtype).to(tl.float32)
+    tl.store(y_at + y_row + w0[None, :], (ac - bs).to(raw.dtype), inside)
+    tl.store(y_at + y_row + w1[None, :], (bc + as_).to(raw.dtype), inside)
+    if R < D:
+        t = R + tl.arange(0, TAIL)
+        rest = (head < heads)[:, None] & (t < D)[None, :]
+        tl.store(y_at + y_row + t[None, :], tl.load(x_at + x_row + t[None, :], rest), rest)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _rotate(
+    q_at, k_at, cos_at, sin_at, q_out, k_out, tokens, q_heads, k_heads,
+    qb, qt, qh, kb, kt, kh, cb, ct, sb, st, qob, qot, qoh, kob, kot, koh, D: tl.constexpr, R: tl.constexpr,
+    READS: tl.constexpr, WRITES: tl.constexpr, OWN: tl.constexpr, WIDE: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    b, t = pid // tokens, pid % tokens
+    j = tl.arange(0, HALF)
+    e0, e1 = j, j
+    if OWN:
+        e0, e1 = (2 * j, 2 * j + 1) if WRITES else (j, j + R // 2)
+    inside = j < R // 2
+    cos_at += b * cb + t * ct
+    sin_at += b * sb + t * st
+    c0 = tl.load(cos_at + e0, inside).to(tl.float32)[None, :]
+    c1 = tl.load(cos_at + e1, inside).to(tl.float32)[None, :]
+    s0 = tl.load(sin_at + e0, inside).to(tl.float32)[None, :]
+    s1 = tl.load(sin_at + e1, inside).to(tl.float32)[None, :]
+    tile = tl.program_id(1)
+    q_tiles = tl.cdiv(q_heads, HEADS)
+    if tile < q_tiles:
+        head = tile * HEADS + tl.arange(0, HEADS)
+        _turn(q_at + b * qb + t * qt, q_out + b * qob + t * qot, head, q_heads, qh, qoh, c0, c1, s0, s1,
+              D, R, READS, WRITES, WIDE, HALF, TAIL)  # fmt: skip
+    else:
+        head = (tile - q_tiles) * HEADS + tl.arange(0, HEADS)
+        _turn(k_at + b * kb + t * kt, k_out + b * kob + t * kot, head, k_heads, kh, koh, c0, c1, s0, s1,
+              D, R, READS, WRITES, WIDE, HALF, TAIL)  # fmt: skip
+
+
+def takes(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, width: int, heads: int) -> bool:
+    """Whether the kernel runs on them."""
+    tensors = (q, k, cos, sin)
+    if any(x.dtype != q.dtype or not x.is_cuda or x.stride(-1) != 1 for x in tensors) or q.dtype not in FLOATS:
+        return False
+    if q.dim() != 4 or k.dim() != 4 or cos.dim() != 3 or cos.shape != sin.shape or heads not in (1, 2):
+        return False
+    b, t, d = q.shape[0], q.shape[3 - heads], q.shape[3]
+    same = k.shape[0] == b and k.shape[3 - heads] == t and k.shape[3] == d
+    return same and cos.shape[0] in (1, b) and cos.shape[1] in (1, t) and width % 2 == 0 and 0 < width <= d
+
+
+def rotate(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, reads: bool, writes: bool, table: str, wide: bool, heads: int
+) -> tuple[Tensor, Tensor]:
+    """q, k: [B, H, T, D] (heads 1) or [B, T, H, D] (heads 2), cos, sin: [B or 1, T or 1, R]; as modules.rotary.rotate.
+
+    reads, writes: whether pairs are neighbours.
+    """
+    q_out, k_out = torch.empty_like(q), torch.empty_like(k)
+    if q.numel() == 0 or k.numel() == 0:
+        return q_out.copy_(q), k_out.copy_(k)
+    tokens, width = q.shape[3 - heads], cos.shape[-1] * (2 if table == "short" else 1)
+    together = 16 if q.shape[0] * tokens >= MANY else 4
+    tiles = triton.cdiv(q.shape[heads], together) + triton.cdiv(k.shape[heads], together)
+
+    def strides(x: Tensor) -> tuple[int, int, int]:
+        return x.stride(0), x.stride(3 - heads), x.stride(heads)
+
+    def steps(x: Tensor) -> tuple[int, int]:
+        return x.stride(0) * (x.shape[0] > 1), x.stride(1) * (x.shape[1] > 1)
+
+    half, tail = triton.next_power_of_2(width // 2), triton.next_power_of_2(max(1, q.shape[3] - width))
+    _rotate[(q.shape[0] * tokens, tiles)](
+        q, k, cos, sin, q_out, k_out, tokens, q.shape[heads], k.shape[heads], *strides(q), *strides(k), *steps(cos),
+        *steps(sin), *strides(q_out), *strides(k_out), q.shape[3], width, reads, writes, table == "own", wide,
+        together, half, tail, num_warps=max(1, min(8, together * half // 256)),
+    )  # fmt: skip
+    return q_out, k_out

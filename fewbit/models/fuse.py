@@ -1,0 +1,98 @@
+"""fuse: a model as transformers defines it, with what is simple in it done by fused modules.
+
+No architecture is named. A twin at work shows which linears read one tensor and what the values of small modules are;
+each rewrite that follows is kept where the twin's logits stay what they were. `plan` never raises: it refuses.
+"""
+
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbit.kernels.triton_runtime import lacking
+from fewbit.models import twin
+from fewbit.models.fuse_look import look, proposals
+from fewbit.models.fuse_place import place
+from fewbit.models.fuse_values import Decision, Fused, Plan, Rewrite
+from fewbit.models.shrink import shrink
+
+LIMIT = 1e-6  # of the twin's logits, relative
+ATTRIBUTE = "fewbit_fused"  # where a model holds what became of it
+
+_PLANS: dict[str, Plan] = {}  # by class and shrunk config
+
+
+def plan(config: Any) -> Plan:
+    """What can be fused in models of a config's architecture; the same for all of its sizes."""
+    name = str(getattr(config, "model_type", ""))
+    try:
+        small = shrink(config)
+        key = type(config).__name__ + small.to_json_string(use_diff=False)
+        if key not in _PLANS:
+            _PLANS[key] = planned(name, small, twin.require(config))
+        return _PLANS[key]
+    except Exception as error:  # whatever a model definition raises on this config is the finding
+        return Plan(name, (), (Decision(name, "merged", "anything", told(error)),))
+
+
+def planned(name: str, small: Any, attention: str) -> Plan:
+    _, model = twin.filled(small, attention)
+    bench = Bench(model, small, twin.logits(model, small))
+    found = list(proposals(look(model, small)))
+    proposed = [p for p in found if isinstance(p, Rewrite)]
+    refused = [p for p in found if isinstance(p, Decision)]
+    kept = proposed if not bench.disproof(proposed) else []
+    for rewrite in proposed if not kept else ():
+        if reason := bench.disproof([*kept, rewrite]):
+            refused.append(Decision(rewrite.target.module, rewrite.kind, str(rewrite.form), reason))
+        else:
+            kept.append(rewrite)
+    return Plan(name, tuple(kept), tuple(dict.fromkeys(refused)))
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """A twin and the logits that it gives as it is."""
+
+    model: nn.Module
+    config: Any
+    wanted: list[Tensor]
+
+    def disproof(self, rewrites: Sequence[Rewrite]) -> str:
+        """Why the twin does not agree with these rewrites, "" where it does."""
+        try:
+            copy = deepcopy(self.model)
+            left = [d.reason for d in place(copy, rewrites) if not d.kept]
+            got = twin.logits(copy, self.config)
+        except Exception as error:  # code that reads what is no longer there
+            return told(error)
+        error = max(twin.relative(a, b) for a, b in zip(got, self.wanted, strict=True))
+        return (
+            left[0]
+            if left
+            else ""
+            if error <= LIMIT
+            else f"the twin's logits differ by {error:.2g}, allowed {LIMIT:.0e}"
+        )
+
+
+def apply(model: nn.Module, plan: Plan) -> Fused:
+    """Rewrite a filled model whose quantized linears are not settled."""
+    return Fused(plan.model_type, tuple(placed(model, plan)))
+
+
+def placed(model: nn.Module, plan: Plan) -> Iterator[Decision]:
+    yield from plan.refused
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    why = lacking(device) if device.type == "cuda" else None
+    yield from place(model, [r for r in plan.rewrites if why is None or r.kind == "merged"])
+    if why is not None:
+        names = {r: r.target.module.rpartition(".")[2] for r in plan.rewrites if r.kind != "merged"}
+        yield from (Decision(where, r.kind, str(r.form), why) for r, where in names.items())
+
+
+def told(error: Exception) -> str:
+    return f"{type(error).__name__}: {twin.first_line(error)}"

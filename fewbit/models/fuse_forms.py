@@ -1,0 +1,130 @@
+"""Which form of a norm, a gated MLP or a rotary embedding a piece of model code is, told by its values alone.
+
+In float32 a form must give the same to a few units in the last place. In bfloat16 the one is taken that rounds where
+the original does; a gated MLP may also round better than it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from itertools import permutations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbit.models import twin
+from fewbit.modules import glu, norm, rotary
+from fewbit.modules.glu import ACTIVATIONS, GluForm
+from fewbit.modules.norm import TIMES, NormForm
+from fewbit.modules.rotary import FORMS, RotaryForm
+
+LIMIT = 1e-6  # relative, in float32
+HEAD = 16
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def norm_form(module: nn.Module, width: int) -> NormForm | str | None:
+    """None: it is nothing like a norm."""
+    x = random(6, 5, width) * torch.tensor([1.0, 30.0, 1e-2, 1e-3, 1e-3, 1e-4])[:, None, None]  # eps matters in some
+    narrow, small = deepcopy(module).bfloat16(), x.bfloat16()
+    wanted, rounded = module(x), narrow(small)
+    forms = [f for f in norm_forms(module) if close(norm.norm(x, *parameters(module), f), wanted)]
+    if not forms:
+        return None if module._parameters.get("weight") is None else "its values are those of no norm that is known"
+    found = next((f for f in forms if same(norm.norm(small, *parameters(narrow), f), rounded)), None)
+    if type(module).__module__.startswith("torch."):
+        return "torch's own is one kernel already"
+    return found or "it rounds 16-bit values where no form does"
+
+
+def norm_forms(module: nn.Module) -> Iterator[NormForm]:
+    for eps in {value: None for value in vars(module).values() if isinstance(value, float) and 0 < value < 0.1}:
+        yield from (NormForm(eps, times, centred) for centred in (False, True) for times in TIMES)
+
+
+def parameters(module: nn.Module) -> tuple[Any, Any]:
+    return module._parameters.get("weight"), module._parameters.get("bias")
+
+
+@torch.no_grad()
+def glu_form(module: nn.Module, names: Sequence[str], width: int) -> GluForm | str | None:
+    """names: of its linears. None: they cannot be a gated MLP's."""
+    forms = list(glu_forms(module, names))
+    if not forms:
+        return None
+    x = random(6, 5, width)
+    wanted = module(x)
+    forms = [f for f in forms if close(glu.forward(module, f, x), wanted)]
+    if not forms:
+        return "its values are those of no gated MLP that is known"
+    narrow, small = deepcopy(module).bfloat16(), x.bfloat16()
+    truth, rounded = deepcopy(narrow).float()(small.float()), narrow(small)
+    for form in forms:
+        got = glu.forward(narrow, form, small)
+        if same(got, rounded) or distance(got, truth) <= distance(rounded, truth):
+            return form
+    return "it rounds 16-bit values better than the kernel would"
+
+
+def glu_forms(module: nn.Module, names: Sequence[str]) -> Iterator[GluForm]:
+    sizes = {name: (m.in_features, m.out_features) for name in names if (m := getattr(module, name))}
+    for act in ACTIVATIONS:
+        for gate, *up, down in permutations(names):
+            width = sizes[down][0]
+            if up and sizes[gate] == sizes[up[0]] and sizes[gate][1] == width:
+                yield GluForm(act, gate, up[0], down)
+            elif not up and sizes[gate][1] == 2 * width:
+                yield from (GluForm(act, gate, "", down, last) for last in (False, True))
+
+
+@torch.no_grad()
+def rotary_form(function: Callable[..., Any], axis: str) -> RotaryForm | str:
+    """axis: the name of the argument that says which axis counts heads, "" for none."""
+    for form in FORMS:
+        if agrees(function, axis, form, HEAD, (torch.float32, torch.bfloat16)):
+            part = agrees(function, axis, form, HEAD // 2, (torch.float32, torch.bfloat16))
+            return replace(form, partial=part)
+    return "its values are those of no rotary embedding that is known"
+
+
+def agrees(
+    function: Callable[..., Any], axis: str, form: RotaryForm, width: int, dtypes: Sequence[torch.dtype]
+) -> bool:
+    """Whether a function turns `width` channels of HEAD as the form does."""
+    entries = width // 2 if form.table == "short" else width
+    q, k, cos, sin = (
+        random(2, 5, 4, HEAD),
+        random(2, 5, 2, HEAD, seed=1),
+        random(2, 5, entries),
+        random(2, 5, entries, seed=2),
+    )
+    for heads, dtype in ((h, d) for h in ((1, 2) if axis else (1,)) for d in dtypes):
+        given = [t.to(dtype) for t in ((q, k) if heads == 2 else (q.transpose(1, 2), k.transpose(1, 2)))]
+        tables = [t.to(dtype) for t in (cos, sin)]
+        try:
+            wanted = function(*given, *tables, **({axis: heads} if axis else {}))
+        except (RuntimeError, IndexError):  # shapes that it is not for
+            return False
+        got = rotary.rotate(*given, *tables, form, heads)  # type: ignore[call-arg]
+        test = partial(same) if dtype == torch.bfloat16 else close
+        if len(wanted) != 2 or not all(test(a, b) for a, b in zip(got, wanted, strict=True)):
+            return False
+    return True
+
+
+def close(got: Tensor, wanted: Tensor) -> bool:
+    return got.dtype == wanted.dtype and twin.relative(got, wanted) <= LIMIT
+
+
+def same(got: Tensor, wanted: Tensor) -> bool:
+    return got.dtype == wanted.dtype and torch.equal(got, wanted)
+
+
+def distance(got: Tensor, truth: Tensor) -> float:
+    return float((got.float() - truth).square().mean())

@@ -1,0 +1,129 @@
+"""Looking at a twin at work: what each module was called with, and which linears of one module read one tensor."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import Any
+
+from torch import Tensor, nn
+
+from fewbit.models import twin
+from fewbit.models.fuse_forms import glu_form, norm_form, rotary_form
+from fewbit.models.fuse_values import Called, Decision, Rewrite, Siblings, Signature
+from fewbit.modules.linear import Linear
+
+ROTARY = ["q", "k", "cos", "sin"]  # what a function is called with that turns queries and keys
+AXIS = "unsqueeze_dim"
+
+
+@dataclass(slots=True)
+class Seen:
+    """One module's calls, as far as they have one tensor in and one out."""
+
+    path: str
+    module: nn.Module
+    calls: int = 0
+    plain: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+
+def look(model: nn.Module, config: Any) -> list[Seen]:
+    """Run the twin and see."""
+    seen = {id(m): Seen(path, m) for path, m in model.named_modules()}
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        found = seen[id(module)]
+        found.calls += 1
+        given = [value for value in (*args, *kwargs.values()) if value is not None]
+        if len(given) == 1 and all(isinstance(t, Tensor) and t.is_floating_point() for t in (given[0], output)):
+            found.plain.append((given[0], output))
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        twin.logits(model, config)
+    return [found for found in seen.values() if found.calls]
+
+
+def proposals(seen: list[Seen]) -> Iterator[Rewrite | Decision]:
+    """What might be done, in the order in which it is to be tried, and what was looked at in vain."""
+    yield from siblings(seen)
+    known: set[Signature] = set()
+    for found in seen:
+        for rewrite in (norm(found), glu(found), rotary(found)):
+            if isinstance(rewrite, Rewrite) and rewrite.target not in known:
+                known.add(rewrite.target)
+                yield rewrite
+            elif isinstance(rewrite, Decision):
+                yield rewrite
+
+
+def siblings(seen: list[Seen]) -> Iterator[Rewrite | Decision]:
+    """Groups that are the same in all modules of a signature."""
+    linears = {id(s.module): s for s in seen if isinstance(s.module, Linear)}
+    groups: dict[Signature, list[set[tuple[str, ...]]]] = {}
+    for found in seen:
+        children = {n: linears[id(c)] for n, c in found.module.named_children() if id(c) in linears}
+        if len(children) > 1:
+            groups.setdefault(Signature.of(found.module, False), []).append(together(children))
+    for target, each in groups.items():
+        agreed = set.intersection(*each)
+        for names in sorted(set.union(*each)):
+            if names in agreed:
+                yield Rewrite(target, Siblings(names))
+            else:
+                yield Decision(target.module, "merged", str(Siblings(names)), "not in every layer")
+
+
+def together(children: dict[str, Seen]) -> set[tuple[str, ...]]:
+    """Names of those that were each time called with one and the same tensor."""
+    by_tensor: dict[int, list[str]] = {}
+    for name, found in children.items():
+        for x, _ in found.plain:
+            by_tensor.setdefault(id(x), []).append(name)
+    sets = {tuple(names) for names in by_tensor.values()}
+    return {names for names in sets if len(names) > 1 and all(names == s or not set(names) & set(s) for s in sets)}
+
+
+def norm(found: Seen) -> Rewrite | Decision | None:
+    module = found.module
+    weight = module._parameters.get("weight")
+    if any(module.children()) or not set(module._parameters) <= {"weight", "bias"} or not found.plain:
+        return None
+    x, y = found.plain[0]
+    if x.shape != y.shape or (weight is not None and weight.shape != x.shape[-1:]):
+        return None
+    form = norm_form(module, x.shape[-1])
+    return form and rewrite(module, form, "norm")
+
+
+def glu(found: Seen) -> Rewrite | Decision | None:
+    names = [name for name, child in found.module.named_children() if isinstance(child, Linear)]
+    if len(names) not in (2, 3) or not found.plain or any(True for _ in found.module.parameters(recurse=False)):
+        return None
+    form = glu_form(found.module, names, found.plain[0][0].shape[-1])
+    return form and rewrite(found.module, form, "glu")
+
+
+def rotary(found: Seen) -> Rewrite | Decision | None:
+    forward = type(found.module).forward
+    if not isinstance(forward, FunctionType):
+        return None
+    for name in forward.__code__.co_names:
+        if not callable(function := forward.__globals__.get(name)) or isinstance(function, type):
+            continue
+        asked = inspect.signature(function).parameters
+        if list(asked)[:4] != ROTARY:
+            continue
+        form = rotary_form(function, AXIS if AXIS in asked else "")
+        heads = asked[AXIS].default if AXIS in asked else 1
+        return rewrite(found.module, form if isinstance(form, str) else Called(name, form, heads), "rotary")
+    return None
+
+
+def rewrite(module: nn.Module, form: Any, kind: Any) -> Rewrite | Decision:
+    """form: or why there is none."""
+    if isinstance(form, str):
+        return Decision(type(module).__name__, kind, type(module).__name__, form)
+    return Rewrite(Signature.of(module, kind in ("norm", "glu")), form)

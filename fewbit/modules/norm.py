@@ -1,0 +1,68 @@
+"""Norm: RMSNorm and LayerNorm in the few forms that models write them in, one Triton kernel on a GPU.
+
+The forms differ in where they round, which 16-bit types notice: the weight comes after the cast back from float32, or
+before it. In plain torch each is the order of operations that models have.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Times = Literal["late", "wide", "plus"]
+TIMES: dict[Times, str] = {"late": "w after the cast", "wide": "w", "plus": "1 + w"}
+
+
+@dataclass(frozen=True, slots=True)
+class NormForm:
+    """times: what the normalised input is multiplied by. centred: the mean is taken out first."""
+
+    eps: float
+    times: Times = "wide"
+    centred: bool = False
+
+    def __str__(self) -> str:
+        kind = "layer norm" if self.centred else "RMS norm"
+        return f"{kind} times {TIMES[self.times]}, eps {self.eps:g}"
+
+
+def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: NormForm) -> Tensor:
+    """x: [..., D], weight and bias: [D] -> [..., D]; the oracle."""
+    h = x.float()
+    if form.centred:
+        h = h - h.mean(-1, keepdim=True)
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + form.eps)
+    if form.times == "late":
+        h = h.to(x.dtype)
+        h = h if weight is None else weight * h
+        return h if bias is None else h + bias
+    if weight is not None:
+        h = h * (1.0 + weight.float() if form.times == "plus" else weight.float())
+    return (h if bias is None else h + bias.float()).to(x.dtype)
+
+
+class Norm(nn.Module):
+    """Stands where a model's own norm stood, its parameters shared."""
+
+    def __init__(self, weight: nn.Parameter | None, bias: nn.Parameter | None, form: NormForm):
+        super().__init__()
+        self.form = form
+        self.register_parameter("weight", weight)
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda and (run := kernel()).takes(x):
+            return run.norm(x, self.weight, self.bias, self.form.eps, self.form.times, self.form.centred)
+        return norm(x, self.weight, self.bias, self.form)
+
+    def extra_repr(self) -> str:
+        return str(self.form)
+
+
+@cache
+def kernel() -> Any:
+    from fewbit.kernels import triton_norm
+
+    return triton_norm

@@ -1,0 +1,105 @@
+"""Rotary embedding of queries and keys in the forms that models write it in, both in one launch on a GPU.
+
+A pair (a, b) of channels becomes (a cos - b sin, b cos + a sin). Forms differ in which channels are pairs, where the
+pair goes, and which entries of the tables are its own.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Pairs = Literal["halves", "neighbours"]  # channels (j, j + R/2), or (2j, 2j + 1)
+Table = Literal["own", "first", "short"]  # each channel's entry; the first half serves both; there is but that half
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryForm:
+    """reads, writes: the pairs of the input and of the output. wide: computed in float32 and cast at the end.
+
+    partial: the first channels may be turned alone.
+    """
+
+    reads: Pairs = "halves"
+    writes: Pairs = "halves"
+    table: Table = "own"
+    wide: bool = False
+    partial: bool = True
+
+    def __str__(self) -> str:
+        moved = self.reads if self.reads == self.writes else f"{self.reads} to {self.writes}"
+        return f"pairs of {moved}, {self.table} entries{', in float32' if self.wide else ''}"
+
+    def width(self, cos: Tensor) -> int:
+        """How many channels are turned."""
+        return cos.shape[-1] * (2 if self.table == "short" else 1)
+
+
+FORMS = tuple(RotaryForm(reads, writes, table, wide)
+              for reads, writes in (("halves", "halves"), ("neighbours", "neighbours"), ("neighbours", "halves"))
+              for table in ("own", "first", "short") for wide in (False, True))  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Rotate:
+    """Stands under the name of a model's own function, which takes what this does not. heads: its axis by default."""
+
+    original: Callable[..., Any]
+    form: RotaryForm
+    heads: int
+
+    def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **named: Any) -> Any:
+        heads = named.get("unsqueeze_dim", self.heads)
+        if rest or len(named) > ("unsqueeze_dim" in named) or not fits(q, k, cos, sin, self.form, heads):
+            return self.original(q, k, cos, sin, *rest, **named)
+        return rotate(q, k, cos, sin, self.form, heads)
+
+
+def fits(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: RotaryForm, heads: int) -> bool:
+    """Whether these are what the form is about: four axes and three, of one type, as many channels as it turns."""
+    if heads not in (1, 2) or (q.dim(), k.dim(), cos.dim(), sin.dim()) != (4, 4, 3, 3):
+        return False
+    width, d = form.width(cos), q.shape[-1]
+    alike = q.dtype == k.dtype == cos.dtype == sin.dtype and cos.shape == sin.shape and k.shape[-1] == d
+    return alike and (width == d or (form.partial and width < d))
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: RotaryForm, heads: int = 1) -> tuple[Tensor, Tensor]:
+    """q, k: four axes, of which `heads` counts heads; cos, sin: the same without it, [.., R] -> q and k turned."""
+    if q.is_cuda and (run := kernel()).takes(q, k, cos, sin, form.width(cos), heads):
+        found: tuple[Tensor, Tensor] = run.rotate(
+            q, k, cos, sin, form.reads == "neighbours", form.writes == "neighbours", form.table, form.wide, heads
+        )
+        return found
+    cos, sin = cos.unsqueeze(heads), sin.unsqueeze(heads)
+    return turned(q, cos, sin, form), turned(k, cos, sin, form)
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor, form: RotaryForm) -> Tensor:
+    """x: [..., D], cos and sin: [..., R] that broadcast to it; the oracle. y has x's order of axes."""
+    width, y = form.width(cos), torch.empty_like(x)
+    half = width // 2
+    part, c, s = (t.float() if form.wide else t for t in (x[..., :width], cos, sin))
+    a, b = pair(part, form.reads, half)
+    (c0, c1), (s0, s1) = (pair(t, form.writes, half) if form.table == "own" else (t[..., :half],) * 2 for t in (c, s))
+    out = y[..., :width]
+    first, second = pair(out, form.writes, half)
+    first.copy_(a * c0 - b * s0)
+    second.copy_(b * c1 + a * s1)
+    y[..., width:] = x[..., width:]
+    return y
+
+
+def pair(x: Tensor, pairs: Pairs, half: int) -> tuple[Tensor, Tensor]:
+    """Views of the first and of the second channel of each pair."""
+    return (x[..., :half], x[..., half : 2 * half]) if pairs == "halves" else (x[..., 0::2], x[..., 1::2])
+
+
+@cache
+def kernel() -> Any:
+    from fewbit.kernels import triton_rotary
+
+    return triton_rotary

@@ -1,0 +1,106 @@
+"""The three fused kernels in Triton's interpreter against their torch forms."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewbit.kernels.triton_runtime import lacking
+from fewbit.modules import glu, norm, rotary
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [
+    pytest.mark.skipif(lacking(torch.device(DEVICE)) is not None, reason=str(lacking(torch.device(DEVICE)))),
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp"),
+]
+DTYPES = (torch.float32, torch.bfloat16)
+# two roundings of a value each one off; the interpreter cuts bfloat16 where a GPU rounds
+STEP = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-6}
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def near(got: Tensor, want: Tensor, of: float = 0.0) -> None:
+    """of: the size of what is added up, where results can be smaller."""
+    assert got.shape == want.shape and got.dtype == want.dtype
+    step = STEP[want.dtype]
+    torch.testing.assert_close(got, want, rtol=step, atol=max(1e-6, of * step))
+
+
+FORMS = [norm.NormForm(1e-5, times, centred) for times in norm.TIMES for centred in (False, True)]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norm(form: norm.NormForm, dtype: torch.dtype) -> None:
+    from fewbit.kernels import triton_norm
+
+    w, b = random(24, dtype=dtype, seed=1), random(24, dtype=dtype, seed=2)
+    wide = random(1, 3, 2, 40, dtype=dtype, seed=3)
+    wide[:, 1] *= 1e-3  # where eps matters
+    for x, weight, bias in (
+        (wide[0, :, 0, :24].contiguous(), w, None), (wide[..., :24].transpose(1, 2), w, b),
+        (wide[..., 8:32], None, None), (wide[0, 1, 0, :24], w, None),
+    ):  # fmt: skip
+        assert triton_norm.takes(x)
+        got = triton_norm.norm(x, weight, bias, form.eps, form.times, form.centred)
+        near(got, norm.norm(x, weight, bias, form), of=0.0 if bias is None else 4.0)
+        assert got.stride() == (x + 0).stride()
+
+
+def test_norm_of_many_short_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fewbit.kernels import triton_norm
+
+    monkeypatch.setattr(triton_norm, "MANY", 1)
+    x, w = random(11, 16), random(16, seed=1)
+    near(triton_norm.norm(x, w, None, 1e-6, "wide"), norm.norm(x, w, None, norm.NormForm(1e-6)))
+
+
+def test_norm_with_a_weight_of_another_type() -> None:
+    from fewbit.kernels import triton_norm
+
+    x, w = random(3, 16, dtype=torch.bfloat16), random(16, seed=1)
+    for times in norm.TIMES:
+        got, want = triton_norm.norm(x, w, None, 1e-6, times), norm.norm(x, w, None, norm.NormForm(1e-6, times))
+        assert got.dtype == want.dtype
+        near(got.bfloat16(), want.bfloat16())
+
+
+@pytest.mark.parametrize("act", glu.ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_glu(act: str, dtype: torch.dtype) -> None:
+    from fewbit.kernels import triton_glu
+
+    both = 3 * random(1, 2, 600, dtype=dtype)
+    for gate, up in (both.chunk(2, -1), (both[0, 0], both[0, 1])):
+        assert triton_glu.takes(gate, up)
+        near(triton_glu.act_mul(gate, up, act), glu.ACTIVATIONS[act](gate) * up, of=4.0)
+    assert set(triton_glu.ACTS) == set(glu.ACTIVATIONS)
+
+
+def test_glu_in_large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fewbit.kernels import triton_glu
+
+    monkeypatch.setattr(triton_glu, "FULL", 1)
+    gate, up = random(2, 1100).chunk(2, -1)
+    near(triton_glu.act_mul(gate, up, "silu"), glu.ACTIVATIONS["silu"](gate) * up)
+
+
+@pytest.mark.parametrize("form", rotary.FORMS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rotary(form: rotary.RotaryForm, dtype: torch.dtype) -> None:
+    from fewbit.kernels import triton_rotary
+
+    packed = random(2, 3, 9, 16, dtype=dtype)
+    q, k = packed[:, :, :5], packed[:, :, 6:8]
+    for heads in (1, 2):
+        q, k = (t.transpose(1, 2) for t in (q, k))
+        for width, batch in ((16, 2), (12, 1)):
+            entries = width // 2 if form.table == "short" else width
+            cos, sin = (random(batch, 3, entries, dtype=dtype, seed=s) for s in (4, 5))
+            got = triton_rotary.rotate(q, k, cos, sin, form.reads == "neighbours", form.writes == "neighbours",
+                                       form.table, form.wide, heads)  # fmt: skip
+            for found, x in zip(got, (q, k), strict=True):
+                near(found, rotary.turned(x, cos.unsqueeze(heads), sin.unsqueeze(heads), form), of=4.0)
+                assert found.stride() == (x + 0).stride()

@@ -1,0 +1,148 @@
+"""What is fused in which architecture, and that nothing of what a model computes changes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fewbit.models import build, fuse, hf, twin
+from fewbit.models.fuse_values import Decision, Fused, Plan
+from fewbit.models.shrink import shrink
+from fewbit.modules.linear import Linear
+from fewbit.modules.merged import Slice
+from fewbit.modules.norm import Norm
+from tests.models import saved
+from tests.tiny import llama
+
+# Per layer of the twin: groups of merged linears, norms (the last one of the model beside them), gated MLPs, rotary.
+TYPES: tuple[tuple[str, int, int, int, int], ...] = (
+    ("llama", 2, 2, 1, 1),
+    ("mistral", 2, 2, 1, 1),
+    ("qwen2", 2, 2, 1, 1),
+    ("qwen3", 2, 4, 1, 1),
+    ("gemma3_text", 2, 6, 1, 1),
+    ("phi3", 0, 2, 1, 1),
+    ("mixtral", 1, 2, 0, 1),
+    ("gpt_oss", 1, 2, 0, 1),
+    ("glm4", 1, 4, 1, 1),
+    ("olmo2", 2, 4, 1, 1),
+    ("cohere2", 2, 1, 1, 1),
+    ("opt", 1, 0, 0, 0),
+    ("gpt2", 0, 0, 0, 0),
+    ("gpt_neox", 0, 0, 0, 1),
+)
+ODD = ("falcon", "bloom", "mamba", "bert", "nemotron")
+
+
+def config(model_type: str) -> Any:
+    return hf.read_config({"model_type": model_type, **saved.FULL.get(model_type, {})})
+
+
+def fused_twin(model_type: str) -> tuple[Any, Fused, list[Tensor], list[Tensor]]:
+    """-> the twin fused, the report, its logits before and after."""
+    asked = config(model_type)
+    small = shrink(asked)
+    _, model = twin.filled(small, twin.require(asked))
+    before = twin.logits(model, small)
+    report = fuse.apply(model, fuse.plan(asked))
+    return model, report, before, twin.logits(model, small)
+
+
+@pytest.mark.parametrize(("model_type", "merged", "norms", "glus", "rotary"), TYPES, ids=[t[0] for t in TYPES])
+def test_types(model_type: str, merged: int, norms: int, glus: int, rotary: int) -> None:
+    model, report, before, after = fused_twin(model_type)
+    layers = model.config.num_hidden_layers
+    assert [report.count(kind) for kind in ("merged", "glu", "rotary")] == [layers * n for n in (merged, glus, rotary)]
+    assert report.count("norm") == layers * norms + (norms > 0)
+    assert max(twin.relative(a, b) for a, b in zip(after, before, strict=True)) <= fuse.LIMIT
+    assert sum(isinstance(m, Norm) for m in model.modules()) == report.count("norm")
+
+
+@pytest.mark.parametrize("model_type", ODD)
+def test_odd_types_do_not_raise(model_type: str) -> None:
+    plan = fuse.plan(config(model_type))
+    assert plan.rewrites or plan.refused
+    assert model_type in str(plan)
+
+
+def test_no_config_at_all() -> None:
+    plan = fuse.plan(object())
+    assert not plan.rewrites and plan.refused
+
+
+def test_known_once_and_leaves_no_trace() -> None:
+    before = torch.get_rng_state()
+    larger = {"model_type": "llama", **saved.FULL["llama"], "hidden_size": 512, "intermediate_size": 1024}
+    assert fuse.plan(config("llama")) is fuse.plan(hf.read_config(larger))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_another_model_of_the_class_is_untouched() -> None:
+    """Rewrites are of modules, not of classes or of functions."""
+    small = shrink(config("llama"))
+    model, *_ = fused_twin("llama")
+    _, other = twin.filled(small, twin.require(small))
+    assert not any("forward" in vars(m) or isinstance(m, Slice | Norm) for m in other.modules())
+    assert any("forward" in vars(m) for m in model.modules())
+
+
+def test_report() -> None:
+    _, report, *_ = fused_twin("opt")
+    assert "torch's own is one kernel already" in str(report) and "k_proj + v_proj + q_proj" in str(report)
+    assert {entry["kept"] for entry in report.json()} == {True, False}
+    assert Decision("a", "norm", "b", "why").kept is False
+
+
+def test_what_the_twin_refutes_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel's form that is wrong in one place takes only its own rewrite with it."""
+    from fewbit.modules import glu
+
+    monkeypatch.setattr(fuse, "_PLANS", {})
+    real = glu.act_mul
+    monkeypatch.setattr(glu, "act_mul", lambda gate, up, act: real(gate, up, act) * (1.001 if up.shape[0] == 2 else 1))
+    plan = fuse.plan(config("llama"))
+    assert {r.kind for r in plan.rewrites} == {"merged", "norm", "rotary"}
+    assert any(d.kind == "glu" and "logits differ" in d.reason for d in plan.refused)
+
+
+def logits(model: nn.Module) -> Tensor:
+    ids = torch.randint(10, 90, (2, 12), generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        found: Tensor = model(ids).logits
+        return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("format", [None, "int4-g128", "fp8-channel", "fp8-tensor", "nvfp4", "int8-channel-a8"])
+def test_loaded(format: str | None, dtype: str, tmp_path: Path) -> None:
+    folder = llama(tmp_path)
+    plain = build.load(folder, format=format, dtype=dtype)
+    model: Any = build.load(folder, format=format, dtype=dtype, fuse=True)
+    report = model.fewbit_fused
+    assert [report.count(kind) for kind in ("merged", "norm", "glu", "rotary")] == [4, 5, 2, 2]
+    assert not any(m.pending for m in model.modules() if isinstance(m, Linear))
+    assert torch.equal(logits(model), logits(plain))
+    for path, module in plain.named_modules():
+        if isinstance(module, Linear):
+            assert torch.equal(model.get_submodule(path).weight, module.weight), path
+
+
+def test_moves_and_biases(tmp_path: Path) -> None:
+    model, _, _, after = fused_twin("qwen2")
+    sliced = [m for m in model.modules() if isinstance(m, Slice)]
+    assert all(m.bias is not None and m.bias._base is not None for m in sliced[:3])
+    model.to(torch.float64).to(torch.float32)
+    assert all(m.weight.dtype == torch.float32 for m in sliced)
+    again = twin.logits(model, model.config)
+    assert all(torch.equal(a, b) for a, b in zip(again, after, strict=True))
+    assert sum(p.numel() for p in model.parameters()) == sum(
+        p.numel() for p in twin.filled(shrink(config("qwen2")), model.config._attn_implementation)[1].parameters()
+    )
+
+
+def test_plan_of_nothing_changes_nothing() -> None:
+    small = shrink(config("llama"))
+    _, model = twin.filled(small, twin.require(small))
+    assert fuse.apply(model, Plan("llama")).decisions == ()
