@@ -37,7 +37,7 @@ def test_same_tokens_as_a_cpu(folder: Path, options: dict[str, Any]) -> None:
     assert answers(folder, "cuda", dtype="float32", **options) == answers(folder, "cpu", dtype="float32", **options)
 
 
-@pytest.mark.parametrize("cache", ["auto", "fp8"])
+@pytest.mark.parametrize("cache", ["auto", "fp8", "int8"])
 def test_bfloat16_answers(folder: Path, cache: str) -> None:
     found = answers(folder, "cuda", dtype="bfloat16", kv_cache_dtype=cache)
     assert all(len(each) == 6 for each in found)
