@@ -135,8 +135,8 @@ def prefills(heads: tuple[int, int, int]) -> None:
 def sweep(heads: tuple[int, int, int]) -> None:
     decode, prefill = triton_attention_decode, triton_attention_prefill
     texts = [Texts(heads, count, length, 1, held) for count, length in ((1, 2000), (8, 2000), (64, 2000), (256, 200))
-             for held in (None, torch.float8_e4m3fn)]  # fmt: skip
-    print("decode us: 1, 8, 64 x 2000, 256 x 200, each bf16 and fp8; (tokens, stages, warps, programs)")
+             for held in CACHES.values()]  # fmt: skip
+    print("decode us: 1, 8, 64 x 2000, 256 x 200, each bf16, fp8, int8; (tokens, stages, warps, programs)")
     for cut in CUTS:
         decode.MOST_TOKENS, decode.STAGES, decode.WARPS, decode.PROGRAMS = cut
         decode.TILE = cut[0] * heads[2]

@@ -64,7 +64,7 @@ def narrowed(rows: Tensor, dtype: torch.dtype) -> Tensor:
 def coded(rows: Tensor) -> tuple[Tensor, Tensor]:
     """[..., D] -> int8 [..., D] and float32 [...]."""
     wide = rows.float()
-    scale = wide.abs().amax(-1) / CODES
+    scale = wide.abs().amax(-1) / wide.new_tensor(CODES)  # CUDA multiplies by 1 / a number
     return (wide / scale.where(scale > 0, 1.0)[..., None]).round().to(torch.int8), scale
 
 

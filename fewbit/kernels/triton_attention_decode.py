@@ -17,7 +17,7 @@ from fewbit.kernels.table import Table
 from fewbit.kernels.triton_attention_parts import LOWEST, opening, padded, precision, processors, sizes, walk
 
 PROGRAMS = 4  # that are aimed at, per multiprocessor
-MOST_PARTS = 64
+FEW_PARTS, MOST_PARTS = 8, 64
 MOST_HEADS = 64  # queries of a program
 MOST_TOKENS = 64
 TILE = 8192  # numbers of a tile of keys: several programs share a multiprocessor
@@ -63,47 +63,46 @@ def run(
     split = (table.ones, heads, cut.parts) if cut.parts > 1 else (0, 0, 0)
     found = torch.empty(*split, out.shape[2], dtype=torch.float32, device=query.device)
     weights = torch.empty(*split, 2, dtype=torch.float32, device=query.device)
-    fixed = {"PARTS": cut.parts, "TOKENS": cut.tokens}
     dims = sizes(cache)
     _part[(table.ones, key_heads * cut.blocks, cut.parts)](
         query, cache.key, cache.value, cache.key_scale, cache.value_scale, out, found, weights, table.pages,
         table.lengths, table.starts, sinks, scaling, window, softcap, heads, query.stride(2), query.stride(1),
         *cache.key.stride()[:2], *cache.value.stride()[:2], *out.stride()[:2], table.pages.stride(0), key_heads,
-        GROUP=heads // key_heads, BLOCKS=cut.blocks, HEADS=cut.heads, SIZE=table.size,
-        PRECISION=precision(query.dtype), num_warps=WARPS, num_stages=STAGES, **fixed, **dims,
+        cut.parts, SPLIT=cut.parts > 1, TOKENS=cut.tokens, GROUP=heads // key_heads, BLOCKS=cut.blocks,
+        HEADS=cut.heads, SIZE=table.size, PRECISION=precision(query.dtype), num_warps=WARPS, num_stages=STAGES, **dims,
     )  # fmt: skip
     if cut.parts > 1:
-        many = triton.next_power_of_2(cut.parts)
+        many = FEW_PARTS if cut.parts <= FEW_PARTS else MOST_PARTS
         _join[(table.ones, heads)](
-            found, weights, out, table.lengths, table.starts, window, heads, *out.stride()[:2], MANY=many, **fixed,
-            DV=dims["DV"], DVP=dims["DVP"], num_warps=4 if many * dims["DVP"] <= 8192 else 8,
+            found, weights, out, table.lengths, table.starts, window, heads, *out.stride()[:2], cut.parts, MANY=many,
+            TOKENS=cut.tokens, DV=dims["DV"], DVP=dims["DVP"], num_warps=4 if many * dims["DVP"] <= 8192 else 8,
         )  # fmt: skip
 
 
 @triton.jit
-def _stretch(length, window, PARTS: tl.constexpr, TOKENS: tl.constexpr):
+def _stretch(length, window, parts, TOKENS: tl.constexpr):
     """-> the first token that is seen, and how many each part takes: whole tiles."""
     first = 0
     if window is not None:
         first = tl.maximum(length - window, 0)
-    return first, tl.cdiv(tl.cdiv(length - first, PARTS), TOKENS) * TOKENS
+    return first, tl.cdiv(tl.cdiv(length - first, parts), TOKENS) * TOKENS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "p_row"], do_not_specialize_on_alignment=["pages", "lengths", "starts"])
 def _part(
     query, key, value, key_scale, value_scale, out, found, weights, pages, lengths, starts, sinks, scaling, window,
-    softcap, heads, q_row, q_head, k_slot, k_head, v_slot, v_head, o_row, o_head, p_row, key_heads,
+    softcap, heads, q_row, q_head, k_slot, k_head, v_slot, v_head, o_row, o_head, p_row, key_heads, parts,
     GROUP: tl.constexpr, BLOCKS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr,
-    PARTS: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    SPLIT: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
 ):  # fmt: skip
     request = tl.program_id(0)
     kin = tl.program_id(1) // BLOCKS
     part = tl.program_id(2)
     length = tl.load(lengths + request)
-    first, step = _stretch(length, window, PARTS, TOKENS)
+    first, step = _stretch(length, window, parts, TOKENS)
     first += part * step
     last = tl.minimum(first + step, length)
-    if PARTS > 1:  # noqa: SIM102, known when compiling: a mixed condition takes no return
+    if SPLIT:  # noqa: SIM102, known when compiling: a mixed condition takes no return
         if first >= last:
             return
     row = tl.load(starts + request).to(tl.int64)
@@ -124,28 +123,28 @@ def _part(
         v_slot, key_heads, scaling, softcap, True, SIZE, TOKENS, D, DV, DP, DVP, PRECISION,
     )  # fmt: skip
     wanted = inside[:, None] & (e < DV)[None, :]
-    if PARTS == 1:
+    if not SPLIT:
         acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
         tl.store(out + row * o_row + head[:, None] * o_head + e[None, :], acc.to(out.dtype.element_ty), mask=wanted)
     else:
-        at = (request.to(tl.int64) * heads + head) * PARTS + part
+        at = (request.to(tl.int64) * heads + head) * parts + part
         tl.store(found + at[:, None] * DV + e[None, :], acc, mask=wanted)
         tl.store(weights + at * 2, top, mask=inside)
         tl.store(weights + at * 2 + 1, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"], do_not_specialize_on_alignment=["lengths", "starts"])
 def _join(
-    found, weights, out, lengths, starts, window, heads, o_row, o_head, MANY: tl.constexpr, PARTS: tl.constexpr,
+    found, weights, out, lengths, starts, window, heads, o_row, o_head, parts, MANY: tl.constexpr,
     TOKENS: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
 ):  # fmt: skip
     request = tl.program_id(0)
     head = tl.program_id(1)
     length = tl.load(lengths + request)
-    first, step = _stretch(length, window, PARTS, TOKENS)
+    first, step = _stretch(length, window, parts, TOKENS)
     part = tl.arange(0, MANY)
     there = part * step < length - first
-    at = (request.to(tl.int64) * heads + head) * PARTS + part
+    at = (request.to(tl.int64) * heads + head) * parts + part
     e = tl.arange(0, DVP)
     top = tl.load(weights + at * 2, mask=there, other=LOWEST)
     total = tl.load(weights + at * 2 + 1, mask=there, other=0.0)

@@ -64,7 +64,7 @@ def run(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ones", "p_row"], do_not_specialize_on_alignment=["pages", "lengths", "starts"])
 def _block(
     query, key, value, key_scale, value_scale, out, pages, lengths, starts, sinks, ones, scaling, window, softcap,
     q_row, q_head, k_slot, k_head, v_slot, v_head, o_row, o_head, p_row, key_heads, GROUP: tl.constexpr,

@@ -26,7 +26,7 @@ def write(cache: Cache, slots: Tensor, key: Tensor, value: Tensor) -> None:
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def _write(
     key, value, key_plane, value_plane, key_scale, value_scale, slots, heads, size, value_size, k_row, k_head, v_row,
     v_head, kp_slot, kp_head, vp_slot, vp_head, HEADS: tl.constexpr, PAD: tl.constexpr, CODES: tl.constexpr,

@@ -171,9 +171,10 @@ def bound(case: Case) -> dict[str, float]:
 
 
 def same(a: Cache, b: Cache) -> None:
+    """But for the last slot: rows of nobody write there, in an order that is nobody's either."""
     for x, y in zip(planes(a), planes(b), strict=True):
         if x is not None and y is not None:
-            torch.testing.assert_close(x.float(), y.float(), rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(x[:-1].float(), y[:-1].float(), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", CASES)
