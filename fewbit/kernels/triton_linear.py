@@ -26,12 +26,13 @@ LONGEST = 16  # shares of K at most
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """rows of x, rows of W and columns of a program's tile."""
+    """Rows of x, rows of W and columns of a program's tile; 64 rows of W to every 4 warps suit Hopper's units."""
 
     m: int
     n: int
     k: int
     warps: int
+    stages: int = 2
 
 
 TILES = (Tiling(16, 64, 128, 4), Tiling(32, 64, 128, 4), Tiling(64, 64, 128, 4), Tiling(128, 128, 64, 8))
@@ -134,7 +135,7 @@ def launch(
         x, y, x if bias is None else bias, x if counts is None else counts, w.codes, w.scales, w.zeros,
         len(x), w.n, w.k, experts, bias is not None, power(experts), w.form,
         w.k == shares * steps * tiling.k, x.dtype == torch.float32, steps, tiling.m, tiling.n, tiling.k,
-        num_warps=tiling.warps, num_stages=2,
+        num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
 
 

@@ -90,14 +90,16 @@ def gathered(parts, y, bias, size, N, SHARES: tl.constexpr, HAS_BIAS: tl.constex
 def values(y, index, codes, scales, zeros, start, N, K, size,
            INDEXED: tl.constexpr, FORM: tl.constexpr, EVEN: tl.constexpr,
            BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """y: [size, K], the rows of W from `start` on, or those of index [size]."""
+    """y: [size, K], the rows of W from `start` on, or those of index [size]: NaN where W has no such row."""
     i = tl.program_id(0) * BN + tl.arange(0, BN)
     k0 = tl.program_id(1) * BK
     k = k0 + tl.arange(0, BK)
     if INDEXED:
-        n = tl.load(index + i, mask=i < size, other=0).to(tl.int32)
+        n = tl.load(index + i, mask=i < size, other=0)
     else:
-        n = tl.minimum(start + i, N - 1)
-    w = tile(codes, scales, zeros, n, k0, K, tl.cast(0, tl.int64), FORM, EVEN, y.dtype.element_ty, BN, BK)
+        n = start + i
+    held = tl.maximum(tl.minimum(n, N - 1), 0).to(tl.int32)
+    w = tile(codes, scales, zeros, held, k0, K, tl.cast(0, tl.int64), FORM, EVEN, y.dtype.element_ty, BN, BK)
     at = y + i.to(tl.int64)[:, None] * K + k[None, :]
+    w = tl.where((n == held)[:, None], w, float("nan"))
     tl.store(at, w, mask=(i < size)[:, None] & (k < K)[None, :])

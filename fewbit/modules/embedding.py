@@ -6,8 +6,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fewbit.quant.qtensor import QTensor
+from fewbit.kernels import triton_runtime
+from fewbit.kernels.coded import Coded, coded, lacking
+from fewbit.kernels.triton_linear import decode_rows
+from fewbit.quant.qtensor import QTensor, Quantized
 from fewbit.quant.reference import decode
+from fewbit.quant.spec import Format
 
 
 class Embedding(nn.Module):
@@ -18,19 +22,30 @@ class Embedding(nn.Module):
         host._parameters.pop("weight", None)
         host.padding_idx = None
         self.host, self.table, self.dtype = host, table, dtype
+        self.coded: Coded | None = None
         self.num_embeddings, self.embedding_dim = table.shape
 
     def forward(self, ids: Tensor) -> Tensor:
-        if ids.is_cuda:  # `unique` would wait for the device, and keep this out of a CUDA graph
-            needed = ids.reshape(-1)
-            places = torch.arange(len(needed), device=ids.device).view(ids.shape)
-        else:
-            needed, places = ids.unique(return_inverse=True)
-        self.host.weight = rows(self.table, needed).to(self.dtype)
+        self.host.weight, places = self.on_device(ids) if ids.is_cuda else self.distinct(ids)
         try:
             return self.host(places)
         finally:
             del self.host.weight
+
+    def distinct(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """-> the rows that ids name, each once, and ids renumbered by them."""
+        needed, places = ids.unique(return_inverse=True)
+        return rows(self.table, needed).to(self.dtype), places
+
+    def on_device(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, a row for each id: to know which are distinct is to wait, which no CUDA graph holds."""
+        places = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
+        if lacking(self.table.spec) or triton_runtime.lacking(ids.device):
+            return rows(self.table, ids.reshape(-1)).to(self.dtype), places
+        if self.coded is None:
+            self.coded = coded(Quantized(Format(self.table.spec), self.table))
+        out = torch.empty(ids.numel(), self.embedding_dim, dtype=self.dtype, device=ids.device)
+        return decode_rows(self.coded, out, index=ids.reshape(-1)), places
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and "table" in self.__dict__:
@@ -40,6 +55,7 @@ class Embedding(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         self.table = self.table.to(fn(torch.empty(0, dtype=torch.uint8, device=self.table.device)).device)
+        self.coded = None
         return self
 
 

@@ -105,7 +105,7 @@ def by_host(host: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tenso
 
 def by_device(host: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Rows of each expert as a tensor: no one waits, sizes follow from shapes, and a CUDA graph can hold it all."""
-    choices = top_k_index.reshape(-1)
+    choices = top_k_index.reshape(-1).long()
     order = choices.argsort(stable=True)
     places = torch.arange(len(order), device=order.device)
     rows = torch.zeros(host.num_experts + 1, dtype=torch.int64, device=hidden.device)

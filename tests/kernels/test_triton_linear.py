@@ -14,6 +14,7 @@ from torch import Tensor
 from fewbit.kernels import triton_linear
 from fewbit.kernels.coded import Coded, coded, lacking
 from fewbit.kernels.triton_linear import Tiling
+from fewbit.modules.embedding import Embedding
 from fewbit.quant.formats import FORMATS
 from fewbit.quant.qtensor import QTensor, Quantized, Transform
 from fewbit.quant.reference import decode, encode, linear
@@ -85,6 +86,16 @@ def test_rows_by_index() -> None:
     held = coded(weight("q4_k"))
     got = triton_linear.decode_rows(held, torch.empty(3, 256), index=torch.tensor([19, 0, 7]))
     assert torch.equal(got, triton_linear.decode_rows(held, torch.empty(20, 256))[[19, 0, 7]])
+    outside = triton_linear.decode_rows(held, torch.empty(2, 256), index=torch.tensor([20, -1]))
+    assert bool(outside.isnan().all())
+
+
+@pytest.mark.parametrize("name", ["q6_k", "nf4-dq", "fp8-block-a16"])
+def test_embedding(name: str) -> None:
+    layer = Embedding(torch.nn.Embedding(20, 256), weight(name).weight, torch.float16)
+    ids = torch.tensor([[3, 19, 3], [0, 7, 3]])
+    found, places = layer.on_device(ids)
+    torch.testing.assert_close(found[places], layer(ids), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["int4-g32", "q6_k", "nvfp4-a16"])
