@@ -1,0 +1,145 @@
+"""Fused modules on a GPU: kernels against their torch forms, fused models against unfused ones, and under a graph."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewbit.models import fuse, hf, twin
+from fewbit.models.fill import settle
+from fewbit.modules import glu, norm, rotary
+from tests.gpu.causal import CAUSAL
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STEP = {torch.float32: 2.0**-19, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}  # two roundings, each one off
+TYPES = ("llama", "qwen3", "gemma3_text", "phi3")
+ROWS = (1, 7, 300)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to("cuda", dtype)
+
+
+def near(got: Tensor, want: Tensor, of: float = 1e-6) -> None:
+    """of: the size of what is added up, where results can be smaller."""
+    assert got.shape == want.shape and got.dtype == want.dtype
+    torch.testing.assert_close(got, want, rtol=STEP[want.dtype], atol=max(1e-6, of * STEP[want.dtype]))
+
+
+@pytest.fixture(autouse=True)
+def nan_memory() -> None:
+    """What kernels write to was NaN before: an element that is left out shows."""
+    held = torch.full((1 << 26,), torch.nan, device="cuda")
+    del held
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("times", norm.TIMES)
+@pytest.mark.parametrize("centred", [False, True])
+def test_norm(times: Any, centred: bool, dtype: torch.dtype) -> None:
+    from fewbit.kernels import triton_norm
+
+    form = norm.NormForm(1e-5, times, centred)
+    for d in (64, 128, 720, 4096, 8192, 20480):
+        w = random(d, dtype=dtype, seed=1)
+        for rows in ROWS:
+            x = random(rows, d, dtype=dtype) * torch.logspace(-3, 1, rows, device="cuda")[:, None].to(dtype)
+            near(triton_norm.norm(x, w, None, 1e-5, times, centred), norm.norm(x, w, None, form), of=4.0 * centred)
+    packed, w = random(2, 160, 12, 128, dtype=dtype), random(128, dtype=dtype, seed=1)
+    for heads in (packed[:, :, :8], packed[:, :, 8:11].transpose(1, 2)):  # as merged projections hold them
+        got = triton_norm.norm(heads, w, None, 1e-5, times, centred)
+        near(got, norm.norm(heads, w, None, form), of=4.0 * centred)
+        assert got.stride() == (heads + 0).stride()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("act", glu.ACTIVATIONS)
+def test_glu(act: str, dtype: torch.dtype) -> None:
+    from fewbit.kernels import triton_glu
+
+    for n in (96, 1000, 14336):
+        for rows in ROWS:
+            gate, up = (4 * random(1, rows, 2 * n, dtype=dtype)).chunk(2, -1)
+            near(triton_glu.act_mul(gate, up, act), glu.ACTIVATIONS[act](gate) * up, of=4.0)
+            near(triton_glu.act_mul(up, gate, act), glu.ACTIVATIONS[act](up) * gate, of=4.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", rotary.FORMS, ids=str)
+def test_rotary(form: rotary.RotaryForm, dtype: torch.dtype) -> None:
+    from fewbit.kernels import triton_rotary
+
+    for tokens in (1, 5, 700):
+        packed = random(2, tokens, 14, 128, dtype=dtype)
+        q, k = packed[:, :, :10], packed[:, :, 10:12]
+        for heads, width, batch in ((2, 128, 2), (1, 128, 1), (1, 96, 2)):
+            given = (q, k) if heads == 2 else (q.transpose(1, 2), k.transpose(1, 2))
+            entries = width // 2 if form.table == "short" else width
+            cos, sin = (random(batch, tokens, entries, dtype=dtype, seed=s) for s in (4, 5))
+            assert triton_rotary.takes(*given, cos, sin, width, heads)
+            got = rotary.rotate(*given, cos, sin, form, heads)
+            for found, x in zip(got, given, strict=True):
+                near(found, rotary.turned(x, cos.unsqueeze(heads), sin.unsqueeze(heads), form), of=8.0)
+                assert found.stride() == (x + 0).stride()
+
+
+def models(model_type: str, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    """-> a small model as it is, the same fused, and the report."""
+    config = hf.read_config({"model_type": model_type, "num_hidden_layers": 4, "hidden_size": 256, "head_dim": 64,
+                             "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2,
+                             "vocab_size": 512, "pad_token_id": 0, "tie_word_embeddings": False})  # fmt: skip
+    made = []
+    for _ in range(2):
+        state = hf.disk_state(twin.random(config))
+        model = hf.build(config, torch.float32, CAUSAL)
+        twin.fill(model, twin.Memory(state))
+        made.append(model.to("cuda", dtype))
+    report = fuse.apply(made[1], fuse.plan(config))
+    settle(made[1])
+    return made[0], made[1], report
+
+
+IDS = torch.randint(10, 500, (3, 33), generator=torch.Generator().manual_seed(0))
+
+
+@torch.inference_mode()
+def logits(model: Any, ids: Tensor) -> Tensor:
+    found: Tensor = model(input_ids=ids, use_cache=False).logits
+    return found
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_logits(model_type: str, dtype: torch.dtype) -> None:
+    plain, fused, report = models(model_type, dtype)
+    assert report.count("norm") and report.count("glu") and report.count("rotary"), str(report)
+    ids = IDS.cuda()
+    want, got = logits(plain, ids), logits(fused, ids)
+    if dtype == torch.float32:
+        assert twin.relative(got, want) < 1e-4  # a GPU sums a merged product in another order
+        return
+    exact = logits(plain.float(), ids)
+    ours, theirs = ((x.float() - exact).square().mean().sqrt() for x in (got, want))
+    assert ours < 1.2 * theirs + 1e-3, f"from float32: fused {ours:.4f}, unfused {theirs:.4f}"
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_graph(model_type: str) -> None:
+    _, fused, _ = models(model_type, torch.bfloat16)
+    ids = IDS[:2, :9].cuda()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            logits(fused, ids)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.inference_mode(), torch.cuda.graph(graph):
+        out = fused(input_ids=ids, use_cache=False).logits
+    for seed in (1, 2):
+        new = torch.randint(10, 500, ids.shape, generator=torch.Generator().manual_seed(seed)).cuda()
+        ids.copy_(new)
+        out.fill_(torch.nan)
+        graph.replay()
+        near(out, logits(fused, new), of=float(out.abs().max()))
