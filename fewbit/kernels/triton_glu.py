@@ -16,18 +16,20 @@ FULL = 1 << 18  # values from which on every processor has work in large tiles
 @triton.jit
 def _act(x, ACT: tl.constexpr):
     if ACT == "silu":
-        return x * tl.sigmoid(x)
-    if ACT == "gelu":
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    if ACT == "gelu_tanh":  # 0.5 * (1 + tanh(u)) = sigmoid(2 u)
-        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    if ACT == "quick_gelu":
-        return x * tl.sigmoid(1.702 * x)
-    if ACT == "sigmoid":
-        return tl.sigmoid(x)
-    y = tl.maximum(x, 0.0)
-    if ACT == "relu2":
-        y = y * y
+        y = x * tl.sigmoid(x)
+    elif ACT == "gelu":
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACT == "gelu_tanh":  # 0.5 * (1 + tanh(u)) = sigmoid(2 u)
+        y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACT == "quick_gelu":
+        y = x * tl.sigmoid(1.702 * x)
+    elif ACT == "sigmoid":
+        y = tl.sigmoid(x)
+    elif ACT == "relu":
+        y = tl.maximum(x, 0.0)
+    else:
+        tl.static_assert(ACT == "relu2")
+        y = tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
     return y
 
 

@@ -14,6 +14,17 @@ MANY = 1024  # tokens from which on a program takes more heads
 
 
 @triton.jit
+def _pair(j, R: tl.constexpr, NEIGHBOURS: tl.constexpr):
+    if NEIGHBOURS:
+        first = 2 * j
+        second = 2 * j + 1
+    else:
+        first = j
+        second = j + R // 2
+    return first, second
+
+
+@triton.jit
 def _turn(
     x_at, y_at, head, heads, x_head, y_head, c0, c1, s0, s1, D: tl.constexpr, R: tl.constexpr,
     READS: tl.constexpr, WRITES: tl.constexpr, WIDE: tl.constexpr, HALF: tl.constexpr, TAIL: tl.constexpr,
@@ -21,8 +32,8 @@ def _turn(
     j = tl.arange(0, HALF)
     inside = (head < heads)[:, None] & (j < R // 2)[None, :]
     x_row, y_row = head[:, None] * x_head, head[:, None] * y_head
-    r0, r1 = (2 * j, 2 * j + 1) if READS else (j, j + R // 2)
-    w0, w1 = (2 * j, 2 * j + 1) if WRITES else (j, j + R // 2)
+    r0, r1 = _pair(j, R, READS)
+    w0, w1 = _pair(j, R, WRITES)
     raw = tl.load(x_at + x_row + r0[None, :], inside)
     a = raw.to(tl.float32)
     b = tl.load(x_at + x_row + r1[None, :], inside).to(tl.float32)
@@ -48,9 +59,10 @@ def _rotate(
     pid = tl.program_id(0).to(tl.int64)
     b, t = pid // tokens, pid % tokens
     j = tl.arange(0, HALF)
-    e0, e1 = j, j
+    e0 = j
+    e1 = j
     if OWN:
-        e0, e1 = (2 * j, 2 * j + 1) if WRITES else (j, j + R // 2)
+        e0, e1 = _pair(j, R, WRITES)
     inside = j < R // 2
     cos_at += b * cb + t * ct
     sin_at += b * sb + t * st

@@ -1,7 +1,8 @@
 """Linear: a weight that is a plain parameter, or Quantized parts that kernels run; several parts lie along N.
 
 A dense Linear keeps `.weight`, so model code that reads it goes on working; a quantized one decodes it when asked.
-What is bound waits as it came until `settle`, or whoever asks for `parts`, has kernels chosen: that can be merged.
+What is bound waits as it came until `settle`, or whoever asks for `parts`, has kernels chosen: until then it can be
+merged with others.
 """
 
 from collections.abc import Callable

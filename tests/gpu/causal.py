@@ -1,4 +1,4 @@
-"""Plain causal attention without a mask tensor: it can be captured in a graph, where making a mask waits for the GPU."""
+"""Causal attention without a mask tensor, so that it can be captured in a graph: making a mask waits for the GPU."""
 
 from typing import Any
 
