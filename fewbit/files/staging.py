@@ -7,6 +7,7 @@ order. A failure removes what was written; a kill leaves only names that no read
 import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,22 @@ class Staging:
 
     def create(self, name: str) -> None:
         try:
+            self.partial(name).unlink(missing_ok=True)  # what a kill left may be a link to a file that is to stay
             self._fds[name] = os.open(self.partial(name), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        except OSError as e:
+            self.fail(name, e)
+
+    def adopt(self, name: str, path: Path) -> None:
+        """A finished, synced file of the same volume under another name; a copy where it has no links."""
+        partial = self.partial(name)
+        try:
+            partial.unlink(missing_ok=True)
+            try:
+                os.link(path, partial)
+            except OSError:
+                shutil.copyfile(path, partial)
+            self._fds[name] = os.open(partial, os.O_RDWR | os.O_CLOEXEC)
+            os.fsync(self._fds[name])
         except OSError as e:
             self.fail(name, e)
 

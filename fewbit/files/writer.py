@@ -10,16 +10,17 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 
 from fewbit.errors import CheckpointError
 from fewbit.files.checkpoint import INDEX, SINGLE
-from fewbit.files.disk import bytes_of, check_name, checked_bits
+from fewbit.files.disk import bytes_of
 from fewbit.files.gguf_writer import GGUFWriter
 from fewbit.files.manifest import MANIFEST, Entry, manifest_bytes, read_manifest, verify_manifest
-from fewbit.files.safetensors import DTYPES, MAX_HEADER, open_safetensors, storage
+from fewbit.files.safetensors import open_safetensors, storage
+from fewbit.files.shard import declared_bytes, filled, lay_out
 from fewbit.files.staging import ASK, Place, Staging, expect, raise_write_error
 
 __all__ = ["GGUFWriter", "SafetensorsWriter", "read_manifest", "verify_manifest"]
@@ -32,6 +33,7 @@ class SafetensorsWriter:
     """Writes a folder: shards, index, other files and their manifest.
 
     `tensors`: name -> (dtype on disk, shape in elements). A name may be `put` once, from any order.
+    `shards`: finished files that become the shards as they are, in this order, in place of tensors.
     """
 
     def __init__(
@@ -41,13 +43,19 @@ class SafetensorsWriter:
         max_shard: int = 5_000_000_000,
         metadata: Mapping[str, str] | None = None,
         overwrite: bool = False,
+        shards: Mapping[Path, Entry] | None = None,
     ):
         self.out = Path(out)
         self._overwrite = overwrite
-        sizes = {name: _declared_bytes(name, dtype, shape) for name, (dtype, shape) in tensors.items()}
-        self._shards = _plan_shards(sizes, max_shard)
+        sizes = {name: declared_bytes(name, dtype, shape) for name, (dtype, shape) in tensors.items()}
+        self._shards = {} if shards else _plan_shards(sizes, max_shard)
         self._places: dict[str, Place] = {}
-        headers = {file: self._lay_out(file, names, tensors, sizes, metadata) for file, names in self._shards.items()}
+        headers = {}
+        for file, names in self._shards.items():
+            headers[file], places = lay_out(self.out / file, {name: tensors[name] for name in names}, metadata)
+            for name, (start, size) in places.items():
+                dtype, shape = tensors[name]
+                self._places[name] = Place(file, start, size, *storage(dtype, tuple(shape), name))
         self._old = _old_model(self.out, overwrite)
         self._done: set[str] = set()
         self._manifest: dict[str, Entry] = {}
@@ -55,32 +63,17 @@ class SafetensorsWriter:
         for file, header in headers.items():
             self._staging.put(file, header)
             self._seal_if_full(file)
+        for i, (path, entry) in enumerate((shards or {}).items(), 1):
+            self._adopt(_shard(i, len(shards or {})), path, entry)
 
-    def _lay_out(
-        self,
-        file: str,
-        names: list[str],
-        tensors: Mapping[str, tuple[str, Sequence[int]]],
-        sizes: Mapping[str, int],
-        metadata: Mapping[str, str] | None,
-    ) -> bytes:
-        # wide elements first, so that every tensor starts at a multiple of its element
-        names.sort(key=lambda name: (-DTYPES[tensors[name][0]][1], name))
-        entries: dict[str, Any] = {"__metadata__": dict(metadata if metadata is not None else {"format": "pt"})}
-        at = 0
-        for name in names:
-            dtype, shape = tensors[name]
-            entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + sizes[name]]}
-            at += sizes[name]
-        raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-        raw += b" " * (-len(raw) % 8)
-        if len(raw) > MAX_HEADER:
-            raise CheckpointError(f"{self.out / file}: header of {len(raw)} bytes, at most {MAX_HEADER} are read")
-        for name in names:
-            dtype, shape = tensors[name]
-            start = 8 + len(raw) + entries[name]["data_offsets"][0]
-            self._places[name] = Place(file, start, sizes[name], *storage(dtype, tuple(shape), name))
-        return len(raw).to_bytes(8, "little") + raw
+    def _adopt(self, name: str, path: Path, entry: Entry) -> None:
+        self._staging.adopt(name, path)
+        self._shards[name] = []
+        self._manifest[name] = entry
+        with open_safetensors(path) as file:
+            for key, info in file.tensors.items():
+                self._places[key] = Place(name, info.start, info.nbytes, *storage(info.dtype, info.shape, key))
+                self._done.add(key)
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
         """Write one tensor: the declared dtype and shape, packed uint8 for elements under a byte."""
@@ -149,28 +142,16 @@ class SafetensorsWriter:
             self.abort()
 
 
-def _declared_bytes(name: str, dtype: str, shape: Sequence[int]) -> int:
-    what = f"tensor {name!r}"
-    check_name(name, what)
-    if name == "__metadata__":
-        raise CheckpointError(f"{what}: the name is taken by the metadata of the header")
-    storage(dtype, tuple(shape), what)
-    return checked_bits(shape, DTYPES[dtype][1], what) // 8
-
-
 def _plan_shards(sizes: Mapping[str, int], max_shard: int) -> dict[str, list[str]]:
     """Fill shards in the declared order; a tensor over `max_shard` has one of its own."""
-    groups: list[list[str]] = [[]]
-    used = 0
-    for name, size in sizes.items():
-        if groups[-1] and used + size > max_shard:
-            groups.append([])
-            used = 0
-        groups[-1].append(name)
-        used += size
+    groups = filled(sizes, max_shard)
     if len(groups) == 1:
         return {SINGLE: groups[0]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+    return {_shard(i, len(groups)): group for i, group in enumerate(groups, 1)}
+
+
+def _shard(i: int, count: int) -> str:
+    return f"model-{i:05d}-of-{count:05d}.safetensors"
 
 
 def check_free(out: Path, overwrite: bool) -> None:

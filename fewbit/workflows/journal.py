@@ -1,6 +1,6 @@
 """Journal: what a long run has finished, on disk with digests, so that the same command goes on where it stopped.
 
-Each finished unit is one safetensors file, renamed into place when it is whole, and one line of the journal. The first
+Each finished unit is safetensors files, renamed into place when they are whole, and one line of the journal. The first
 line says what the run depends on; a run that depends on something else is refused and told what differs.
 """
 
@@ -10,21 +10,22 @@ import hashlib
 import json
 import os
 import shutil
+import threading
+from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from safetensors.torch import save
-from torch import Tensor
-
 from fewbit.errors import CapacityError, CheckpointError, RequestError
-from fewbit.files.safetensors import open_safetensors
+from fewbit.files.manifest import Entry
+from fewbit.files.shard import Part, declared_bytes, filled, write_shard
 from fewbit.files.staging import raise_write_error
 
 FOLDER = ".fewbit-quantize"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+WRITERS = max(1, min(4, (os.cpu_count() or 1) // 4))  # a core hashes about as fast as a disk writes
 
 
 class Journal:
@@ -33,8 +34,9 @@ class Journal:
     def __init__(self, folder: Path, depends: Mapping[str, Any], restart: bool = False):
         self.folder = folder
         self.done: dict[str, dict[str, Any]] = {}
-        self._writer = ThreadPoolExecutor(1)  # the next unit is worked on while one is written and hashed
-        self._pending: Future[None] | None = None
+        self._writer = ThreadPoolExecutor(WRITERS)  # the next unit is worked on while these are written and hashed
+        self._pending: deque[Future[None]] = deque()
+        self._lines = threading.Lock()
         if restart:
             shutil.rmtree(self.folder, ignore_errors=True)
         try:
@@ -84,53 +86,51 @@ class Journal:
         except OSError as error:
             raise_write_error(self.folder, error)
 
-    def save(self, unit: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
-        """Begin to put a finished unit on disk, then to say so; returns when the unit before it is there."""
-        # cloned: siblings may hold one and the same tensor, which the library refuses to write
-        data = save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()})
-        self.flush()
-        self._pending = self._writer.submit(self._save, unit, data, dict(notes))
+    def save(self, unit: str, at: int, parts: Mapping[str, Part], notes: Mapping[str, Any], most: int) -> None:
+        """Begin to put a finished unit on disk, then to say so; returns when few others are on their way there.
 
-    def flush(self) -> None:
-        """Return when everything is on disk, or raise what kept it from there."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        at: its place among the units. most: bytes of one file.
+        """
+        self.flush(WRITERS - 1)
+        self._pending.append(self._writer.submit(self._save, unit, at, parts, dict(notes), most))
 
-    def _save(self, unit: str, data: bytes, notes: dict[str, Any]) -> None:
-        name = f"{len(self.done):05d}.safetensors"
-        partial = self.folder / f"{name}.partial"
-        try:
-            with partial.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.rename(self.folder / name)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            if error.errno in FULL:
-                text = f"{self.folder}: no space for {len(data)} bytes; free some, and the same command goes on here"
-                raise CapacityError(text) from error
-            raise_write_error(partial, error)
-        line = {"unit": unit, "file": name, "sha256": hashlib.sha256(data).hexdigest(), "notes": notes}
-        self._append(line)
-        self.done[unit] = line
+    def flush(self, left: int = 0) -> None:
+        """Return when all but that many units are on disk, or raise what kept them from there."""
+        while len(self._pending) > left:
+            self._pending.popleft().result()
+
+    def _save(self, unit: str, at: int, parts: Mapping[str, Part], notes: dict[str, Any], most: int) -> None:
+        files: dict[str, Entry] = {}
+        sizes = {name: declared_bytes(name, part.dtype, part.shape) for name, part in parts.items()}
+        for i, names in enumerate(filled(sizes, most)):
+            name = f"{at:05d}-{i:03d}.safetensors"
+            try:
+                files[name] = write_shard(self.folder / name, {n: parts[n] for n in names})
+            except OSError as error:
+                if error.errno in FULL:
+                    text = f"{self.folder}: no space for {sum(sizes[n] for n in names)} bytes; free some"
+                    raise CapacityError(f"{text}, and the same command goes on here") from error
+                raise_write_error(self.folder / name, error)
+        line = {"unit": unit, "files": files, "notes": notes}
+        with self._lines:
+            self._append(line)
+            self.done[unit] = line
 
     def check(self) -> None:
         """Every finished file is what was written."""
-        for line in self.done.values():
-            path = self.folder / line["file"]
+        for name, entry in ((name, e) for line in self.done.values() for name, e in line["files"].items()):
+            path = self.folder / name
             try:
                 with path.open("rb") as file:
                     found = hashlib.file_digest(file, "sha256").hexdigest()
             except OSError as error:
                 raise CheckpointError(f"{path}: cannot be read: {error.strerror}; --restart begins anew") from None
-            if found != line["sha256"]:
+            if found != entry["sha256"]:
                 raise CheckpointError(f"{path}: its digest is not the journal's; --restart begins anew")
 
-    def open(self, unit: str) -> Any:
-        """The file of a finished unit: .tensors by name, .read(name)."""
-        return open_safetensors(self.folder / self.done[unit]["file"])
+    def files(self, unit: str) -> dict[Path, Entry]:
+        """The files of a finished unit."""
+        return {self.folder / name: entry for name, entry in self.done[unit]["files"].items()}
 
     def remove(self) -> None:
         self.close()

@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from fewbit.workflows.stats import WatchedGroup, Watcher, all_tokens
 from fewbit.workflows.stats_coverage import Coverage, check_experts, cover, expert_tokens
 from fewbit.workflows.stats_gather import Spread
 from fewbit.workflows.stats_range import kv_scales, observe_range, static_planes
+from fewbit.workflows.weights import ReadAhead, Weights
 
 
 @dataclass(slots=True)
@@ -59,7 +60,7 @@ def quantize_layer(job: Job, unit: Unit, state: State | None, floats: State | No
     done = Done()
     targets = job.within(unit)
     if state is None:
-        encode_groups(job, targets, by_name(targets), weights_of(job, targets), done)
+        encode_unseen(job, targets, done)
     else:
         tuned = any(t.algo.tune for t in targets.values())
         with job.layers.loaded(unit) as module, torch.no_grad():
@@ -97,24 +98,11 @@ def advance(job: Job, unit: Unit, state: State, instead: Mapping[str, Any], firs
     return error
 
 
-def weights_of(job: Job, targets: Mapping[str, Target]) -> dict[str, Tensor]:
-    return dict(Weights(job, tuple(targets)))
-
-
-class Weights(Mapping[str, Tensor]):
-    """Module -> its weight in float32, read each time it is asked for."""
-
-    def __init__(self, job: Job, names: Sequence[str]):
-        self.job, self.names = job, names
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.job.floats.read(f"{name}.weight").to(self.job.device).float()  # type: ignore[no-any-return]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
+def encode_unseen(job: Job, targets: Mapping[str, Target], done: Done) -> None:
+    """By the weights alone."""
+    groups = by_name(targets)
+    with ReadAhead(job, [name for group in groups for name in group.names]) as weights:
+        encode_groups(job, targets, groups, weights, done)
 
 
 def by_name(targets: Mapping[str, Target]) -> list[Group]:
@@ -213,7 +201,7 @@ def folded(
         return Weights(job, tuple(targets))
     from fewbit.workflows.folding import fold_groups
 
-    weights = weights_of(job, targets)
+    weights = dict(Weights(job, tuple(targets)))
     fold_groups(job, unit, targets, groups, weights, done)
     return weights
 
@@ -256,7 +244,7 @@ def finish(
     gap = decode(found.weight).sub_(weight) if not found.transforms else None
     note = {"name": name, "format": target.row, "algo": target.algo.name, "shape": list(weight.shape),
             "bytes": found.weight.nbytes, "bits": bits_per_weight(form.weight, weight.shape), "seconds": spent,
-            "rule": target.rule, **found.log}  # fmt: skip
+            "rule": target.rule, "transforms": list(form.transforms), **found.log}  # fmt: skip
     if gap is not None:
         note["error"] = output_error(gap, weight, group.stats)
     done.notes.append(note)

@@ -27,10 +27,11 @@ from fewbit.quant.reference import decode
 from fewbit.workflows import job as jobs
 from fewbit.workflows import recipe as recipes
 from fewbit.workflows.job import Job
-from fewbit.workflows.layer_work import Done, Group, encode_groups, run_with, watch, weights_of
+from fewbit.workflows.layer_work import Done, Group, encode_groups, run_with, watch
 from fewbit.workflows.plan import FLOATS, module_bytes, sizes
 from fewbit.workflows.recipe import Recipe, Rule, Target
 from fewbit.workflows.schemes import DENSE, resolve
+from fewbit.workflows.weights import Weights
 
 FROM = ("int3-g128", "int4-g128", "int8-channel")
 TOKENS = 2048  # measured on; each layer carries a copy of them
@@ -141,7 +142,7 @@ def _layer(job: Job, unit: Unit, candidates: Mapping[str, Targets], state: State
         return [], None
     with job.layers.loaded(unit) as module:
         groups, (wanted,) = watch(job, unit, module, targets, state, Done())
-        weights = weights_of(job, targets)
+        weights = dict(Weights(job, tuple(targets)))
         choices = [Choice(names, unit.index) for names in merged(job, groups)]
         for choice in choices:
             members = [Group([n for n in g.names if n in choice.names], g.stats, g.spread) for g in groups]

@@ -1,12 +1,12 @@
 """quantize: any model to any format in any dialect, layer by layer from disk to disk, resumable to the byte.
 
 A layer is read, watched on the calibration text where the algorithm asks for it, encoded, and put into the journal with
-its digest; then the quantized layer computes the next one's inputs. The checkpoint is assembled from the journal.
+its digest; then the quantized layer computes the next one's inputs. The journal's files become the checkpoint.
 """
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbit.codecs import gguf
 from fewbit.errors import RequestError
+from fewbit.files.shard import Part
 from fewbit.files.writer import check_free
+from fewbit.models.layers import Unit
 from fewbit.quant.qtensor import Quantized
+from fewbit.quant.spec import Format
 from fewbit.workflows import job as jobs
 from fewbit.workflows.assemble import GGUF, Contents, assemble
-from fewbit.workflows.convert import quiet, tokenizer_files
+from fewbit.workflows.convert import tokenizer_files
 from fewbit.workflows.job import Job
 from fewbit.workflows.journal import FOLDER, Journal
-from fewbit.workflows.layer_work import Done, advance, by_name, encode_groups, passed, quantize_layer, weights_of
+from fewbit.workflows.layer_work import Done, advance, encode_unseen, passed, quantize_layer
 from fewbit.workflows.plan import Forecast, peak, plan
 from fewbit.workflows.quantize_report import LOG, described, distributions, leave
 from fewbit.workflows.recipe import Recipe
 from fewbit.workflows.report import NAME
 from fewbit.workflows.run_log import RunLog
-from fewbit.workflows.stored import KV, Stored, flat
+from fewbit.workflows.unit_file import Stored, kv_tensors, module_tensors, part
 
 OUTSIDE = "outside the layers"
 
@@ -130,25 +134,27 @@ def run(
     overwrite = overwrite or (folder.is_dir() and not restart)
     _check(job, out, max_shard, overwrite)
     with (
-        Journal(folder, jobs.depends(job) | {"out": out.name}, restart) as journal,
+        Journal(folder, jobs.depends(job) | {"out": out.name, "max_shard": max_shard}, restart) as journal,
         open(os.devnull, "w") as nowhere,
         RunLog(journal.folder / LOG, len(job.units), stream=None if show else nowhere) as log,
         torch.no_grad(),
     ):
         journal.check()
-        resumed = len(journal.done)
+        resumed = sum(unit.name in journal.done for unit in job.units)
         log.start(model=str(job.source.path), command=command, recipe=job.recipe.to_yaml())
         expected = plan(job) if report and not resumed else None
-        work(job, journal, log)
-        journal.flush()
-        contents = contents_of(job, journal)
-        assemble(out, job.codec, contents, max_shard, overwrite, quiet)
-        units = {unit: line["notes"] for unit, line in journal.done.items()}
+        work(job, journal, log, max_shard)
+        units = {name: journal.done[name]["notes"] for name in _order(job) if name in journal.done}
         modules = tuple(note for notes in units.values() for note in notes["modules"])
+        files = {path: entry for name in units for path, entry in journal.files(name).items()}
+        with Stored(job.codec, files) as stored:
+            contents = contents_of(job, stored, modules)
+            assemble(out, job.codec, contents, stored, files, max_shard, overwrite)
+            shown = distributions(job, contents.module, modules) if report else []
         log.done(modules=len(modules), out=str(out))
         if report:
             page = described(job, out, log.path, command, units, expected, time.monotonic() - begun)
-            page["distributions"] = distributions(job, contents.module, modules)
+            page["distributions"] = shown
             leave(job, out, page, log.path)
         journal.remove()
     tokens = job.samples.tokens if job.samples else 0
@@ -167,51 +173,71 @@ def _check(job: Job, out: Path, max_shard: int, overwrite: bool) -> None:
         raise RequestError(f"{out}: is the model that is read; give another folder")
 
 
-def work(job: Job, journal: Journal, log: RunLog) -> None:
+def work(job: Job, journal: Journal, log: RunLog, max_shard: int) -> None:
     """Every unit that the journal does not have yet; finished ones only compute the inputs of the next."""
     last = max((u.index for u in job.units if u.name not in journal.done), default=-1)
     state = jobs.begin(job, journal.folder) if last >= 0 else None
     tuned = state is not None and any(t.algo.tune for t in job.targets.values())
     floats = jobs.begin(job, journal.folder) if tuned else None
+    _outside(job, journal, log, max_shard)
     for unit in job.units[: last + 1]:
         if unit.name not in journal.done:
             done = quantize_layer(job, unit, state, floats)
-            instead: Mapping[str, Quantized | Tensor] = {**done.values, **done.dense}
             if state is not None and unit.index < last:
-                done.error = advance(job, unit, state, instead, done.first)
-            _save(journal, unit.name, done)
+                done.error = advance(job, unit, state, {**done.values, **done.dense}, done.first)
+            _save(job, journal, unit, done, max_shard)
             _tell(log, unit.name, done)
-        elif state is not None and unit.index < last:
-            with journal.open(unit.name) as file:
-                advance(job, unit, state, finished(job, Stored(file)), None)
+        elif state is not None:
+            with Stored(job.codec, journal.files(unit.name)) as stored:
+                advance(job, unit, state, finished(job, stored, journal.done[unit.name]["notes"]), None)
             if floats is not None:
                 with job.layers.loaded(unit) as module:
                     passed(job, unit, module, floats)
-    _outside(job, journal, log)
+    journal.flush()
 
 
-def _outside(job: Job, journal: Journal, log: RunLog) -> None:
-    """The embedding and the head, where the recipe speaks of them."""
-    targets = job.outside()
-    if targets and OUTSIDE not in journal.done:
-        done = Done()
-        for group in by_name(targets):
-            part = {name: targets[name] for name in group.names}
-            encode_groups(job, part, [group], weights_of(job, part), done)
-        _save(journal, OUTSIDE, done)
+def _order(job: Job) -> list[str]:
+    return [OUTSIDE, *(unit.name for unit in job.units)]
+
+
+def _outside(job: Job, journal: Journal, log: RunLog, max_shard: int) -> None:
+    """What is in no layer, encoded where the recipe speaks of it. Before the layers: it is the largest to write."""
+    if OUTSIDE in journal.done:
+        return
+    done, targets = Done(), job.outside()
+    encode_unseen(job, targets, done)
+    inside = {name for unit in job.units for name in unit.names}
+    unit = Unit(OUTSIDE, -1, tuple(name for name in job.floats.dense if name not in inside))
+    _save(job, journal, unit, done, max_shard)
+    if targets:
         _tell(log, OUTSIDE, done)
 
 
-def _save(journal: Journal, unit: str, done: Done) -> None:
-    tensors: dict[str, Tensor] = {}
-    for name, value in {**done.values, **done.dense}.items():
-        tensors |= flat(name, value)
-    for module, scales in done.kv.items():
-        tensors |= {f"{KV}|{module}|{of}": t for of, t in scales.items()}
+def _save(job: Job, journal: Journal, unit: Unit, done: Done, max_shard: int) -> None:
+    parts = {k: part(t) for name, q in done.values.items() for k, t in module_tensors(job.codec, name, q).items()}
+    if job.codec is not gguf:  # whose file takes what is dense from the source in the end
+        left = [
+            name for name in unit.names if name in job.floats.dense and name.removesuffix(".weight") not in job.targets
+        ]
+        parts |= {name: _dense(job, name) for name in left}
+    parts |= {name: _dense(job, name, t) for name, t in done.dense.items()}
+    parts |= {name: part(t) for name, t in kv_tensors(job.codec, done.kv).items()}
     coverage = {"experts": done.coverage.experts, "starved": done.coverage.starved,
                 "inactive": done.coverage.inactive, "channels": done.coverage.channels}  # fmt: skip
-    notes = {"modules": done.notes, "error": done.error, "seconds": done.seconds, "coverage": coverage}
-    journal.save(unit, tensors, notes)
+    notes = {"modules": done.notes, "dense": list(done.dense), "error": done.error, "seconds": done.seconds,
+             "coverage": coverage}  # fmt: skip
+    journal.save(unit.name, unit.index + 1, parts, notes, max_shard)
+
+
+def _dense(job: Job, name: str, changed: Tensor | None = None) -> Part:
+    """A tensor of the source as the result holds it."""
+    entry = job.floats.dense[name]
+
+    def value() -> Tensor:
+        held = job.floats.read(name) if changed is None else changed
+        return held.to(_DTYPES.get(entry.dtype, held.dtype))
+
+    return Part(entry.dtype, tuple(entry.shape), value)
 
 
 def _tell(log: RunLog, unit: str, done: Done) -> None:
@@ -222,32 +248,39 @@ def _tell(log: RunLog, unit: str, done: Done) -> None:
     log.layer(unit, seconds=done.seconds, error=done.error)
 
 
-def finished(job: Job, stored: Stored) -> dict[str, Quantized | Tensor]:
-    """A unit's result back from the journal."""
-    out: dict[str, Quantized | Tensor] = {n: stored.read(n, job.targets[n].format) for n in stored.modules}
-    return out | {name: stored.file.read(name) for name in stored.dense}
+def finished(job: Job, stored: Stored, notes: Mapping[str, Any]) -> dict[str, Quantized | Tensor]:
+    """A unit's result back from its files."""
+    formats = formats_of(job, notes["modules"])
+    out: dict[str, Quantized | Tensor] = {
+        name: stored.module(name, form, job.places[name].shape) for name, form in formats.items()
+    }
+    return out | {name: stored.read(name) for name in notes["dense"]}
 
 
-def contents_of(job: Job, journal: Journal) -> Contents:
+def formats_of(job: Job, modules: Iterable[Mapping[str, Any]]) -> dict[str, Format]:
+    """Module -> its format with the transforms that came out, by the lines about them."""
+    found = {}
+    for note in modules:
+        form = job.targets[note["name"]].format
+        found[note["name"]] = Format(form.weight, form.act, tuple(note["transforms"]))
+    return found
+
+
+def contents_of(job: Job, stored: Stored, modules: Sequence[Mapping[str, Any]]) -> Contents:
     """The finished checkpoint, its parts still in the journal and in the source."""
-    stored = {unit: Stored(journal.open(unit)) for unit in journal.done}
-    modules = {name: held for held in stored.values() for name in held.modules}
-    changed = {name: held for held in stored.values() for name in held.dense}
-    kv = {module: {of: held.file.read(key) for of, key in scales.items()}
-          for held in stored.values() for module, scales in held.kv.items()}  # fmt: skip
+    formats = formats_of(job, modules)
     dense = {name: (entry.dtype, tuple(entry.shape)) for name, entry in job.floats.dense.items()
-             if name.removesuffix(".weight") not in modules}  # fmt: skip
-    left = [p.name for p in job.places.values() if p.name not in modules and p.kind != "embedding"]
+             if name.removesuffix(".weight") not in formats}  # fmt: skip
+    left = [p.name for p in job.places.values() if p.name not in formats and p.kind != "embedding"]
 
     def tensor(name: str) -> Tensor:
-        value = changed[name].file.read(name) if name in changed else job.floats.read(name)
-        return value.to(_DTYPES.get(dense[name][0], value.dtype))
+        return _dense(job, name, stored.read(name) if name in stored.of else None).value()
 
-    def module(name: str, meta: bool) -> Quantized:
-        return modules[name].read(name, job.targets[name].format, meta)
+    def module(name: str) -> Quantized:
+        return stored.module(name, formats[name], job.places[name].shape)
 
-    ordered = [name for name in job.targets if name in modules]
-    return Contents(_config(job), ordered, module, dense, tensor, tokenizer_files(job.source), left, kv, job.kv)
+    ordered = {name: formats[name] for name in job.targets if name in formats}
+    return Contents(_config(job), ordered, module, dense, tensor, tokenizer_files(job.source), left, job.kv)
 
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}

@@ -136,7 +136,7 @@ def distributions(job: Job, module: Any, notes: Any) -> list[Any]:
         name = note["name"]
         if name not in job.targets:
             continue
-        q = module(name, False)
+        q = module(name)
         before = job.floats.read(f"{name}.weight").float()
         after = decode(q.weight) if not q.transforms else before
         low, high = float(before.min()), float(before.max())
