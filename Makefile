@@ -43,8 +43,8 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/encode.py
 	$(BIN)/python benchmarks/read_safetensors.py
 
-test-gpu:  ## on a machine with a GPU, in the environment that is there
-	$(PYTHON) -m pytest -m gpu -p no:cacheprovider
+test-gpu:  ## on a machine with a GPU, in the environment that is there; kernels compile in eight processes at once
+	$(PYTHON) -m pytest -m "gpu and not slow" -n 8 -p no:cacheprovider -p no:benchmark
 
 clean:
 	rm -rf .venv .cache build *.egg-info

@@ -99,13 +99,12 @@ def check(kernel: Kernel, q: Quantized, rows: int, dtype: torch.dtype, packed: A
     got = kernel.run(x, packed, bias).double()
     rounded = fake_quant(x.float(), q.format.act, q.act) if q.format.act else x
     w = decode(q.weight).double()
-    want, size = rounded.double() @ w.T, rounded.double().abs() @ w.abs().T
+    want, spread = rounded.double() @ w.T, (rounded.double().square() @ w.square().T).sqrt()
     want = want if bias is None else want + bias.double()
-    unit, lossy = UNIT[dtype], q.format.act is None and group_of(q.format) > 0
-    # the result is rounded up to three times (sum, scale of the row, bias); 16-bit weights and scales once each
-    bound = (
-        3 * unit * (want.abs() + (0 if bias is None else bias.double().abs())) + (2.0**-17 + 2 * unit * lossy) * size
-    )
+    unit = UNIT[dtype]
+    # the result is rounded up to three times (sum, scale of the row, bias); parts of a sum that several blocks share,
+    # and 16-bit weights and scales, once each: as large as sums of so many products are
+    bound = 3 * unit * (want.abs() + (0 if bias is None else bias.double().abs())) + 4 * unit * spread
     assert got.shape == want.shape
     assert bool(got.isfinite().all()), f"{rows} rows: {int((~got.isfinite()).sum())} values are not finite"
     worst = float(((got - want).abs() / bound.clamp(min=1e-6)).max())
