@@ -17,6 +17,7 @@ from fewbit.kernels import humming_linear, scaled_linear
 from fewbit.kernels.humming_layout import Layout, layout
 from fewbit.kernels.registry import Kernel, kernels
 from fewbit.modules.linear import Linear, Options
+from fewbit.quant.elements import E4M3
 from fewbit.quant.formats import FORMATS
 from fewbit.quant.qtensor import Quantized, Transform
 from fewbit.quant.reference import decode, encode, fake_quant
