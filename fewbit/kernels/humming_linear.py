@@ -4,7 +4,7 @@ Its choice of tile, and of how many blocks share a sum, depends on the number of
 finds its compiler (nvrtc) beside torch and keeps what it compiles in ~/.humming, or where HUMMING_CACHE_DIR says.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -38,8 +38,7 @@ class Held:
     given: Tensor | None
     locks: Tensor
     plain: Tensor | None = None  # which kernel for how many rows; compiled at the first call
-    biased: Tensor | None = None
-    bias: tuple[Tensor, Tensor] | None = field(default=None, repr=False)  # (as given, in humming's order)
+    biased: tuple[Tensor, Tensor, Tensor] | None = None  # (the bias, which kernels, the bias in humming's order)
 
 
 def supports(form: Format, device: torch.device, dtype: torch.dtype, rounded: bool = False) -> str | None:
@@ -97,12 +96,12 @@ def _product(x: Tensor, held: Held, bias: Tensor | None) -> Tensor:
         from fewbit.kernels.triton_quantize import quantize_rows
 
         x, scale = quantize_rows(x, held.rounding, held.given)
-    inside = bias is not None and held.columns is None
-    configs = _biased(held, bias) if inside else held.plain if held.plain is not None else _plain(held)
+    inside = bias if held.columns is None else None
+    configs, ordered = _biased(held, inside) if inside is not None else (_plain(held), None)
     weight, weight_scale, outer, zero = held.tensors
-    y = torch.ops.humming.launch_kernel.default(
-        configs, x, weight, weight_scale, outer, scale, None, zero, held.bias[1] if inside else None, None,
-        None, None, None, None, held.locks, 1, 0,
+    y: Tensor = torch.ops.humming.launch_kernel.default(
+        configs, x, weight, weight_scale, outer, scale, None, zero, ordered, None, None, None, None, None, held.locks,
+        1, 0,
     )  # fmt: skip
     if held.columns is None:
         return y
@@ -112,17 +111,19 @@ def _product(x: Tensor, held: Held, bias: Tensor | None) -> Tensor:
 
 
 def _plain(held: Held) -> Tensor:
-    held.plain = _compiled(held.config, held.locks.device)
+    if held.plain is None:
+        held.plain = _compiled(held.config, held.locks.device)
     return held.plain
 
 
-def _biased(held: Held, bias: Tensor) -> Tensor:
-    if held.bias is None or held.bias[0] is not bias:
-        from fewbit.kernels import humming_weight
+def _biased(held: Held, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """-> the kernels that add a bias, and it in humming's order."""
+    if held.biased is None or held.biased[0] is not bias:
+        from fewbit.kernels.humming_weight import bias_of, with_bias
 
-        held.bias = bias, humming_weight.bias_of(bias, held.dtype)
-        held.biased = _compiled(humming_weight.with_bias(held.config), held.locks.device)
-    return held.biased
+        configs = _compiled(with_bias(held.config), held.locks.device)
+        held.biased = bias, configs, bias_of(bias, held.dtype)
+    return held.biased[1:]
 
 
 def _compiled(config: Any, device: torch.device) -> Tensor:
@@ -133,4 +134,5 @@ def _compiled(config: Any, device: torch.device) -> Tensor:
     with torch.cuda.device(device):
         tiles = get_heuristics_config(config, device=device)
         tiles = [tile for tile in tiles if not ROWS or any(tile[0] < rows <= tile[1] for rows in ROWS)]
-        return HummingKernel.prepare_kernels(config.to_str(), None, tiles, device)
+        found: Tensor = HummingKernel.prepare_kernels(config.to_str(), None, tiles, device)
+    return found

@@ -180,4 +180,5 @@ def bias_of(bias: Tensor, dtype: torch.dtype) -> Tensor:
     """-> [padded N] in humming's order."""
     from humming.transform import transform_humming_bias
 
-    return transform_humming_bias(pad(bias.detach().to(dtype), (0, padded(len(bias)) - len(bias))))
+    ordered: Tensor = transform_humming_bias(pad(bias.detach().to(dtype), (0, padded(len(bias)) - len(bias))))
+    return ordered
