@@ -180,8 +180,8 @@ def online(config: EngineConfig) -> str | None:
         if NAMES.get(plain, plain) != dialect:
             raise RequestError(f"quantization={asked!r}: {config.model} is {dialect}; leave it out, or say that")
         return None
-    row = ONLINE.get(plain, plain)
-    if row not in FORMATS:
+    row = next((name for name in (ONLINE.get(plain, plain), asked.lower()) if name in FORMATS), "")
+    if not row:
         raise RequestError(f"quantization={asked!r}: {config.model} is not quantized, and there is no such format to "
                            f"quantize it to; known: {', '.join([*ONLINE, *FORMATS])}")  # fmt: skip
     return row

@@ -133,7 +133,9 @@ def experts(host: Host, h: int, m: int, name: str) -> None:
     for projection, shapes in (("gate_up_proj", ((m, h), (m, h))), ("down_proj", ((h, m),))):
         drawn = [encode(torch.randn(E, *shape) / shape[-1] ** 0.5, FORMATS[name].weight) for shape in shapes]
         parts = [Quantized(Format(FORMATS[name].weight), there(q)) for q in drawn]
-        ours.parts[projection] = tuple(Part(q, KERNEL, triton_experts.prepack_experts(q)) for q in parts)
+        ours.parts[projection] = tuple(
+            Part(q, KERNEL, triton_experts.prepack_experts(q), q.weight.device) for q in parts
+        )
     setattr(host, ATTRIBUTE, ours)
 
 

@@ -77,7 +77,9 @@ def quantized(host: Host, name: str) -> None:
     ours = Experts(Options())
     for projection, shapes in (("gate_up_proj", ((M, H), (M, H))), ("down_proj", ((H, M),))):
         parts = [Quantized(FORMATS[name], encode(torch.randn(E, *s) / 8, FORMATS[name].weight)) for s in shapes]
-        ours.parts[projection] = tuple(Part(q, KERNEL, triton_experts.prepack_experts(q)) for q in parts)
+        ours.parts[projection] = tuple(
+            Part(q, KERNEL, triton_experts.prepack_experts(q), q.weight.device) for q in parts
+        )
     setattr(host, ATTRIBUTE, ours)
 
 
