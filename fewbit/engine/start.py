@@ -132,11 +132,12 @@ def load(config: EngineConfig, group: Group | None = None) -> Loaded:
 def loaded(config: EngineConfig, device: torch.device, format: str | None, group: Group | None) -> Loaded:
     if group is not None and device.type == "cuda":
         device = torch.device("cuda", group.rank)
-    model: Any = build.load(
-        config.model, device=device, dtype=dtype_of(config, device), kernels=config.kernels,
-        activations=activations(config, device), format=format, trust_remote_code=config.trust_remote_code,
-        attend=proof.attention, ranks=group, fuse=device.type == "cuda",
-    )  # fmt: skip
+    with progress("loading") as tell:
+        model: Any = build.load(
+            config.model, device=device, dtype=dtype_of(config, device), kernels=config.kernels,
+            activations=activations(config, device), format=format, trust_remote_code=config.trust_remote_code,
+            attend=proof.attention, ranks=group, fuse=device.type == "cuda", tell=tell,
+        )  # fmt: skip
     try:
         tokenizer = read_tokenizer(config.tokenizer or config.model)
     except CheckpointError:

@@ -47,6 +47,7 @@ def load(
     attend: Callable[[Any], str] = twin.require,
     ranks: Ranks | None = None,
     fuse: bool = False,
+    tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> nn.Module:
     """A folder or a .gguf file -> the model in eval mode: model(input_ids).logits, model.generate(...).
 
@@ -55,6 +56,7 @@ def load(
     format: quantize every linear and expert on arrival.
     attend: config -> the attention that the architecture is built with, or an error. ranks: hold one rank's part only.
     fuse: with fused modules where the twin agrees; what became of each is model.fewbit_fused.
+    tell: called with how many tensors are in their places, of how many.
     """
     if activations not in ACTIVATIONS:
         raise SpecError(f"activations={activations!r}: known are {', '.join(ACTIVATIONS)}")
@@ -76,7 +78,7 @@ def load(
         make = shards.filler if shards is not None else Filler
         filler = make(model, hf.rules(model), options, torch.device(device), formats)
         watch = Watch(source)
-        filler.watch = watch.see
+        filler.watch, filler.tell = watch.see, tell
         places = filler.fill(source)
         refuse_on_errors(source.path, watch.finish(), unsafe_skip_verify)
         finish(filler, places, source, unsafe_skip_verify)

@@ -50,6 +50,7 @@ class Filler:
     device: torch.device
     online: Online = lambda path, module: None
     watch: Callable[[str, Quantized], None] = lambda name, q: None  # sees every quantized module as it arrives
+    tell: Callable[[int, int], None] = lambda done, total: None
     filled: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # parameter -> values written
     parts: dict[str, dict[int, Quantized]] = field(default_factory=lambda: defaultdict(dict))
     offsets: dict[tuple[str, int], int] = field(default_factory=dict)  # (parameter, part) -> where it starts
@@ -62,9 +63,10 @@ class Filler:
         found = self.rules.place(asked.values())
         places = {name: found[query] for name, query in asked.items()}
         self._offsets(places, source)
-        for name, place in places.items():
+        for done, (name, place) in enumerate(places.items()):
             if place is not None:
                 self._arrive(name, place, source.read(name))
+            self.tell(done + 1, len(places))
         return places
 
     def _offsets(self, places: Mapping[str, Placement | None], source: Tensors) -> None:

@@ -347,6 +347,8 @@ def test_the_dialect_may_be_named_as_vllm_does(folder: Path, tmp_path: Path) -> 
         assert online(config) is None
     with pytest.raises(RequestError, match="is modelopt"):
         online(EngineConfig.of(model=str(tmp_path / "out"), quantization="awq"))
+    for name in ("q4_k", "int4-g128", "int4_g128"):
+        assert online(EngineConfig.of(model=str(folder), quantization=name)) in ("q4_k", "int4-g128")
 
 
 @pytest.mark.parametrize(("declared", "asked", "found"), [
