@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fewbit.engine.config import EngineConfig
+from fewbit.engine.facts import facts
 from fewbit.engine.guided import Grammars
 from fewbit.engine.outputs import Logprob
 from fewbit.engine.pages import PagePool
@@ -22,6 +23,7 @@ from fewbit.engine.scheduler import Scheduler, Work
 from fewbit.engine.start import Limits, Loaded, limits_of, load
 from fewbit.engine.text import Detokenizer, token_text
 from fewbit.errors import RequestError
+from fewbit.kernels import saturation
 
 
 @dataclass(slots=True)
@@ -39,6 +41,7 @@ class Stats:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     nan_rows: int = 0
+    saturated: int = 0
 
 
 class Engine:
@@ -58,6 +61,7 @@ class Engine:
         self.scheduler = Scheduler(self.pool, self.limits.most_running, self.limits.budget, config.max_queue)
         self.sampler = Sampler(self.vocab, self.loaded.device)
         self.counters = Stats(pages_total=self.limits.pages)
+        self._saturated = saturation.total()
         self._streams: dict[str, list[Stream]] = {}
         self._seeds = random.Random(config.seed)
         self._grammars: Grammars | None = None
@@ -205,12 +209,16 @@ class Engine:
             del self._streams[stream.request.id]
         return delta
 
+    def facts(self) -> dict[str, Any]:
+        return facts(self.loaded.model, self.loaded.cache_dtype)
+
     def stats(self) -> Stats:
         now = self.counters
         now.running, now.waiting = len(self.scheduler.running), len(self.scheduler.waiting)
         now.pages_used = self.pool.used
         now.prefix_queries, now.prefix_hits = self.pool.queries, self.pool.hits
         now.preemptions = self.scheduler.preemptions
+        now.saturated = saturation.total() - self._saturated
         return now
 
     def shutdown(self) -> None:

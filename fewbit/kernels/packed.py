@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fewbit.kernels import tiles, torch_dequant
+from fewbit.kernels import saturation, tiles, torch_dequant
 from fewbit.kernels.compiled import library
 from fewbit.kernels.torch_dequant import Rows, expert, low_rank
 from fewbit.quant import elements
 from fewbit.quant.blocks import regrid
 from fewbit.quant.elements import Element
 from fewbit.quant.qtensor import QTensor, Quantized, scale_codes
-from fewbit.quant.reference import fake_quant, scale_values, transformed, zero_values
+from fewbit.quant.reference import scale_values, transformed, zero_values
 from fewbit.quant.spec import Format, QuantSpec
 
 RUN = 64  # columns of a run
@@ -151,7 +151,7 @@ def run_linear(x: Tensor, packed: Packed | Rows, bias: Tensor | None = None) -> 
         return torch_dequant.run_linear(x, packed, bias)
     q = packed.source
     x = transformed(x, q.transforms)
-    rounded = fake_quant(x, q.format.act, q.act) if q.format.act and not packed.whole else x
+    rounded = saturation.rounded(x, q.format.act, q.act) if q.format.act and not packed.whole else x
     y = times(rounded.reshape(-1, rounded.shape[-1]).contiguous(), packed).view(*x.shape[:-1], -1)
     return low_rank(x, q.transforms, y if bias is None else y.add_(bias))
 

@@ -63,7 +63,7 @@ REFERENCE, DECODED = "reference", "decoded"
 KERNELS: tuple[Kernel, ...] = (
     Kernel(
         "packed", "linear", ("cpu",), (torch.bfloat16,), packed.supports, packed.prepack_linear, packed.run_linear,
-        note="codes of 2 to 8 bits read as they are stored; matrix units where there are any, else few rows in registers",
+        note="codes of 2 to 8 bits read as they are stored; by matrix units, else few rows in registers",
     ),
     Kernel(
         "packed", "experts", ("cpu",), (torch.bfloat16,), packed.supports, packed.prepack_experts, packed.run_experts,
