@@ -53,6 +53,7 @@ MISTAKES: list[tuple[tuple[str, ...], str, int]] = [
     (("inspect", "MODEL/config.json"), "nothing else is read", 1),
     (("inspect", "hub/id"), "must be downloaded first", 1),
     (("inspect", "MODEL", "--device", "evil"), "'evil' is not known", 1),
+    (("inspect", "MODEL", "--activations", "quick"), "known are declared, hardware, fast, off", 1),
     (("inspect", "MODEL", "--frob"), "--frob", 2),
     *([] if torch.cuda.is_available() else [(("inspect", "MODEL", "--device", "cuda"), "no CUDA device", 1)]),
     (("verify", "MODEL/model.safetensors"), "no config.json", 1),
@@ -104,6 +105,11 @@ def quantized(model: Path) -> Path:
     out = model.parent / "quantized"
     fewbit.convert(model, out, "gptq", requantize="int4-g128", max_shard=40_000)
     return out
+
+
+def test_inspect_says_what_fast_does(quantized: Path) -> None:
+    assert "activations fast on cpu: int4-g128 (" in run("inspect", quantized, "--activations", "fast").stdout
+    assert "activations fast" not in run("inspect", quantized).stdout
 
 
 def test_disk_full(quantized: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Verbs on checkpoints as they are: what one is, whether it is sound, the same in another dialect."""
 
 import json
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -15,13 +16,14 @@ def inspect(
     all: Annotated[bool, typer.Option("--all", help="One line for every module, not one for each format.")] = False,
     kernels: Annotated[bool, typer.Option("--kernels", help="Show refused kernels and why.")] = False,
     device: Annotated[str, typer.Option(help="Choose kernels for this device.")] = "cpu",
+    activations: Annotated[str, typer.Option(help="As a server is asked: hardware, declared, fast, off.")] = "hardware",
     as_json: Json = False,
 ) -> None:
     """Show what a checkpoint is: dialect, formats, sizes, what is left dense and which rule says so."""
     from fewbit.workflows.inspect import inspect as run
     from fewbit.workflows.inspect import size, summary
 
-    info = run(model, device)
+    info = run(model, device, activations)
     if as_json:
         print(json.dumps(info.to_json(), indent=2))
         return
@@ -44,6 +46,8 @@ def inspect(
     for why in sorted({m.weights_only for m in info.modules} - {""}):
         print(f"activations on {device}: served as they are, weights alone quantized: {why}"
               " (serve --emulate-activations rounds them in software)")  # fmt: skip
+    for (form, said), count in sorted(Counter((m.format, m.fast) for m in info.modules if m.fast).items()):
+        print(f"activations fast on {device}: {form} ({count} modules): {said}")
     chosen = {(m.kernel, m.invariant, m.refused) for m in info.modules}
     for kernel, invariant, refused in sorted(chosen):
         print(f"kernel on {device}: {kernel}" + ("" if invariant else " (a row's last bits may depend on the batch)"))

@@ -44,7 +44,7 @@ def diff(
     tokens: Annotated[int, typer.Option(help="How many tokens to run.")] = 2048,
     context: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
     kernels: Annotated[str, typer.Option(help="Kernels of A and of B: decoded,auto ...")] = "decoded,decoded",
-    activations: Annotated[str, typer.Option(help="Of A and of B: declared,off ...")] = "declared,declared",
+    activations: Annotated[str, typer.Option(help="Of A and of B: declared,fast ...")] = "declared,declared",
     device: Device = "cpu",
     dtype: Dtype = None,
     all: Annotated[bool, typer.Option("--all", help="One line for every module.")] = False,

@@ -73,7 +73,7 @@ def serve(
     trust_remote_code: Annotated[bool | None, flag("--trust-remote-code", help="Run code in the checkpoint.")] = None,
     seed: Annotated[Count, flag("--seed", help="For requests that name none.")] = None,
     kernels: Annotated[Name, flag("--kernels", help="auto, or reference.")] = None,
-    activations: Annotated[Name, flag("--activations", help="declared, off ...")] = None,
+    activations: Annotated[Name, flag("--activations", help="hardware, declared, fast or off.")] = None,
     strict_activations: Strict = None,
     emulate_activations: Annotated[bool | None, flag("--emulate-activations", help="In software there.")] = None,
     enable_lora: Annotated[bool | None, flag("--enable-lora", help="Serve adapters.")] = None,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fewbit.engine.batch import Flight
 from fewbit.engine.config import EngineConfig
+from fewbit.engine.facts import facts
 from fewbit.engine.guided import Grammars
 from fewbit.engine.limits import Limits, limits_of
 from fewbit.engine.outputs import Logprob
@@ -28,6 +29,7 @@ from fewbit.engine.scheduler import Scheduler, Work
 from fewbit.engine.start import Loaded, load
 from fewbit.engine.text import Detokenizer, token_text
 from fewbit.errors import RequestError
+from fewbit.kernels import saturation
 
 
 @dataclass(slots=True)
@@ -45,6 +47,7 @@ class Stats:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     nan_rows: int = 0
+    saturated: int = 0
 
 
 @dataclass(slots=True)
@@ -81,6 +84,7 @@ class Engine:
         self.ahead = self.runner.ahead
         self._begun: Begun | None = None
         self.counters = Stats(pages_total=self.limits.pages)
+        self._saturated = saturation.total()
         self._streams: dict[str, list[Stream]] = {}
         self._seeds = random.Random(config.seed)
         self._grammars: Grammars | None = None
@@ -257,12 +261,16 @@ class Engine:
             del self._streams[stream.request.id]
         return delta
 
+    def facts(self) -> dict[str, Any]:
+        return facts(self.loaded.model, self.loaded.cache_dtype)
+
     def stats(self) -> Stats:
         now = self.counters
         now.running, now.waiting = len(self.scheduler.running), len(self.scheduler.waiting)
         now.pages_used = self.pool.used
         now.prefix_queries, now.prefix_hits = self.pool.queries, self.pool.hits
         now.preemptions = self.scheduler.preemptions
+        now.saturated = saturation.total() - self._saturated
         return now
 
     def shutdown(self) -> None:

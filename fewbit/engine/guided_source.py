@@ -17,6 +17,7 @@ NESTING = 64
 GBNF = CHARACTERS // 2  # is translated first, which costs as much again
 NODES = 50_000
 CHOICES = 4096
+WHITESPACE = r"[ ]|\n[ \t]{0,32}"  # between two parts of JSON, once: without a bound a weak model writes nothing else
 
 KINDS = ("json", "regex", "choice", "grammar", "json_object")
 
@@ -110,8 +111,8 @@ def _schema(value: Any, tight: bool) -> str:
     if not isinstance(schema, Mapping):
         raise RequestError(f"json is {check.shown(schema)}; it takes a JSON schema, which is an object")
     _bounded(schema)
-    if tight:
-        schema = {**schema, "x-guidance": {"whitespace_flexible": False}}
+    space = {"whitespace_flexible": False} if tight else {"whitespace_pattern": WHITESPACE}
+    schema = {**schema, "x-guidance": space}
     try:
         text = json.dumps(schema, allow_nan=False)
     except (TypeError, ValueError) as error:

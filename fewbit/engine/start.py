@@ -14,13 +14,12 @@ from rich.progress import Progress
 from torch import nn
 
 from fewbit import codecs
-from fewbit.engine import proof
+from fewbit.engine import activations, proof
 from fewbit.engine.config import EngineConfig
 from fewbit.engine.parallel import Lockstep, Team, digest
 from fewbit.engine.parallel_group import Group
 from fewbit.engine.runner import Alone, Paged, Runner
 from fewbit.errors import CheckpointError, RequestError, UnsupportedError
-from fewbit.kernels.capability import lacking
 from fewbit.models import build, hf
 from fewbit.models.text import tokenizer as read_tokenizer
 from fewbit.models.twin import first_line
@@ -132,11 +131,13 @@ def load(config: EngineConfig, group: Group | None = None) -> Loaded:
 def loaded(config: EngineConfig, device: torch.device, format: str | None, group: Group | None) -> Loaded:
     if group is not None and device.type == "cuda":
         device = torch.device("cuda", group.rank)
+    dtype = dtype_of(config, device)
     with progress("loading") as tell:
         model: Any = build.load(
-            config.model, device=device, dtype=dtype_of(config, device), kernels=config.kernels,
-            activations=activations(config, device), format=format, trust_remote_code=config.trust_remote_code,
-            attend=proof.attention, ranks=group, fuse=device.type == "cuda", tell=tell,
+            config.model, device=device, dtype=dtype, kernels=config.kernels,
+            activations=activations.resolved(config, format, device, dtype), format=format,
+            trust_remote_code=config.trust_remote_code, attend=proof.attention, ranks=group,
+            fuse=device.type == "cuda", tell=tell,
         )  # fmt: skip
     try:
         tokenizer = read_tokenizer(config.tokenizer or config.model)
@@ -186,26 +187,6 @@ def online(config: EngineConfig) -> str | None:
         raise RequestError(f"quantization={asked!r}: {config.model} is not quantized, and there is no such format to "
                            f"quantize it to; known: {', '.join([*ONLINE, *FORMATS])}")  # fmt: skip
     return row
-
-
-def activations(config: EngineConfig, device: torch.device) -> str:
-    """What becomes of inputs that the checkpoint wants rounded. Where they are left as they are, that is said."""
-    if config.strict_activations and config.emulate_activations:
-        raise RequestError("strict_activations and emulate_activations: an error, or software; not both")
-    if config.emulate_activations:
-        return "declared"
-    if config.activations != "hardware":
-        return config.activations
-    with codecs.open(config.model) as source:
-        formats = {entry.format for entry in source.modules.values()}
-    row = online(config)
-    found = {why for each in [*formats, *([FORMATS[row]] if row else [])] if (why := lacking(each, device))}
-    if found and config.strict_activations:
-        raise UnsupportedError(f"{config.model}: its activations cannot be multiplied as declared", sorted(found))
-    for why in sorted(found):
-        LOG.warning("activations are left as they are, weights alone are quantized: %s "
-                    "(--emulate-activations rounds them in software, --strict-activations refuses)", why)  # fmt: skip
-    return "hardware"
 
 
 def ends(model: nn.Module, tokenizer: Any) -> frozenset[int]:

@@ -46,8 +46,9 @@ def _openmp() -> Path | None:
 
 def _built(source: Path, compiler: str) -> Path:
     """The library, from the cache or made now; several processes may do so at once."""
-    text = source.read_bytes()
-    parts = (text, " ".join(FLAGS).encode(), _run(compiler, "--version").encode(), _processor().encode())
+    files = (source, *sorted(source.parent.glob("*.h")))
+    made_of = (" ".join(FLAGS), _run(compiler, "--version"), _processor())
+    parts = (*(file.read_bytes() for file in files), *(part.encode() for part in made_of))
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
     target = env.cache() / "kernels" / f"{source.stem}-{digest}.so"
     if not target.is_file():

@@ -1,11 +1,12 @@
-"""Linears on a CPU that read codes of 2 to 8 bits as they are stored, x and y in bfloat16; the work is in packed.cpp.
+"""Linears on a CPU that read codes of 2 to 8 bits as they are stored, x and y in bfloat16.
 
-Few rows: codes become bfloat16 in registers and meet x there, so a step takes as long as reading the codes. Many rows:
-runs of rows are decoded into cache and multiplied by torch, whose matrix units are then the limit.
+Where the processor has matrix units they take all rows (tiles.py). Elsewhere it is packed.cpp. Few rows: codes become
+bfloat16 in registers and meet x there, so a step takes as long as reading the codes. Many rows: runs of rows of the
+weight are decoded into cache and multiplied by torch.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -14,19 +15,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fewbit.kernels import torch_dequant
+from fewbit.kernels import saturation, tiles, torch_dequant
 from fewbit.kernels.compiled import library
 from fewbit.kernels.torch_dequant import Rows, expert, low_rank
 from fewbit.quant import elements
 from fewbit.quant.blocks import regrid
 from fewbit.quant.elements import Element
 from fewbit.quant.qtensor import QTensor, Quantized, scale_codes
-from fewbit.quant.reference import fake_quant, scale_values, transformed, zero_values
-from fewbit.quant.spec import Format
+from fewbit.quant.reference import scale_values, transformed, zero_values
+from fewbit.quant.spec import Format, QuantSpec
 
 RUN = 64  # columns of a run
-FEW_DENSE = 8  # the same where there is nothing to decode
-FEW = 16  # rows up to which codes are decoded in registers: beyond, matrix units win
+FEW_DENSE = 8  # rows up to which our loop beats torch where there is nothing to decode
+FEW = 16  # rows up to which codes are decoded in registers
 DECODED = 1 << 20  # values decoded at a time for many rows: 2 MB, the size of a core's cache
 TABLE32, TABLE64, TABLE128, INT8, UINT8 = range(5)  # packed.cpp's kinds
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
@@ -49,6 +50,7 @@ class Packed:
     source: Quantized
     weight: Weight
     held: tuple[Tensor | None, ...] = field(repr=False)
+    whole: bool = False  # x is rounded to int8, and multiplied as such
 
 
 def supports(format: Format, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -96,7 +98,17 @@ def prepack_linear(q: Quantized) -> Packed | Rows:
     )  # fmt: skip
     pointers = [None if t is None else t.data_ptr() for t in held]
     kind = kind_of(w.spec.element)
-    return Packed(q, Weight(*pointers, n, k, group, int(w.spec.element.bits), kind, narrow, mode), held)
+    weight = Weight(*pointers, n, k, group, int(w.spec.element.bits), kind, narrow, mode)
+    return Packed(q, weight, held, tiles.whole(q.format.act) and slow(w.spec) is None)
+
+
+def slow(spec: QuantSpec) -> str | None:
+    """Why int8 inputs are no faster with such weights; None where they are."""
+    if spec.element.kind != "int" or kind_of(spec.element) is None:
+        return f"{spec.element.name} is no whole number of 2 to 8 bits"
+    if any(cols % tiles.WHOLE for _, cols in (scale.block for scale in (*spec.scales, *spec.zeros))):
+        return f"its groups are shorter than the {tiles.WHOLE} columns that int8 units take at once"
+    return None if tiles.native() is not None else "this processor has no int8 matrix units (AMX) that we may use"
 
 
 def spread(values: Tensor, w: QTensor, block: tuple[int, int], group: int) -> Tensor:
@@ -139,11 +151,18 @@ def run_linear(x: Tensor, packed: Packed | Rows, bias: Tensor | None = None) -> 
         return torch_dequant.run_linear(x, packed, bias)
     q = packed.source
     x = transformed(x, q.transforms)
-    rounded = fake_quant(x, q.format.act, q.act) if q.format.act else x
-    flat = rounded.reshape(-1, rounded.shape[-1]).contiguous()
-    y = few(flat, packed) if len(flat) <= FEW else many(flat, packed)
-    y = y.view(*x.shape[:-1], -1)
+    rounded = saturation.rounded(x, q.format.act, q.act) if q.format.act and not packed.whole else x
+    y = times(rounded.reshape(-1, rounded.shape[-1]).contiguous(), packed).view(*x.shape[:-1], -1)
     return low_rank(x, q.transforms, y if bias is None else y.add_(bias))
+
+
+def times(x: Tensor, packed: Packed) -> Tensor:
+    """x: [M, K] -> [M, N]."""
+    if packed.whole:
+        return tiles.codes(x, packed.weight, packed.source.format.act.rule)
+    if tiles.native() is not None:
+        return tiles.values(x, packed.weight)
+    return few(x, packed) if len(x) <= FEW else many(x, packed)
 
 
 def few(x: Tensor, packed: Packed) -> Tensor:
@@ -166,18 +185,28 @@ def many(x: Tensor, packed: Packed) -> Tensor:
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x: [..., K], weight: [N, K]; few rows in bfloat16 on a CPU by our own loop, which keeps up with the memory."""
+    """x: [..., K], weight: [N, K]; in bfloat16 on a CPU by our own loops where they are faster than torch."""
     k = x.shape[-1]
     rows = x.numel() // k if k else 0
-    ours = x.dtype == torch.bfloat16 == weight.dtype and x.device.type == "cpu" and 0 < rows <= FEW_DENSE
+    ours = x.dtype == torch.bfloat16 == weight.dtype and x.device.type == "cpu" and rows > 0
     learning = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if not ours or learning or k % RUN or not weight.is_contiguous() or _native() is None:
+    if not ours or learning or not weight.is_contiguous() or (run := _dense(rows, k)) is None:
         return linear(x, weight, bias)
-    flat = x.reshape(rows, k).contiguous()
-    y = x.new_empty(rows, len(weight))
-    _native().packed_dense(weight.data_ptr(), len(weight), k, flat.data_ptr(), rows, y.data_ptr())
-    y = y.view(*x.shape[:-1], -1)
+    y = run(x.reshape(rows, k).contiguous(), weight).view(*x.shape[:-1], -1)
     return y if bias is None else y.add_(bias)
+
+
+def _dense(rows: int, k: int) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Which loop takes them: all rows where there are matrix units, so that none depends on how many there are."""
+    if tiles.native() is not None:
+        return tiles.dense if k % tiles.STEP == 0 else None
+    return dense_rows if rows <= FEW_DENSE and k % RUN == 0 and _native() is not None else None
+
+
+def dense_rows(x: Tensor, weight: Tensor) -> Tensor:
+    y = x.new_empty(len(x), len(weight))
+    _native().packed_dense(weight.data_ptr(), *weight.shape, x.data_ptr(), len(x), y.data_ptr())
+    return y
 
 
 @cache

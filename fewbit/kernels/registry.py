@@ -74,7 +74,7 @@ REFERENCE, DECODED = "reference", "decoded"
 KERNELS: tuple[Kernel, ...] = (
     Kernel(
         "packed", "linear", ("cpu",), (torch.bfloat16,), packed.supports, packed.prepack_linear, packed.run_linear,
-        note="codes of 2 to 8 bits read as stored; up to 16 rows in registers, each as if alone, more in matrix units",
+        note="codes of 2 to 8 bits read as stored; by matrix units, else up to 16 rows in registers, each as if alone",
     ),
     Kernel(
         "packed", "experts", ("cpu",), (torch.bfloat16,), packed.supports, packed.prepack_experts, packed.run_experts,

@@ -30,7 +30,7 @@ from fewbit.quant.plan import Plan, Rule
 from fewbit.quant.qtensor import Planes
 from fewbit.quant.spec import Format, QuantSpec
 
-ACTIVATIONS = ("declared", "hardware", "off")
+ACTIVATIONS = ("declared", "hardware", "fast", "off")
 ROUTERS = ("gate", "router", "shared_expert_gate", "classifier", "wg")  # small, and their choices are discrete
 
 
@@ -52,7 +52,8 @@ def load(
     """A folder or a .gguf file -> the model in eval mode: model(input_ids).logits, model.generate(...).
 
     dtype: of everything that is not quantized; None = as the config says. kernels: "auto" or a kernel's name.
-    activations: "declared", "hardware" to leave them in dtype where the device lacks theirs, "off" to leave all.
+    activations: "declared", "hardware" to leave them in dtype where the device lacks theirs, "fast" to round them to
+    int8 besides where weights alone are quantized and that is faster, "off" to leave all.
     format: quantize every linear and expert on arrival.
     attend: config -> the attention that the architecture is built with, or an error. ranks: hold one rank's part only.
     fuse: with fused modules where the twin agrees; what became of each is model.fewbit_fused.

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from fewbit.errors import UnsupportedError
+from fewbit.kernels import saturation
 from fewbit.quant.qtensor import Planes
-from fewbit.quant.reference import fake_quant
 from fewbit.quant.spec import QuantSpec
 
 NAME = "fewbit"
@@ -98,6 +98,6 @@ def rounded(key: Tensor, value: Tensor, spec: QuantSpec, k: Planes, v: Planes) -
 
 def _heads(x: Tensor, spec: QuantSpec, planes: Planes) -> Tensor:
     if all(plane.dim() == 2 for plane in planes.values()):
-        return fake_quant(x, spec, planes)
-    each = [fake_quant(x[:, h], spec, {n: p[h] for n, p in planes.items()}) for h in range(x.shape[1])]
+        return saturation.rounded(x, spec, planes)
+    each = [saturation.rounded(x[:, h], spec, {n: p[h] for n, p in planes.items()}) for h in range(x.shape[1])]
     return torch.stack(each, 1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.errors import UnsupportedError
-from fewbit.kernels.capability import lacking
+from fewbit.kernels.capability import run_as
 from fewbit.kernels.packed import dense_linear
 from fewbit.kernels.registry import Kernel, Op
 from fewbit.kernels.select import select
@@ -26,7 +26,8 @@ class Options:
     """How quantized modules run. kernels: "auto" or a kernel's name.
 
     activations: "declared" rounds inputs as the format says, in software where need be; "hardware" where the device
-    multiplies what comes of it, and leaves them else; "off" leaves them.
+    multiplies what comes of it, and leaves them else; "fast" is that, and rounds the inputs of weights alone to int8
+    where that is faster; "off" leaves them.
     """
 
     kernels: str = "auto"
@@ -66,11 +67,9 @@ def there_or_raise(parts: tuple[Part, ...], what: str) -> None:
 
 
 def as_run(quantized: Quantized, options: Options) -> Quantized:
-    """Without the rounding of its input where that is left as it is."""
-    left = options.activations == "off" or (
-        options.activations == "hardware" and lacking(quantized.format, quantized.weight.device)
-    )
-    return replace(quantized, format=replace(quantized.format, act=None), act={}) if left else quantized
+    """With the format that the options make of it."""
+    form = run_as(quantized.format, quantized.weight.device, options.dtype, options.activations)
+    return replace(quantized, format=form, act=quantized.act if form.act == quantized.format.act else {})
 
 
 class Linear(nn.Module):

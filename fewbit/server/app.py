@@ -44,8 +44,9 @@ READ = {
 
 
 def build(loop: Loop, config: ServerConfig, facts_: dict[str, Any] | None = None) -> Starlette:
-    """The application over a loop that has started. facts_: what inspect says of the checkpoint."""
-    engine, known = loop.engine, facts_ or {}
+    """The application over a loop that has started. facts_: what inspect says of the checkpoint; the engine knows."""
+    engine = loop.engine
+    known = {**(facts_ or {}), **engine.facts()}
     names = tuple(engine.config.served_names)
     state = State(config, loop, Text(engine.tokenizer, config.chat_template, engine.limits.max_len,
                                      config.template_seconds),

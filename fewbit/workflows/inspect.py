@@ -11,10 +11,11 @@ import torch
 from fewbit import codecs
 from fewbit.codecs.source import Source
 from fewbit.errors import RequestError
-from fewbit.kernels.capability import lacking
+from fewbit.kernels.capability import lacking, not_fast, run_as
 from fewbit.kernels.select import select
+from fewbit.models.build import ACTIVATIONS
 from fewbit.quant.formats import name_of
-from fewbit.quant.spec import describe
+from fewbit.quant.spec import Format, describe
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class ModuleInfo:
     refused: tuple[str, ...]  # other kernels, and why not
     invariant: bool  # whether a row's result never depends on how many rows are beside it
     weights_only: str = ""  # why an engine on this device would leave its activations as they are
+    fast: str = ""  # under activations="fast": what its inputs are rounded to, or why they are not
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +73,13 @@ class Info:
         return asdict(self)
 
 
-def inspect(path: str | Path, device: str = "cpu") -> Info:
-    """Dialect, architecture, per-module format, sizes, ignored modules and why, kernels and why not others."""
+def inspect(path: str | Path, device: str = "cpu", activations: str = "hardware") -> Info:
+    """Dialect, architecture, per-module format, sizes, ignored modules and why, kernels and why not others.
+
+    activations: as a server would be asked; "fast" says of each module what that comes to.
+    """
+    if activations not in ACTIVATIONS:
+        raise RequestError(f"activations={activations!r}: known are {', '.join(ACTIVATIONS)}")
     try:
         torch.device(device)
     except RuntimeError as error:
@@ -80,11 +87,11 @@ def inspect(path: str | Path, device: str = "cpu") -> Info:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise RequestError(f"device {device!r}: no CUDA device is here, and what a kernel takes depends on which it is")
     with codecs.open(path) as source:
-        return _info(source, device)
+        return _info(source, device, activations)
 
 
-def _info(source: Source, device: str) -> Info:
-    modules = tuple(_module(source, name, device) for name in source.modules)
+def _info(source: Source, device: str, activations: str) -> Info:
+    modules = tuple(_module(source, name, torch.device(device), activations) for name in source.modules)
     dense = tuple(_dense(source, name) for name, info in source.dense.items() if len(info.shape) >= 2)
     vectors = [info for info in source.dense.values() if len(info.shape) < 2]
     nbytes = sum(m.bytes for m in modules) + sum(d.bytes for d in dense) + sum(v.nbytes for v in vectors)
@@ -111,9 +118,10 @@ def _info(source: Source, device: str) -> Info:
     )
 
 
-def _module(source: Source, name: str, device: str) -> ModuleInfo:
+def _module(source: Source, name: str, device: torch.device, activations: str) -> ModuleInfo:
     entry = source.modules[name]
-    kernel, refused = select("linear", entry.format, torch.device(device), torch.bfloat16)
+    run = run_as(entry.format, device, torch.bfloat16, activations)
+    kernel, refused = select("linear", run, device, torch.bfloat16)
     return ModuleInfo(
         name,
         name_of(entry.format) or describe(entry.format.weight),
@@ -126,8 +134,15 @@ def _module(source: Source, name: str, device: str) -> ModuleInfo:
         kernel.name,
         tuple(f"{name}: {reason}" for name, reason in refused),
         kernel.invariant,
-        lacking(entry.format, torch.device(device)) or "",
+        lacking(entry.format, device) or "",
+        _fast(entry.format, run, device) if activations == "fast" else "",
     )
+
+
+def _fast(declared: Format, run: Format, device: torch.device) -> str:
+    if run.act is not None and run != declared:
+        return f"rounded to {describe(run.act)}"
+    return f"left as declared: {not_fast(declared, device, torch.bfloat16)}"
 
 
 def _dense(source: Source, name: str) -> DenseInfo:

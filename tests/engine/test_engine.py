@@ -16,6 +16,8 @@ from fewbit.engine.request import Delta, Request
 from fewbit.engine.runner import Logits, rounder
 from fewbit.engine.start import online
 from fewbit.errors import CapacityError, RequestError, SpecError, UnsupportedError
+from fewbit.kernels.packed import slow
+from fewbit.quant.formats import FORMATS
 from tests.tiny import llama
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
@@ -37,7 +39,7 @@ def make(folder: Path) -> Iterator[Any]:
     made: list[Engine] = []
 
     def engine(**options: Any) -> Engine:
-        made.append(Engine(EngineConfig.of(model=str(folder), dtype="float32", **options)))
+        made.append(Engine(EngineConfig.of(model=str(folder), **{"dtype": "float32", **options})))
         return made[-1]
 
     yield engine
@@ -319,6 +321,25 @@ def test_activations_that_the_hardware_lacks(make: Any, caplog: pytest.LogCaptur
         make(quantization="fp8", strict_activations=True)
     with pytest.raises(RequestError, match="not both"):
         make(strict_activations=True, emulate_activations=True)
+
+
+def test_activations_fast(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Weights alone with int8 inputs: only when asked, only where it is faster, and said so either way."""
+
+    def acts(**options: Any) -> set[str | None]:
+        parts = [p for m in make(**options).loaded.model.modules() for p in getattr(m, "parts", ())]
+        return {p.quantized.format.act.element.name if p.quantized.format.act else None for p in parts}
+
+    fast = {None} if slow(FORMATS["int8-channel"].weight) else {"int8"}
+    assert acts(quantization="int8-channel", dtype="bfloat16") == {None} and "fast" not in caplog.text
+    assert acts(quantization="int8-channel", dtype="bfloat16", activations="fast") == fast
+    assert "activations of int8-channel are " in caplog.text
+    assert acts(quantization="int8-channel", dtype="float32", activations="fast") == {None}
+    assert "in bfloat16" in caplog.text
+    assert acts(quantization="int4-g32", dtype="bfloat16", activations="fast") == {None}
+    assert acts(quantization="fp8", dtype="bfloat16", activations="fast") == {None}
+    with pytest.raises(RequestError, match="activations='quick': known are declared, hardware, fast, off"):
+        make(activations="quick")
 
 
 def test_few_counts_of_rows() -> None:

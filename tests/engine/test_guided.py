@@ -89,6 +89,27 @@ def test_answers_fit(given: dict[str, Any], fits: Any, make: Any) -> None:
     assert all(fits(text.lstrip() if make is byte_fallback else text) for text, whole in found if whole), found
 
 
+@pytest.mark.parametrize("given", [{"json": PERSON}, {"json_object": True}])
+def test_white_space_ends(given: dict[str, Any]) -> None:
+    """A model that would rather write white space than anything has to go on in the end; JSON in lines still fits."""
+    grammar = grammars().compile(StructuredOutputs(**given))
+    tokenizer, matcher, text = byte_level(), grammar.start(), ""
+    blank = {t for t in range(len(tokenizer)) if (piece := tokenizer.decode([t])) and not piece.strip(" \n\t")}
+    for _ in range(200):
+        may = allowed(matcher) - {END}
+        if matcher.finished or not may:
+            break
+        token = min(may & blank, default=min(may))
+        text += tokenizer.decode([token])
+        matcher.accept(token)
+    before, *more = text.split('"')  # a string may hold as much as its schema allows
+    assert more and len(before) <= 34, text
+    lines, whole = grammar.start(), json.dumps({"name": "x", "age": 3, "tags": ["a"]}, indent=4)
+    for token in tokenizer.encode(whole, add_special_tokens=False):
+        lines.accept(token)
+    assert lines.error is None
+
+
 def test_mask_and_place() -> None:
     grammar = grammars().compile(StructuredOutputs(choice=["ab", "cd"]))
     tokenizer = byte_level()

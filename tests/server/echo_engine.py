@@ -32,6 +32,9 @@ class EchoEngine:
 
     vocab = 256
 
+    def facts(self) -> dict[str, Any]:
+        return {}
+
     def __init__(self, seconds: float = 0.0, most: int = 8, queue: int = 8, max_len: int = 100_000):
         self.seconds, self.tokenizer, self.failure = seconds, None, None
         self.config = SimpleNamespace(served_names=("echo",), max_queue=queue)

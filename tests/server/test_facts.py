@@ -5,18 +5,13 @@ from pathlib import Path
 import pytest
 
 import fewbit
+from fewbit.server.metrics import line
 from tests.server.served import Running, engine, running
-
-FACTS = {
-    "kv": "fp8",
-    "kv_scales": "2 modules",
-    "kernels": [{"kernel": "torch_dequant", "format": 'int4"\n', "modules": 7}],
-}
 
 
 def test_metrics(folder: Path) -> None:
     parser = pytest.importorskip("prometheus_client.parser")
-    with running(engine(folder), FACTS) as served:
+    with running(engine(folder, quantization="int8", kv_cache_dtype="fp8")) as served:
         assert served.good() and served.good()
         served.post("/v1/completions", {"prompt": "a", "n": -1})
         served.idle()
@@ -30,10 +25,15 @@ def test_metrics(folder: Path) -> None:
     assert sample["vllm:time_to_first_token_seconds_count", None] == 2
     assert sample["vllm:num_requests_running", None] == sample["vllm:kv_cache_usage_perc", None] == 0
     assert sample["fewbit_http_responses_total", "400"] == 1
-    kernel = families["fewbit_kernel_modules"].samples[0]
-    assert (kernel.labels, kernel.value) == ({"kernel": "torch_dequant", "format": 'int4"\n'}, 7)
-    assert families["fewbit_cache_info"].samples[0].labels == {"kv": "fp8", "scales": "2 modules"}
+    kernels = {(s.labels["kernel"], s.labels["format"]): s.value for s in families["fewbit_kernel_modules"].samples}
+    assert {form for _, form in kernels} == {"int8-channel-a8", "bfloat16"} and kernels["dense", "bfloat16"] == 1
+    assert families["fewbit_cache_info"].samples[0].labels == {"kv": "float8_e4m3fn", "scales": "1.0"}
+    assert sample["fewbit_saturated_total", None] == 0
     assert sample["fewbit_nan_rows_total", None] == 0
+
+
+def test_labels_hold_anything() -> None:
+    assert line("n", {"a": 'x"\\\n'}, 1) == 'n{a="x\\"\\\\\\n"} 1'
 
 
 def test_facts(served: Running) -> None:

@@ -1,0 +1,46 @@
+"""What an engine came to run: kernels by format, the type of the KV cache and where its scales come from."""
+
+from collections import Counter
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from fewbit.modules.attention import KV
+from fewbit.modules.linear import Linear, Part
+from fewbit.quant.formats import name_of
+from fewbit.quant.spec import describe
+
+
+def facts(model: nn.Module, cache: torch.dtype | None) -> dict[str, Any]:
+    """cache: the type of the KV cache, None for the model's."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for module in model.modules():
+        counts.update((part.kernel.name, name_of(part.quantized.format) or describe(part.quantized.weight.spec))
+                      for part in _parts(module))  # fmt: skip
+        if isinstance(module, Linear) and not module.parts:
+            counts["dense", _short(module.weight.dtype)] += 1
+    rows = [{"kernel": k, "format": f, "modules": n} for (k, f), n in sorted(counts.items())]
+    return {"kernels": rows, **_cache(model, cache)}
+
+
+def _parts(module: nn.Module) -> Iterable[Part]:
+    held = getattr(module, "parts", ())
+    return chain.from_iterable(held.values()) if isinstance(held, dict) else held
+
+
+def _cache(model: nn.Module, cache: torch.dtype | None) -> dict[str, str]:
+    held = [kv for module in model.modules() if (kv := getattr(module, KV, None)) is not None]
+    if not held:
+        return {"kv": _short(cache) if cache else "as computed", "kv_scales": "1.0" if cache else "none"}
+    stored = sum(bool(key) for _, key, _ in held)
+    return {
+        "kv": describe(held[0][0]),
+        "kv_scales": f"{stored} modules of the checkpoint" if stored else "at each call",
+    }
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,173 @@
+// Rows of a weight as tiles A: a step is 64 bytes of a row, and steps lie one TILE apart. A Fill writes columns [start,
+// start + count) of row r to `line`; what is the same for all rows it has worked out as a Block.
+
+#pragma once
+#include "tiles.h"
+
+#ifdef TILES
+static inline void fetch(const uint8_t* from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch((const char*)from + i, _MM_HINT_T1);
+}
+
+// bfloat16 as it is
+struct Dense {
+    static const int64_t COLUMNS = 32;  // of a step
+    struct Block {};
+    const uint16_t* w;
+    int64_t n, k;
+    Block block(int64_t) const { return {}; }
+    const uint8_t* row(int64_t r, int64_t start) const { return (const uint8_t*)(w + r * k + start); }
+    void operator()(const Block&, int64_t r, int64_t start, int64_t count, uint8_t* line) const {
+        const uint16_t* p = w + r * k + start;
+        for (int64_t c = 0; c < count; c += 32, line += TILE) _mm512_store_si512(line, _mm512_loadu_si512(p + c));
+    }
+};
+
+// Of a block of up to 256 columns: which group each 16 of them belong to, from the first
+struct Lanes {
+    __m512i index;
+    __mmask16 held;
+    int64_t first;
+    Lanes(const Weight& w, int64_t start) : first(start / w.group) {
+        alignas(64) int32_t each[16];
+        for (int64_t i = 0; i < 16; i++) each[i] = int32_t((start + 16 * i) / w.group - first);
+        const int64_t left = w.k / w.group - first;
+        index = _mm512_load_si512(each);
+        held = left >= 16 ? 0xffff : __mmask16((1u << left) - 1);
+    }
+};
+
+// What a row's 16 times 16 columns multiply by, and what they take off
+struct Scaling {
+    alignas(64) float scale[16], less[16];
+    static __m512 loaded(const void* p, int32_t narrow, int64_t i, __mmask16 mask) {
+        if (narrow == 0) return _mm512_maskz_loadu_ps(mask, (const float*)p + i);
+        const __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t*)p + i);
+        return narrow == 1 ? _mm512_cvtph_ps(half) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    }
+    Scaling(const Weight& w, const Lanes& lanes, int64_t r) {
+        const int64_t first = r * (w.k / w.group) + lanes.first;
+        const __m512 outer = _mm512_set1_ps(w.outer[r]);
+        const __m512 s = _mm512_permutexvar_ps(lanes.index, loaded(w.scale, w.narrow, first, lanes.held));
+        __m512 z = _mm512_setzero_ps();
+        if (w.zeros) z = _mm512_permutexvar_ps(lanes.index, loaded(w.zero, w.narrow, first, lanes.held));
+        _mm512_store_ps(less, _mm512_mul_ps(w.zeros == 1 ? _mm512_mul_ps(z, s) : z, outer));
+        _mm512_store_ps(scale, _mm512_mul_ps(s, outer));
+    }
+};
+
+static inline __m512 low_bf16(__m512i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(v)), 16)); }
+static inline __m512 high_bf16(__m512i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(v, 1)), 16)); }
+
+// Codes -> (element[code] - zero) * scale in bfloat16
+template <int KIND> struct Values {
+    static const int64_t COLUMNS = 32;
+    using Block = Lanes;
+    const Weight w;
+    const int64_t n, k;
+    const Decode<KIND> decode;
+    explicit Values(const Weight& weight) : w(weight), n(w.n), k(w.k), decode(w) {}
+    Lanes block(int64_t start) const { return Lanes(w, start); }
+    const uint8_t* row(int64_t r, int64_t start) const { return w.codes + (r * w.k + start) / 8 * w.bits; }
+    static __m512i scaled(__m512i v, const Scaling& s, int64_t i) {
+        const __m512 a = _mm512_fmsub_ps(low_bf16(v), _mm512_set1_ps(s.scale[i]), _mm512_set1_ps(s.less[i]));
+        const __m512 b = _mm512_fmsub_ps(high_bf16(v), _mm512_set1_ps(s.scale[i + 1]), _mm512_set1_ps(s.less[i + 1]));
+        return (__m512i)_mm512_cvtne2ps_pbh(b, a);
+    }
+    void operator()(const Block& lanes, int64_t r, int64_t start, int64_t count, uint8_t* line) const {
+        const Scaling s(w, lanes, r);
+        const uint8_t* p = row(r, start);
+        const int64_t bytes = 8 * w.bits;
+        for (int64_t i = 0; 16 * i < count; i += 4, p += bytes, line += 2 * TILE) {
+            __m512i a, b;
+            decode.two(p, a, b);
+            _mm512_store_si512(line, scaled(a, s, i));
+            _mm512_store_si512(line + TILE, scaled(b, s, i + 2));
+        }
+    }
+};
+
+// Codes -> element[code], where a whole row has one scale: sums are multiplied by it
+template <int KIND> struct Elements {
+    static const int64_t COLUMNS = 32;
+    struct Block {};
+    const Weight w;
+    const int64_t n, k;
+    const Decode<KIND> decode;
+    explicit Elements(const Weight& weight) : w(weight), n(w.n), k(w.k), decode(w) {}
+    Block block(int64_t) const { return {}; }
+    const uint8_t* row(int64_t r, int64_t start) const { return w.codes + (r * w.k + start) / 8 * w.bits; }
+    void operator()(const Block&, int64_t r, int64_t start, int64_t count, uint8_t* line) const {
+        const uint8_t* p = row(r, start);
+        const int64_t bytes = 8 * w.bits;
+        for (int64_t c = 0; c < count; c += 64, p += bytes, line += 2 * TILE) {
+            __m512i a, b;
+            decode.two(p, a, b);
+            _mm512_store_si512(line, a);
+            _mm512_store_si512(line + TILE, b);
+        }
+    }
+};
+
+// Codes of 4 bits: their 16 values are scaled, and looked up. SHARE: columns of one scale, 64 for more
+template <int SHARE> struct Nibbles {
+    static const int64_t COLUMNS = 32;
+    using Block = Lanes;
+    const Weight w;
+    const int64_t n, k;
+    const __m512 table;
+    explicit Nibbles(const Weight& weight) : w(weight), n(w.n), k(w.k), table(low_bf16(_mm512_loadu_si512(w.table))) {}
+    Lanes block(int64_t start) const { return Lanes(w, start); }
+    const uint8_t* row(int64_t r, int64_t start) const { return w.codes + (r * w.k + start) / 2; }
+    __m512 values(const Scaling& s, int64_t i) const { return _mm512_fmsub_ps(table, _mm512_set1_ps(s.scale[i]), _mm512_set1_ps(s.less[i])); }
+    // What 32 columns look up: the table twice, the upper one for the second 16
+    __m512i both(const Scaling& s, int64_t i) const {
+        const __m512 low = values(s, i);
+        return (__m512i)_mm512_cvtne2ps_pbh(SHARE == 16 ? values(s, i + 1) : low, low);
+    }
+    // Columns 2j and 2j + 1 of 32 to words 2j and 2j + 1; only the lowest 5 bits of a word are looked at
+    static __m512i words(const uint8_t* p) {
+        const __m512i two = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+        const __m512i codes = _mm512_or_si512(two, _mm512_slli_epi32(two, 12));
+        if (SHARE > 16) return codes;
+        const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+        return _mm512_or_si512(_mm512_and_si512(codes, _mm512_set1_epi16(15)), second);
+    }
+    void operator()(const Block& lanes, int64_t r, int64_t start, int64_t count, uint8_t* line) const {
+        const Scaling s(w, lanes, r);
+        const uint8_t* p = row(r, start);
+        for (int64_t i = 0; 16 * i < count; i += 4, p += 32, line += 2 * TILE) {
+            const __m512i a = both(s, i), b = SHARE == 64 ? a : both(s, i + 2);
+            _mm512_store_si512(line, _mm512_permutexvar_epi16(words(p), a));
+            _mm512_store_si512(line + TILE, _mm512_permutexvar_epi16(words(p + 16), b));
+        }
+    }
+};
+
+// Codes of whole numbers as int8; unsigned ones of 8 bits less 128
+struct Ints {
+    static const int64_t COLUMNS = 64;
+    struct Block {};
+    const Weight w;
+    const int64_t n, k;
+    const Unpack unpack;
+    __m512i low, high, flip;
+    explicit Ints(const Weight& weight) : w(weight), n(w.n), k(w.k), unpack(w.bits) {
+        int8_t values[128];
+        for (int i = 0; i < 128; i++) values[i] = int8_t(of_bf16(w.table[i]));
+        low = _mm512_loadu_si512(values), high = _mm512_loadu_si512(values + 64);
+        flip = _mm512_set1_epi8(w.kind == UINT8 ? char(-128) : 0);
+    }
+    Block block(int64_t) const { return {}; }
+    const uint8_t* row(int64_t r, int64_t start) const { return w.codes + (r * w.k + start) / 8 * w.bits; }
+    void operator()(const Block&, int64_t r, int64_t start, int64_t count, uint8_t* line) const {
+        const uint8_t* p = row(r, start);
+        const int64_t bytes = 8 * w.bits;
+        const bool whole = bytes == 64;
+        for (int64_t c = 0; c < count; c += 64, p += bytes, line += TILE) {
+            const __m512i codes = unpack(p);
+            _mm512_store_si512(line, whole ? _mm512_xor_si512(codes, flip) : _mm512_permutex2var_epi8(low, codes, high));
+        }
+    }
+};
+#endif

@@ -1,0 +1,34 @@
+"""How many values static scales cut off: counted on the device where they are, read when somebody asks.
+
+A scale that is chosen at each call cuts nothing off. Kernels that round inputs themselves, and not here, do not count.
+"""
+
+import torch
+from torch import Tensor
+
+from fewbit.quant.qtensor import Planes
+from fewbit.quant.reference import fake_quant
+from fewbit.quant.spec import QuantSpec
+
+_COUNTS: dict[torch.device, Tensor] = {}
+ENDLESS = 1e30
+
+
+def rounded(x: Tensor, spec: QuantSpec, planes: Planes) -> Tensor:
+    """quant.reference.fake_quant, counted."""
+    if spec.scales and not spec.dynamic and x.numel():
+        low, high = (
+            fake_quant(x.new_full((1, 1), end, dtype=torch.float32), spec, planes) for end in (-ENDLESS, ENDLESS)
+        )
+        count_of(x.device).add_(((x < low) | (x > high)).sum())
+    return fake_quant(x, spec, planes)
+
+
+def total() -> int:
+    return sum(int(count) for count in _COUNTS.values())
+
+
+def count_of(device: torch.device) -> Tensor:
+    if device not in _COUNTS:
+        _COUNTS[device] = torch.zeros((), dtype=torch.int64, device=device)
+    return _COUNTS[device]

@@ -1,0 +1,297 @@
+// y = x W^T through tiles, for few rows of x and for many: runs of rows of W become tiles in cache and meet every row of x.
+// x is bfloat16 as it is, or rounded to int8 with a scale for each row, whose sums with whole codes are exact.
+
+#include <cmath>
+#include <omp.h>
+#include <vector>
+#include "fill.h"
+
+#ifdef TILES
+static const int64_t ROWS = 512;  // of x that meet a run of W; of more, the run is made again
+static const int64_t RUN = 256;   // rows of W: its tiles, and the sums, stay in the cache of a core
+static const int64_t FEW = 32;    // rows of x up to which nothing of W is met twice, and runs are as short as can be
+static const int64_t STEPS = 8;   // at a time: 256 columns of bfloat16, 512 of int8
+
+struct Memory {
+    std::vector<uint8_t> held;
+    uint8_t* of(int64_t bytes) {
+        if (int64_t(held.size()) < bytes + 64) held.resize(bytes + 64);
+        return (uint8_t*)((uintptr_t(held.data()) + 63) & ~uintptr_t(63));
+    }
+};
+
+struct Input {  // x as tiles B
+    const uint8_t* tiles;
+    int64_t rows, cols, steps;
+    const uint8_t* at(int64_t m, int64_t step) const { return tiles + (m * steps + step * cols) * 64; }
+};
+
+struct Place {  // of 32 rows of W, from r of a run that begins at n, and 16 or 32 rows of x from m
+    int64_t n, r, m, step, count, all;
+    const uint8_t* w;
+};
+
+// bfloat16: sums are what they are, or a scale of the row times that
+struct Plain {
+    const Weight* w;  // or null
+    struct Local {};
+    void prepare(Local&, int64_t, int64_t, int64_t, int64_t) const {}
+    template <bool TWO> void add(const Local&, float* c, const Place& p, const Input& x) const {
+        if (p.step) load_c<TWO>(c);
+        else zero_c<TWO>();
+        steps<false, TWO>(p.w, STEPS * 16 * 64, x.at(p.m, p.step), 16 * 64 * x.steps, x.cols, p.count);
+        store_c<TWO>(c);
+    }
+    __m512 value(const float* c, int64_t n, int64_t) const {
+        const __m512 v = _mm512_loadu_ps(c);
+        return w ? _mm512_mul_ps(v, _mm512_set1_ps(at(w->scale, w->narrow, n) * w->outer[n])) : v;
+    }
+    float factor(int64_t) const { return 1; }
+};
+
+// int8: sums of a group are whole numbers, multiplied by its scale, less its zero times the sum of x there
+struct Whole {
+    const Weight w;
+    const float* factors;  // of rows of x
+    const float* sums;     // [groups, rows of x], whole numbers
+    int64_t rows;          // as sums has them
+    struct Local { float scale[RUN * STEPS], less[RUN * STEPS]; };
+
+    bool one() const { return w.group == w.k; }
+    // Of up to 16 groups from i of row n
+    void units(int64_t n, int64_t i, __mmask16 held, __m512& scale, __m512& less) const {
+        const int64_t first = n * (w.k / w.group) + i;
+        const __m512 s = Scaling::loaded(w.scale, w.narrow, first, held), shift = _mm512_set1_ps(w.kind == UINT8 ? 128 : 0);
+        const __m512 z = w.zeros ? Scaling::loaded(w.zero, w.narrow, first, held) : _mm512_setzero_ps();
+        const __m512 outer = _mm512_set1_ps(w.outer[n]);
+        scale = _mm512_mul_ps(s, outer);
+        less = _mm512_mul_ps(w.zeros == 2 ? _mm512_fnmadd_ps(shift, s, z) : _mm512_mul_ps(_mm512_sub_ps(z, shift), s), outer);
+    }
+    void prepare(Local& l, int64_t n, int64_t count, int64_t step, int64_t steps) const {
+        if (one()) return;
+        const int64_t each = w.group / 64, first = step / each;
+        const __mmask16 held = __mmask16((1u << ((steps + each - 1) / each)) - 1);
+        for (int64_t r = 0; r < count; r++) {
+            __m512 scale, less;
+            units(n + r < w.n ? n + r : w.n - 1, first, held, scale, less);
+            _mm256_storeu_ps(l.scale + r * STEPS, _mm512_castps512_ps256(scale));
+            _mm256_storeu_ps(l.less + r * STEPS, _mm512_castps512_ps256(less));
+        }
+    }
+    template <bool TWO> void add(const Local& l, float* c, const Place& p, const Input& x) const {
+        const int64_t each = one() ? p.count : w.group / 64;
+        for (int64_t i = 0; i < p.count; i += each) {
+            alignas(64) int32_t found[4 * C];
+            if (one() && p.step) load_c<TWO>(c);
+            else zero_c<TWO>();
+            steps<true, TWO>(p.w + i * TILE, STEPS * 16 * 64, x.at(p.m, p.step + i), 16 * 64 * x.steps, x.cols, each);
+            if (one()) return store_c<TWO>(c);
+            store_c<TWO>(found);
+            const float *scale = l.scale + p.r * STEPS + i / each, *less = l.less + p.r * STEPS + i / each;
+            const float* taken = sums ? sums + (p.step + i) / each * rows + p.m : nullptr;
+            for (int64_t b = 0; b <= TWO; b++) join(c + b * C, found + b * C, scale, less, taken ? taken + 16 * b : nullptr, p.step + i == 0);
+        }
+    }
+    static void join(float* c, const int32_t* found, const float* scale, const float* less, const float* taken, bool first) {
+        const __m512 t = taken ? _mm512_loadu_ps(taken) : _mm512_setzero_ps();
+        for (int64_t r = 0; r < 32; r++) {
+            const int64_t at = (r & 15) * 16 + (r >> 4) * 2 * C;
+            __m512 v = first ? _mm512_setzero_ps() : _mm512_load_ps(c + at);
+            v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(found + at)), _mm512_set1_ps(scale[r * STEPS]), v);
+            if (taken) v = _mm512_fnmadd_ps(t, _mm512_set1_ps(less[r * STEPS]), v);
+            _mm512_store_ps(c + at, v);
+        }
+    }
+    __m512 value(const float* c, int64_t n, int64_t m) const {
+        if (!one()) return _mm512_loadu_ps(c);
+        __m512 scale, less;
+        units(n, 0, 1, scale, less);
+        const __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(c)), _mm512_broadcastss_ps(_mm512_castps512_ps128(scale)));
+        return sums ? _mm512_fnmadd_ps(_mm512_loadu_ps(sums + m), _mm512_broadcastss_ps(_mm512_castps512_ps128(less)), v) : v;
+    }
+    float factor(int64_t m) const { return factors[m]; }
+};
+
+// A tile C, [n][m], -> 16 columns of y
+template <class Op>
+static void finish(const Op& op, const float* c, int64_t n, int64_t m, int64_t all, int64_t rows, uint16_t* y) {
+    __m512i r[16];
+    for (int64_t i = 0; i < 16; i++) r[i] = _mm512_castps_si512(op.value(c + 16 * i, n + i < all ? n + i : all - 1, m));
+    turn(r);
+    const __mmask16 held = all - n >= 16 ? 0xffff : __mmask16((1u << (all - n)) - 1);
+    for (int64_t i = 0; i < 16 && m + i < rows; i++) {
+        const __m512 v = _mm512_mul_ps(_mm512_castsi512_ps(r[i]), _mm512_set1_ps(op.factor(m + i)));
+        _mm256_mask_storeu_epi16(y + (m + i) * all + n, held, (__m256i)_mm512_cvtneps_pbh(v));
+    }
+}
+
+// Rows of a run, so that all threads have the same to do
+static int64_t run_of(int64_t n, int64_t rows) {
+    if (rows <= FEW) return 32;
+    const int64_t threads = omp_get_max_threads(), runs = ((n + RUN - 1) / RUN + threads - 1) / threads * threads;
+    return ((n + runs - 1) / runs + 31) / 32 * 32;
+}
+
+template <class Fill>
+static void fill(const Fill& f, int64_t n, int64_t rows, int64_t step, int64_t count, uint8_t* out) {
+    const int64_t start = step * Fill::COLUMNS, columns = count * Fill::COLUMNS;
+    const bool last = start + columns == f.k;
+    const auto block = f.block(start);
+    for (int64_t r = 0; r < rows; r++) {
+        uint8_t* line = out + r / 16 * STEPS * TILE + r % 16 * 64;
+        if (n + r < f.n) {
+            const uint8_t* p = f.row(n + r, start);
+            fetch(last ? f.row(n + r + rows, 0) : f.row(n + r, start + columns), f.row(n + r, start + columns) - p);
+            f(block, n + r, start, columns, line);
+        } else for (int64_t i = 0; i < count; i++) _mm512_store_si512(line + i * TILE, _mm512_setzero_si512());
+    }
+}
+
+template <class Fill, class Op>
+static void product(const Fill& f, const Op& op, const Input& x, int64_t most, uint16_t* y) {
+    const int64_t run = run_of(f.n, x.rows), held = x.rows < ROWS ? (x.rows + 31) / 32 * 32 : ROWS;
+#pragma omp parallel
+    {
+        static thread_local Memory memory[3];
+        uint8_t* panel = memory[0].of(run * STEPS * 64);
+        float* sums = (float*)memory[1].of(run * held * 4);
+        auto& local = *(typename Op::Local*)memory[2].of(sizeof(typename Op::Local));
+        const Tiles tiles(x.cols);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < f.n; n += run) {
+            const int64_t here = f.n - n < run ? (f.n - n + 31) / 32 * 32 : run;
+            for (int64_t first = 0; first < x.rows; first += ROWS) {
+                const int64_t stop = first + ROWS < x.rows ? first + ROWS : x.rows;
+                for (int64_t step = 0; step < x.steps; step += most) {
+                    const int64_t count = x.steps - step < most ? x.steps - step : most;
+                    fill(f, n, here, step, count, panel);
+                    op.prepare(local, n, here, step, count);
+                    for (int64_t m = first; m < stop; m += 32)
+                        for (int64_t r = 0; r < here; r += 32) {
+                            const Place p{n, r, m, step, count, x.steps, panel + r * STEPS * 64};
+                            float* c = sums + (m - first) * run + r * 32;
+                            if (m + 16 < x.rows) op.template add<true>(local, c, p, x);
+                            else op.template add<false>(local, c, p, x);
+                        }
+                }
+                for (int64_t m = first; m < stop; m += 16)
+                    for (int64_t r = 0; r < here && n + r < f.n; r += 16) {
+                        const float* c = sums + ((m - first) / 32 * 32) * run + r / 32 * 4 * C + r / 16 % 2 * 2 * C + m / 16 % 2 * C;
+                        finish(op, c, n + r, m, f.n, x.rows, y);
+                    }
+            }
+        }
+    }
+}
+
+// x: [rows, k] bfloat16 -> codes int8, a factor of each row, and sums of groups of codes [groups, padded]
+struct Rounded {
+    std::vector<int8_t> codes;
+    std::vector<float> factors, sums;
+};
+
+static float largest(const uint16_t* x, int64_t k) {  // a NaN is larger than all
+    __m512i top = _mm512_setzero_si512();
+    for (int64_t c = 0; c < k; c += 32)
+        top = _mm512_max_epu16(top, _mm512_and_si512(_mm512_loadu_si512(x + c), _mm512_set1_epi16(0x7fff)));
+    alignas(64) uint16_t each[32];
+    _mm512_store_si512(each, top);
+    uint16_t found = 0;
+    for (int i = 0; i < 32; i++) found = each[i] > found ? each[i] : found;
+    return of_bf16(found);
+}
+
+static Rounded rounded(const uint16_t* x, int64_t rows, int64_t k, int64_t group, float reach, float least, bool summed) {
+    const int64_t groups = k / group, padded = (rows + 31) / 32 * 32;
+    Rounded r{std::vector<int8_t>(rows * k), std::vector<float>(padded), std::vector<float>(summed ? groups * padded : 0)};
+#pragma omp parallel for schedule(static)
+    for (int64_t m = 0; m < rows; m++) {
+        const float top = largest(x + m * k, k) / reach, factor = top == 0 ? least : top;
+        const __m512 by = _mm512_set1_ps(factor);
+        r.factors[m] = factor;
+        for (int64_t g = 0; g < groups; g++) {
+            __m512i total = _mm512_setzero_si512();
+            for (int64_t c = g * group; c < (g + 1) * group; c += 16) {
+                const __m256i half = _mm256_loadu_si256((const __m256i*)(x + m * k + c));
+                const __m512 v = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+                const __m512i code = _mm512_min_epi32(_mm512_cvtps_epi32(_mm512_div_ps(v, by)), _mm512_set1_epi32(127));
+                _mm_storeu_si128((__m128i*)(r.codes.data() + m * k + c), _mm512_cvtsepi32_epi8(code));
+                total = _mm512_add_epi32(total, _mm512_max_epi32(code, _mm512_set1_epi32(-128)));
+            }
+            if (summed) r.sums[g * padded + m] = float(_mm512_reduce_add_epi32(total));
+        }
+    }
+    return r;
+}
+
+// Steps at a time, in whole groups where those are short
+static int64_t most(int64_t steps_of_group) {
+    if (steps_of_group > STEPS) return STEPS;
+    return STEPS / steps_of_group * steps_of_group;
+}
+
+static const uint8_t* laid(Memory& memory, const void* x, int64_t rows, int64_t bytes) {
+    uint8_t* out = memory.of(rows < 16 ? rows * bytes : (rows + 15) / 16 * 16 * bytes);
+    lay((const uint8_t*)x, rows, bytes, out);
+    return out;
+}
+
+template <class Fill>
+static void plain(const Fill& f, const Weight* scale, const uint16_t* x, int64_t rows, uint16_t* y) {
+    static thread_local Memory memory;
+    const Input in{laid(memory, x, rows, f.k * 2), rows, rows < 16 ? rows : 16, f.k / 32};
+    product(f, Plain{scale}, in, STEPS, y);
+}
+
+template <int KIND>
+static void by_kind(const Weight& w, const uint16_t* x, int64_t rows, uint16_t* y) {
+    if (w.group == w.k && !w.zeros) return plain(Elements<KIND>(w), &w, x, rows, y);
+    plain(Values<KIND>(w), nullptr, x, rows, y);
+}
+#endif
+
+extern "C" {
+
+// Whether this processor has tiles and we may use them
+int32_t tiles_ready() {
+#ifdef TILES
+    return allowed();
+#else
+    return 0;
+#endif
+}
+
+#ifdef TILES
+// x: [rows, k], w: [n, k] -> y: [rows, n], all bfloat16; k in whole steps
+void tiles_dense(const uint16_t* w, int64_t n, int64_t k, const uint16_t* x, int64_t rows, uint16_t* y) {
+    plain(Dense{w, n, k}, nullptr, x, rows, y);
+}
+
+// x: [rows, k] bfloat16 -> y: [rows, n], weights rounded to bfloat16
+void tiles_values(const Weight* w, const uint16_t* x, int64_t rows, uint16_t* y) {
+    if (w->bits == 4) {
+        if (w->group == 16) return plain(Nibbles<16>(*w), nullptr, x, rows, y);
+        if (w->group == 32) return plain(Nibbles<32>(*w), nullptr, x, rows, y);
+        return plain(Nibbles<64>(*w), nullptr, x, rows, y);
+    }
+    switch (w->kind) {
+        case TABLE32: return by_kind<TABLE32>(*w, x, rows, y);
+        case TABLE64: return by_kind<TABLE64>(*w, x, rows, y);
+        case TABLE128: return by_kind<TABLE128>(*w, x, rows, y);
+        case INT8: return by_kind<INT8>(*w, x, rows, y);
+        default: return by_kind<UINT8>(*w, x, rows, y);
+    }
+}
+
+// The same with each row of x rounded to int8, its largest value at `reach`; `least`: the scale of a row of zeros
+void tiles_whole(const Weight* w, const uint16_t* x, int64_t rows, float reach, float least, uint16_t* y) {
+    static thread_local Memory memory;
+    const bool summed = w->zeros || w->kind == UINT8;
+    const Rounded r = rounded(x, rows, w->k, w->group, reach, least, summed);
+    const Input in{laid(memory, r.codes.data(), rows, w->k), rows, rows < 16 ? rows : 16, w->k / 64};
+    const Whole op{*w, r.factors.data(), summed ? r.sums.data() : nullptr, int64_t(r.factors.size())};
+    product(Ints(*w), op, in, w->group == w->k ? STEPS : most(w->group / 64), y);
+}
+#endif
+
+}

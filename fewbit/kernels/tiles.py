@@ -1,0 +1,68 @@
+"""Linears through the matrix units of a processor (AMX), x and y in bfloat16; the work is in tiles.cpp.
+
+Codes become bfloat16, or stay whole numbers where x is rounded to int8. Every number of y is one chain of sums along K,
+so a row of x gives the same bits alone and among others.
+"""
+
+import ctypes
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fewbit.kernels.compiled import library
+from fewbit.quant.elements import F32, INT8
+from fewbit.quant.spec import QuantSpec, Scale
+
+if TYPE_CHECKING:
+    from fewbit.kernels.packed import Weight
+
+STEP = 32  # columns
+WHOLE = 64  # the same of int8, and the least group: between groups sums leave the matrix units
+LEAST = torch.finfo(torch.float32).eps
+
+
+def whole(act: QuantSpec | None) -> bool:
+    """Whether x is rounded to int8 with one scale for each row, chosen at each call."""
+    return act is not None and act.element == INT8 and act.scales == (TOKEN,) and not act.zeros and act.rule in REACH
+
+
+TOKEN = Scale(F32, (1, 0), dynamic=True)
+REACH = {"amax": 127.0, "range": 127.5}
+
+
+def values(x: Tensor, weight: "Weight") -> Tensor:
+    """x: [M, K] bfloat16, contiguous -> [M, N], weights rounded to bfloat16."""
+    y = x.new_empty(len(x), weight.n)
+    native().tiles_values(ctypes.byref(weight), x.data_ptr(), len(x), y.data_ptr())
+    return y
+
+
+def codes(x: Tensor, weight: "Weight", rule: str) -> Tensor:
+    """The same with x rounded to int8."""
+    y = x.new_empty(len(x), weight.n)
+    least = LEAST if rule == "range" else 1.0
+    native().tiles_whole(ctypes.byref(weight), x.data_ptr(), len(x), REACH[rule], least, y.data_ptr())
+    return y
+
+
+def dense(x: Tensor, weight: Tensor) -> Tensor:
+    """weight: [N, K] bfloat16."""
+    y = x.new_empty(len(x), len(weight))
+    native().tiles_dense(weight.data_ptr(), *weight.shape, x.data_ptr(), len(x), y.data_ptr())
+    return y
+
+
+@cache
+def native() -> Any:
+    """The library, or None where the processor has no tiles or we may not use them."""
+    found = library("tiles")
+    if isinstance(found, str) or not found.tiles_ready():
+        return None
+    pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+    found.tiles_dense.argtypes = [pointer, number, number, pointer, number, pointer]
+    found.tiles_values.argtypes = [pointer, pointer, number, pointer]
+    found.tiles_whole.argtypes = [pointer, pointer, number, real, real, pointer]
+    found.tiles_dense.restype = found.tiles_values.restype = found.tiles_whole.restype = None
+    return found

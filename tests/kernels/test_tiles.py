@@ -1,0 +1,106 @@
+"""Linears through matrix units: against an oracle in float64 over formats and rows, to the bit against themselves."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewbit.kernels import packed, tiles
+from fewbit.quant.formats import FORMATS, TOKEN_INT8
+from fewbit.quant.qtensor import Quantized
+from fewbit.quant.reference import decode, encode, fake_quant
+from fewbit.quant.spec import Format
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(tiles.native() is None, reason="no matrix units (AMX) here")
+TAKEN = [name for name, f in FORMATS.items() if packed.supports(f, CPU, torch.bfloat16) is None]
+WHOLE = [name for name in TAKEN if packed.slow(FORMATS[name].weight) is None]
+ROWS = (1, 3, 16, 17, 40, 70)
+SHAPES = [(72, 512), (300, 192)]  # rows that are no whole tiles, columns that are no whole block
+
+
+def held(name: str, n: int, k: int, act: bool = False) -> packed.Packed | None:
+    """A weight on its own, or with inputs in int8; None where the format does not hold the shape."""
+    form = Format(FORMATS[name].weight, TOKEN_INT8 if act else None)
+    if any(k % (scale.block[1] or 1) for scale in (*form.weight.scales, *form.weight.zeros)):
+        return None
+    found = packed.prepack_linear(Quantized(form, encode(draw(n, k) / k**0.5, form.weight)))
+    assert isinstance(found, packed.Packed)
+    return found
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def near(got: Tensor, x: Tensor, w: Tensor, weights: float) -> bool:
+    """Within one rounding of the result to bfloat16, and of each weight by `weights` of it."""
+    want, size = x @ w.T, x.abs() @ w.abs().T
+    return bool(((got.double() - want).abs() <= 2.0**-8 * want.abs() + weights * size).all())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", TAKEN)
+def test_weights_alone(name: str, shape: tuple[int, int]) -> None:
+    if (q := held(name, *shape)) is None:
+        return
+    exact = decode(q.source.weight).double()
+    for rows in ROWS:
+        x = draw(rows, shape[1]).bfloat16()
+        assert near(tiles.values(x, q.weight), x.double(), exact, 2.0**-9 + 2.0**-14), rows
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", WHOLE)
+def test_inputs_in_int8(name: str, shape: tuple[int, int]) -> None:
+    """With the same codes sums are exact: what is left is scaling in float32."""
+    if (q := held(name, *shape, act=True)) is None:
+        return
+    exact = decode(q.source.weight).double()
+    for rows in ROWS:
+        x = draw(rows, shape[1]).bfloat16()
+        rounded = fake_quant(x.float(), TOKEN_INT8).double()
+        assert near(packed.run_linear(x, q), rounded, exact, 2.0**-20), rows
+
+
+def test_what_is_whole() -> None:
+    assert {"int8-channel-a8", "int4-g128", "int4-channel-asym", "int8-g64-asym"} <= set(WHOLE)
+    assert not {"int4-g32", "q4_0", "q8_0", "nvfp4", "fp8-channel"} & set(WHOLE)
+    q = held("int8-channel-a8", 72, 512, act=True)
+    assert q is not None and q.whole and not held("int8-channel", 72, 512).whole  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("rule", ["amax", "range"])
+def test_rows_of_zeros_and_of_nan(rule: str) -> None:
+    q = held("int8-channel-asym", 40, 128, act=True)
+    assert q is not None
+    x = draw(4, 128).bfloat16()
+    x[1], x[2, 7] = 0, torch.nan
+    y = tiles.codes(x, q.weight, rule)
+    assert bool((y[1] == 0).all()) and bool(y[2].isnan().all()) and bool(y[[0, 3]].isfinite().all())
+
+
+def test_dense() -> None:
+    for rows in (*ROWS, 600):
+        for n, k in ((100, 96), (520, 320)):
+            x, w = draw(rows, k).bfloat16(), draw(n, k).bfloat16()
+            assert near(tiles.dense(x, w), x.double(), w.double(), 2.0**-17), (rows, n, k)
+
+
+def runs() -> list[tuple[str, Callable[[Tensor], Tensor]]]:
+    w = draw(100, 512).bfloat16()
+    names = [("int4-g128", False), ("int8-channel", False), ("nvfp4", False), ("q6_k", False), ("fp8-block", False),
+             ("int4-g128", True), ("int8-channel", True)]  # fmt: skip
+    each = [(f"{name} {act}", held(name, 100, 512, act)) for name, act in names]
+    return [("dense", lambda x: tiles.dense(x, w)), *((n, lambda x, q=q: packed.run_linear(x, q)) for n, q in each)]
+
+
+def test_rows_do_not_know_of_one_another() -> None:
+    """To the bit, for any count of rows; torch's own use of the units in between does no harm."""
+    x = draw(600, 512).bfloat16()
+    for name, run in runs():
+        whole = run(x)
+        torch.nn.functional.linear(x, x)
+        for start, stop in ((0, 1), (1, 3), (5, 21), (100, 133), (511, 600)):
+            assert torch.equal(run(x[start:stop].contiguous()), whole[start:stop]), (name, start)
