@@ -7,6 +7,7 @@ On a GPU a step is begun before the one before it is told: its tokens are PENDIN
 needs to know a token to draw the next one (a grammar, a penalty) makes the engine wait.
 """
 
+import logging
 import random
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fewbit.engine.batch import Flight
 from fewbit.engine.config import EngineConfig
-from fewbit.engine.facts import facts
+from fewbit.engine.facts import facts, said
 from fewbit.engine.guided import Grammars
 from fewbit.engine.limits import Limits, limits_of
 from fewbit.engine.outputs import Logprob
@@ -30,6 +31,8 @@ from fewbit.engine.start import Loaded, load
 from fewbit.engine.text import Detokenizer, token_text
 from fewbit.errors import RequestError
 from fewbit.kernels import saturation
+
+LOG = logging.getLogger("fewbit.engine")
 
 
 @dataclass(slots=True)
@@ -74,6 +77,8 @@ class Engine:
             self.limits: Limits = limits_of(config, self.loaded)
             self.runner = self.loaded.runner(self.limits)
             self.loaded.record(self.runner, config.enforce_eager)
+            for line in said(self.facts()["kernels"]):
+                LOG.info("%s", line)
         except BaseException:
             self.loaded.free()
             raise

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fewbit.kernels.registry import kernels
 from fewbit.modules.attention import KV
 from fewbit.modules.linear import Linear, Part
 from fewbit.quant.formats import name_of
@@ -20,10 +21,17 @@ def facts(model: nn.Module, cache: torch.dtype | None) -> dict[str, Any]:
     for module in model.modules():
         counts.update((part.kernel.name, name_of(part.quantized.format) or describe(part.quantized.weight.spec))
                       for part in _parts(module))  # fmt: skip
-        if isinstance(module, Linear) and not module.parts:
+        if type(module) is Linear and not module.parts:  # a slice of a merged one is counted with the whole
             counts["dense", _short(module.weight.dtype)] += 1
     rows = [{"kernel": k, "format": f, "modules": n} for (k, f), n in sorted(counts.items())]
     return {"kernels": rows, **_cache(model, cache)}
+
+
+def said(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """The quantized rows of `facts` as lines, each with what its kernel says of itself."""
+    notes = {kernel.name: kernel.note for kernel in kernels() if kernel.op == "linear"}
+    return [f"{row['modules']} modules of {row['format']} run on {row['kernel']}: {notes.get(row['kernel'], '')}"
+            for row in rows if row["kernel"] != "dense"]  # fmt: skip
 
 
 def _parts(module: nn.Module) -> Iterable[Part]:

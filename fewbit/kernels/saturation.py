@@ -1,5 +1,7 @@
 """How many values static scales cut off: counted on the device where they are, read when somebody asks.
 
+A GPU is not waited for: what is read is what had come to the host when it was last asked.
+
 A scale that is chosen at each call cuts nothing off. Kernels that round inputs themselves, and not here, do not count.
 """
 
@@ -11,6 +13,7 @@ from fewbit.quant.reference import fake_quant
 from fewbit.quant.spec import QuantSpec
 
 _COUNTS: dict[torch.device, Tensor] = {}
+_COMING: dict[torch.device, Tensor] = {}  # of a GPU: pinned memory that its count is copied to
 ENDLESS = 1e30
 
 
@@ -25,7 +28,17 @@ def rounded(x: Tensor, spec: QuantSpec, planes: Planes) -> Tensor:
 
 
 def total() -> int:
-    return sum(int(count) for count in _COUNTS.values())
+    return sum(_read(device, count) for device, count in _COUNTS.items())
+
+
+def _read(device: torch.device, count: Tensor) -> int:
+    if device.type != "cuda":
+        return int(count)
+    if device not in _COMING:
+        _COMING[device] = torch.zeros((), dtype=torch.int64, pin_memory=True)
+    found = int(_COMING[device])
+    _COMING[device].copy_(count, non_blocking=True)
+    return found
 
 
 def count_of(device: torch.device) -> Tensor:
