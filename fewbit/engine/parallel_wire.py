@@ -107,7 +107,11 @@ class Receiver:
             params = SamplingParams(prompt_logprobs=0 if flags & 2 else None)
             self._known[number] = Stream(Request(str(number), [0] * prompt, params), 0, 0, [])
         stream = self._known[number]
-        stream.pages[keep:] = held[end - new : end]
+        added = held[end - new : end]
+        if keep == len(stream.pages):
+            stream.pages += added
+        else:  # begun again: a list of its own, by which Tables knows
+            stream.pages = stream.pages[:keep] + added
         stream.state = None if flags & 4 else stream.state
         stream.tokens += [0] * (start - len(stream.tokens))
         stream.tokens[start:] = tokens if flags & 1 else [*tokens, 0]  # one more, where no token follows

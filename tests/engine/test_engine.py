@@ -205,6 +205,23 @@ def test_aborting_frees_pages_at_once(make: Any) -> None:
     engine.abort("never seen")
 
 
+def test_a_full_engine_begins_several_together(make: Any, truth: Any) -> None:
+    """As on a GPU. Who waits alone is begun as soon as there is room."""
+    engine = make(max_num_seqs=4)
+    engine.scheduler.together = 3
+    asked = prompts(9, seed=11)
+    for i, prompt in enumerate(asked):
+        engine.add(Request(str(i), prompt, SamplingParams(max_tokens=3 + 2 * (i % 4), **GREEDY)))
+    found: dict[str, list[int]] = {}
+    running = []
+    while engine.has_work():
+        for delta in engine.step():
+            found.setdefault(delta.request_id, []).extend(delta.tokens)
+        running.append(len(engine.scheduler.running))
+    assert [found[str(i)] for i in range(9)] == [expected(truth, p, 3 + 2 * (i % 4)) for i, p in enumerate(asked)]
+    assert running[:2] == [4, 4] and 3 in running and 2 in running
+
+
 def test_priority_comes_first(make: Any) -> None:
     engine = make(max_num_seqs=1)
     engine.add(Request("running", [5, 6], SamplingParams(max_tokens=3, **GREEDY)))
