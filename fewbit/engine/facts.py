@@ -21,8 +21,8 @@ def facts(model: nn.Module, cache: torch.dtype | None) -> dict[str, Any]:
     for module in model.modules():
         counts.update((part.kernel.name, name_of(part.quantized.format) or describe(part.quantized.weight.spec))
                       for part in _parts(module))  # fmt: skip
-        if type(module) is Linear and not module.parts:  # a slice of a merged one is counted with the whole
-            counts["dense", _short(module.weight.dtype)] += 1
+        if type(module) is Linear and not module.parts and module.weight is not None:
+            counts["dense", _short(module.weight.dtype)] += 1  # slices of a merged one are counted with the whole
     rows = [{"kernel": k, "format": f, "modules": n} for (k, f), n in sorted(counts.items())]
     return {"kernels": rows, **_cache(model, cache)}
 

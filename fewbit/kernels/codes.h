@@ -69,20 +69,36 @@ static inline __m512i bf16_of_ints(__m512i low, __m512i high) {
     return (__m512i)_mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(high), _mm512_cvtepi32_ps(low));
 }
 
-// 32 codes, a byte each -> 32 values in bfloat16
+// 64 codes, a byte each -> 32 values in bfloat16, and 32 more
 template <int KIND> struct Lookup {
-    __m512i t0, t1, t2, t3;
-    explicit Lookup(const uint16_t* t) { t0 = _mm512_loadu_si512(t), t1 = _mm512_loadu_si512(t + 32), t2 = _mm512_loadu_si512(t + 64), t3 = _mm512_loadu_si512(t + 96); }
-    inline __m512i operator()(__m256i codes) const {
+    __m512i t0, t1;
+    explicit Lookup(const uint16_t* t) { t0 = _mm512_loadu_si512(t), t1 = _mm512_loadu_si512(t + 32); }
+    inline __m512i half(__m256i codes) const {
         if (KIND == INT8) return bf16_of_ints(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes)), _mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
         if (KIND == UINT8) return bf16_of_ints(_mm512_cvtepu8_epi32(_mm256_castsi256_si128(codes)), _mm512_cvtepu8_epi32(_mm256_extracti128_si256(codes, 1)));
         const __m512i wide = _mm512_cvtepu8_epi16(codes);
-        if (KIND == TABLE32) return _mm512_permutexvar_epi16(wide, t0);
-        const __m512i low = _mm512_permutex2var_epi16(t0, wide, t1);
-        if (KIND == TABLE64) return low;
-        const __m512i high = _mm512_permutex2var_epi16(t2, wide, t3);
-        const __m512i value = _mm512_mask_blend_epi16(_mm512_test_epi16_mask(wide, _mm512_set1_epi16(64)), low, high);
-        return _mm512_or_si512(value, _mm512_slli_epi16(_mm512_and_si512(wide, _mm512_set1_epi16(128)), 8));  // the sign of a byte
+        return KIND == TABLE32 ? _mm512_permutexvar_epi16(wide, t0) : _mm512_permutex2var_epi16(t0, wide, t1);
+    }
+    inline void operator()(__m512i codes, __m512i& a, __m512i& b) const {
+        a = half(_mm512_castsi512_si256(codes)), b = half(_mm512_extracti64x4_epi64(codes, 1));
+    }
+};
+
+// The two bytes of a value are looked up apart, its sign is a byte code's own
+template <> struct Lookup<TABLE128> {
+    __m512i low[2], high[2];
+    explicit Lookup(const uint16_t* t) {
+        alignas(64) uint8_t lows[128], highs[128];
+        for (int i = 0; i < 128; i++) lows[i] = uint8_t(t[i]), highs[i] = uint8_t(t[i] >> 8);
+        for (int i = 0; i < 2; i++) low[i] = _mm512_load_si512(lows + 64 * i), high[i] = _mm512_load_si512(highs + 64 * i);
+    }
+    inline void operator()(__m512i codes, __m512i& a, __m512i& b) const {
+        const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);  // so that the halves of lanes come out in order
+        codes = _mm512_permutexvar_epi64(order, codes);
+        const __m512i sign = _mm512_and_si512(codes, _mm512_set1_epi8(char(128)));
+        const __m512i l = _mm512_permutex2var_epi8(low[0], codes, low[1]);
+        const __m512i h = _mm512_or_si512(_mm512_permutex2var_epi8(high[0], codes, high[1]), sign);
+        a = _mm512_unpacklo_epi8(l, h), b = _mm512_unpackhi_epi8(l, h);
     }
 };
 
@@ -91,8 +107,7 @@ template <int KIND> struct Decode {
     Lookup<KIND> lookup;
     explicit Decode(const Weight& w) : unpack(w.bits), lookup(w.table) {}
     inline void two(const uint8_t* p, __m512i& a, __m512i& b) const {
-        const __m512i codes = unpack(p);
-        a = lookup(_mm512_castsi512_si256(codes)), b = lookup(_mm512_extracti64x4_epi64(codes, 1));
+        lookup(unpack(p), a, b);
     }
 };
 #endif

@@ -120,19 +120,18 @@ template <int SHARE> struct Nibbles {
     Lanes block(int64_t start) const { return Lanes(w, start); }
     const uint8_t* row(int64_t r, int64_t start) const { return w.codes + (r * w.k + start) / 2; }
     __m512 values(const Scaling& s, int64_t i) const { return _mm512_fmsub_ps(table, _mm512_set1_ps(s.scale[i]), _mm512_set1_ps(s.less[i])); }
-    // What 32 columns look up: the table twice, the upper one for the second 16
+    // What 32 columns look up; where 16 share a scale, there is a second table for those behind
     __m512i both(const Scaling& s, int64_t i) const {
-        const __m512 low = values(s, i);
-        return (__m512i)_mm512_cvtne2ps_pbh(SHARE == 16 ? values(s, i + 1) : low, low);
+        if (SHARE > 16) return _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(values(s, i)));
+        return (__m512i)_mm512_cvtne2ps_pbh(values(s, i + 1), values(s, i));
     }
-    // Columns 2j and 2j + 1 of 32 to words 2j and 2j + 1; only the lowest 5 bits of a word are looked at
+    // Columns 2j and 2j + 1 of 32 to words 2j and 2j + 1
     static __m512i words(const uint8_t* p) {
         const __m512i two = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
-        const __m512i codes = _mm512_or_si512(two, _mm512_slli_epi32(two, 12));
-        if (SHARE > 16) return codes;
-        const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
-        return _mm512_or_si512(_mm512_and_si512(codes, _mm512_set1_epi16(15)), second);
+        const __m512i codes = _mm512_and_si512(_mm512_or_si512(two, _mm512_slli_epi32(two, 12)), _mm512_set1_epi16(15));
+        return SHARE > 16 ? codes : _mm512_or_si512(codes, behind());
     }
+    static __m512i behind() { return _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1); }
     void operator()(const Block& lanes, int64_t r, int64_t start, int64_t count, uint8_t* line) const {
         const Scaling s(w, lanes, r);
         const uint8_t* p = row(r, start);
@@ -143,6 +142,42 @@ template <int SHARE> struct Nibbles {
         }
     }
 };
+
+// The same in whole runs of 128 columns with scales of 64 or more: word i of a run holds columns 4i to 4i + 3, and step j
+// gets columns 4i + j, as `by_words` has laid x. Only the lowest 5 bits of a word are looked at
+struct Words : Nibbles<64> {
+    using Nibbles<64>::Nibbles;
+    void operator()(const Block& lanes, int64_t r, int64_t start, int64_t count, uint8_t* line) const {
+        const Scaling s(w, lanes, r);
+        const uint8_t* p = row(r, start);
+        const bool one = w.group % 128 == 0;
+        const __m512i low = _mm512_set1_epi16(15), second = behind();
+        for (int64_t i = 0; 16 * i < count; i += 8, p += 64, line += 4 * TILE) {
+            const __m512i codes = _mm512_loadu_si512(p);
+            const __m512 first = values(s, i);
+            const __m512i found = (__m512i)_mm512_cvtne2ps_pbh(one ? first : values(s, i + 4), first);
+            const __m512i each[4] = {codes, _mm512_srli_epi16(codes, 4), _mm512_srli_epi16(codes, 8), _mm512_srli_epi16(codes, 12)};
+            for (int j = 0; j < 4; j++) {
+                const __m512i at = one ? each[j] : _mm512_or_si512(_mm512_and_si512(each[j], low), second);
+                _mm512_store_si512(line + j * TILE, _mm512_permutexvar_epi16(at, found));
+            }
+        }
+    }
+};
+
+// x: [rows, k] bfloat16 -> the same with every run of 128 columns as [4, 32]
+static void by_words(const uint16_t* x, int64_t rows, int64_t k, uint16_t* out) {
+    alignas(64) uint16_t index[32];
+    for (int i = 0; i < 32; i++) index[i] = uint16_t(4 * (i & 15));
+    const __m512i at = _mm512_load_si512(index);
+    for (int64_t c = 0; c < rows * k; c += 128)
+        for (int j = 0; j < 4; j++) {
+            const __m512i from = _mm512_add_epi16(at, _mm512_set1_epi16(int16_t(j)));
+            const __m512i a = _mm512_permutex2var_epi16(_mm512_loadu_si512(x + c), from, _mm512_loadu_si512(x + c + 32));
+            const __m512i b = _mm512_permutex2var_epi16(_mm512_loadu_si512(x + c + 64), from, _mm512_loadu_si512(x + c + 96));
+            _mm512_storeu_si512(out + c + 32 * j, _mm512_mask_blend_epi64(0xf0, a, b));
+        }
+}
 
 // Codes of whole numbers as int8; unsigned ones of 8 bits less 128
 struct Ints {
@@ -163,10 +198,11 @@ struct Ints {
     void operator()(const Block&, int64_t r, int64_t start, int64_t count, uint8_t* line) const {
         const uint8_t* p = row(r, start);
         const int64_t bytes = 8 * w.bits;
-        const bool whole = bytes == 64;
+        const bool whole = bytes == 64, small = w.bits <= 6;
         for (int64_t c = 0; c < count; c += 64, p += bytes, line += TILE) {
             const __m512i codes = unpack(p);
-            _mm512_store_si512(line, whole ? _mm512_xor_si512(codes, flip) : _mm512_permutex2var_epi8(low, codes, high));
+            const __m512i found = small ? _mm512_permutexvar_epi8(codes, low) : _mm512_permutex2var_epi8(low, codes, high);
+            _mm512_store_si512(line, whole ? _mm512_xor_si512(codes, flip) : found);
         }
     }
 };

@@ -50,7 +50,7 @@ class Packed:
     source: Quantized
     weight: Weight
     held: tuple[Tensor | None, ...] = field(repr=False)
-    whole: bool = False  # x is rounded to int8, and multiplied as such
+    rule: str | None = None  # of x where it is rounded to int8 and multiplied as such
 
 
 def supports(format: Format, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -99,7 +99,8 @@ def prepack_linear(q: Quantized) -> Packed | Rows:
     pointers = [None if t is None else t.data_ptr() for t in held]
     kind = kind_of(w.spec.element)
     weight = Weight(*pointers, n, k, group, int(w.spec.element.bits), kind, narrow, mode)
-    return Packed(q, weight, held, tiles.whole(q.format.act) and slow(w.spec) is None)
+    act = q.format.act
+    return Packed(q, weight, held, act.rule if act and tiles.whole(act) and slow(w.spec) is None else None)
 
 
 def slow(spec: QuantSpec) -> str | None:
@@ -151,15 +152,15 @@ def run_linear(x: Tensor, packed: Packed | Rows, bias: Tensor | None = None) -> 
         return torch_dequant.run_linear(x, packed, bias)
     q = packed.source
     x = transformed(x, q.transforms)
-    rounded = saturation.rounded(x, q.format.act, q.act) if q.format.act and not packed.whole else x
+    rounded = saturation.rounded(x, q.format.act, q.act) if q.format.act and packed.rule is None else x
     y = times(rounded.reshape(-1, rounded.shape[-1]).contiguous(), packed).view(*x.shape[:-1], -1)
     return low_rank(x, q.transforms, y if bias is None else y.add_(bias))
 
 
 def times(x: Tensor, packed: Packed) -> Tensor:
     """x: [M, K] -> [M, N]."""
-    if packed.whole:
-        return tiles.codes(x, packed.weight, packed.source.format.act.rule)
+    if packed.rule is not None:
+        return tiles.codes(x, packed.weight, packed.rule)
     if tiles.native() is not None:
         return tiles.values(x, packed.weight)
     return few(x, packed) if len(x) <= FEW else many(x, packed)

@@ -79,28 +79,38 @@ struct Whole {
         }
     }
     template <bool TWO> void add(const Local& l, float* c, const Place& p, const Input& x) const {
-        const int64_t each = one() ? p.count : w.group / 64;
-        for (int64_t i = 0; i < p.count; i += each) {
-            alignas(64) int32_t found[4 * C];
-            if (one() && p.step) load_c<TWO>(c);
+        if (one()) {
+            if (p.step) load_c<TWO>(c);
             else zero_c<TWO>();
-            steps<true, TWO>(p.w + i * TILE, STEPS * 16 * 64, x.at(p.m, p.step + i), 16 * 64 * x.steps, x.cols, each);
-            if (one()) return store_c<TWO>(c);
-            store_c<TWO>(found);
-            const float *scale = l.scale + p.r * STEPS + i / each, *less = l.less + p.r * STEPS + i / each;
-            const float* taken = sums ? sums + (p.step + i) / each * rows + p.m : nullptr;
-            for (int64_t b = 0; b <= TWO; b++) join(c + b * C, found + b * C, scale, less, taken ? taken + 16 * b : nullptr, p.step + i == 0);
+            steps<true, TWO>(p.w, STEPS * 16 * 64, x.at(p.m, p.step), 16 * 64 * x.steps, x.cols, p.count);
+            return store_c<TWO>(c);
+        }
+        alignas(64) int32_t found[STEPS * 4 * C];
+        const int64_t each = w.group / 64, count = p.count / each, first = p.step / each;
+        for (int64_t g = 0; g < count; g++) {
+            zero_c<TWO>();
+            steps<true, TWO>(p.w + g * each * TILE, STEPS * 16 * 64, x.at(p.m, p.step + g * each), 16 * 64 * x.steps, x.cols, each);
+            store_c<TWO>(found + g * 4 * C);
+        }
+        for (int64_t i = 0; i < 4; i++) {
+            if (!TWO && i % 2) continue;
+            const int64_t r = p.r + i / 2 * 16;
+            const float* taken = sums ? sums + first * rows + p.m + i % 2 * 16 : nullptr;
+            join(c + i * C, found + i * C, count, l.scale + r * STEPS, l.less + r * STEPS, taken, p.step == 0);
         }
     }
-    static void join(float* c, const int32_t* found, const float* scale, const float* less, const float* taken, bool first) {
-        const __m512 t = taken ? _mm512_loadu_ps(taken) : _mm512_setzero_ps();
-        for (int64_t r = 0; r < 32; r++) {
-            const int64_t at = (r & 15) * 16 + (r >> 4) * 2 * C;
-            __m512 v = first ? _mm512_setzero_ps() : _mm512_load_ps(c + at);
-            v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(found + at)), _mm512_set1_ps(scale[r * STEPS]), v);
-            if (taken) v = _mm512_fnmadd_ps(t, _mm512_set1_ps(less[r * STEPS]), v);
-            _mm512_store_ps(c + at, v);
+    // The sums of some groups, each times its scale, onto a tile C
+    void join(float* c, const int32_t* found, int64_t count, const float* scale, const float* less, const float* taken, bool first) const {
+        __m512 v[16];
+        for (int64_t r = 0; r < 16; r++) v[r] = first ? _mm512_setzero_ps() : _mm512_load_ps(c + 16 * r);
+        for (int64_t g = 0; g < count; g++) {
+            for (int64_t r = 0; r < 16; r++)
+                v[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(found + g * 4 * C + 16 * r)), _mm512_set1_ps(scale[r * STEPS + g]), v[r]);
+            if (!taken) continue;
+            const __m512 t = _mm512_loadu_ps(taken + g * rows);
+            for (int64_t r = 0; r < 16; r++) v[r] = _mm512_fnmadd_ps(t, _mm512_set1_ps(less[r * STEPS + g]), v[r]);
         }
+        for (int64_t r = 0; r < 16; r++) _mm512_store_ps(c + 16 * r, v[r]);
     }
     __m512 value(const float* c, int64_t n, int64_t m) const {
         if (!one()) return _mm512_loadu_ps(c);
@@ -272,7 +282,11 @@ void tiles_values(const Weight* w, const uint16_t* x, int64_t rows, uint16_t* y)
     if (w->bits == 4) {
         if (w->group == 16) return plain(Nibbles<16>(*w), nullptr, x, rows, y);
         if (w->group == 32) return plain(Nibbles<32>(*w), nullptr, x, rows, y);
-        return plain(Nibbles<64>(*w), nullptr, x, rows, y);
+        if (w->k % 128) return plain(Nibbles<64>(*w), nullptr, x, rows, y);
+        static thread_local Memory memory;
+        uint16_t* words = (uint16_t*)memory.of(rows * w->k * 2);
+        by_words(x, rows, w->k, words);
+        return plain(Words(*w), nullptr, words, rows, y);
     }
     switch (w->kind) {
         case TABLE32: return by_kind<TABLE32>(*w, x, rows, y);

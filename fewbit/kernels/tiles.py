@@ -20,16 +20,14 @@ if TYPE_CHECKING:
 
 STEP = 32  # columns
 WHOLE = 64  # the same of int8, and the least group: between groups sums leave the matrix units
-LEAST = torch.finfo(torch.float32).eps
-
-
-def whole(act: QuantSpec | None) -> bool:
-    """Whether x is rounded to int8 with one scale for each row, chosen at each call."""
-    return act is not None and act.element == INT8 and act.scales == (TOKEN,) and not act.zeros and act.rule in REACH
-
-
 TOKEN = Scale(F32, (1, 0), dynamic=True)
-REACH = {"amax": 127.0, "range": 127.5}
+REACH = {"amax": 127.0, "range": 127.5}  # rule -> where the largest value of a row comes to lie
+LEAST = {"amax": 1.0, "range": torch.finfo(torch.float32).eps}  # the scale of a row of zeros
+
+
+def whole(act: QuantSpec) -> bool:
+    """Whether x is rounded to int8 with one scale for each row, chosen at each call."""
+    return act.element == INT8 and act.scales == (TOKEN,) and not act.zeros and act.rule in REACH
 
 
 def values(x: Tensor, weight: "Weight") -> Tensor:
@@ -42,8 +40,7 @@ def values(x: Tensor, weight: "Weight") -> Tensor:
 def codes(x: Tensor, weight: "Weight", rule: str) -> Tensor:
     """The same with x rounded to int8."""
     y = x.new_empty(len(x), weight.n)
-    least = LEAST if rule == "range" else 1.0
-    native().tiles_whole(ctypes.byref(weight), x.data_ptr(), len(x), REACH[rule], least, y.data_ptr())
+    native().tiles_whole(ctypes.byref(weight), x.data_ptr(), len(x), REACH[rule], LEAST[rule], y.data_ptr())
     return y
 
 

@@ -68,7 +68,8 @@ def test_what_is_whole() -> None:
     assert {"int8-channel-a8", "int4-g128", "int4-channel-asym", "int8-g64-asym"} <= set(WHOLE)
     assert not {"int4-g32", "q4_0", "q8_0", "nvfp4", "fp8-channel"} & set(WHOLE)
     q = held("int8-channel-a8", 72, 512, act=True)
-    assert q is not None and q.whole and not held("int8-channel", 72, 512).whole  # type: ignore[union-attr]
+    assert q is not None and q.rule == "range"
+    assert (plain := held("int8-channel", 72, 512)) is not None and plain.rule is None
 
 
 @pytest.mark.parametrize("rule", ["amax", "range"])
