@@ -143,12 +143,12 @@ def environment(folder: Path, tool: str) -> Path:
     return python
 
 
-def peer(row: dict[str, str], given: argparse.Namespace, dense: Path) -> Result:
+def peer(row: dict[str, str], given: argparse.Namespace) -> Result:
     """One peer's row, in its own environment, read back and measured by us."""
     python, script = environment(given.peers, row["tool"]), Path(__file__).with_name("ptq_peers.py")
     with TemporaryDirectory() as place:
         out = Path(place) / "out"
-        command = [str(python), str(script), row["tool"], row["scheme"], str(dense), str(out), str(given.calib)]
+        command = [str(python), str(script), row["tool"], row["scheme"], str(given.model), str(out), str(given.calib)]
         done, wall, _ = run(command)
         found = quality(out, given)
     return Result(f"{row['tool']} {done['version']}", row["label"], *found, done["seconds"], wall, done["peak"])
@@ -170,14 +170,13 @@ def shown(row: Callable[[], Result]) -> list[Result]:
     return [found]
 
 
-def run_peers(given: argparse.Namespace, words: list[str]) -> list[Result]:
-    """Their rows, one after the other: their seconds are compared."""
-    rows = [row for row in ptq_peers.rows(given.group) if wanted(row["label"], words)]
-    with TemporaryDirectory() as place:
-        dense = Path(place) / "dense"
-        subprocess.run([*fewbit("convert", str(given.model), "--to", "dense", "-o", str(dense))], check=True,
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-        return [result for row in rows for result in shown(partial(peer, row, given, dense))]
+def densed(model: Path, place: str) -> Path:
+    """What everyone starts from: the values of a GGUF file in bfloat16, which the peers can read."""
+    if model.suffix != ".gguf":
+        return model
+    dense = Path(place) / "dense"
+    run(fewbit("convert", str(model), "--to", "dense", "-o", str(dense)))
+    return dense
 
 
 def beside(mine: Result, theirs: Result, base: float) -> str:
@@ -205,15 +204,19 @@ def main() -> None:
     given = arguments()
     kl = "KL (95 %)\t" if given.kl else ""
     print(f"tool\tscheme\tperplexity\t{kl}seconds\tprocess seconds\tpeak MiB", flush=True)
-    base, _ = quality(given.model, given)
-    print(f"-\tfloat\t{base:.2f}", flush=True)
-    words = given.rows.split(",")
-    rows = [row for row in OURS if wanted(row[0].format(g=given.group), words)]
-    with ThreadPoolExecutor(given.jobs) as pool:
-        futures = [pool.submit(ours, row, given) for row in rows]
-        mine = [result for future in futures for result in shown(future.result)]
-    if given.peers:
-        print("\n".join(compared(mine, run_peers(given, words), base)), flush=True)
+    with TemporaryDirectory() as place:
+        given.model = densed(given.model, place)
+        base, _ = quality(given.model, given)
+        print(f"-\tfloat\t{base:.2f}", flush=True)
+        words = given.rows.split(",")
+        rows = [row for row in OURS if wanted(row[0].format(g=given.group), words)]
+        with ThreadPoolExecutor(given.jobs) as pool:
+            futures = [pool.submit(ours, row, given) for row in rows]
+            mine = [result for future in futures for result in shown(future.result)]
+        if given.peers:
+            theirs = [row for row in ptq_peers.rows(given.group) if wanted(row["label"], words)]
+            found = [result for row in theirs for result in shown(partial(peer, row, given))]
+            print("\n".join(compared(mine, found, base)), flush=True)
 
 
 if __name__ == "__main__":
