@@ -29,6 +29,12 @@ PACKAGES = {
     "llmcompressor": "llmcompressor", "gptqmodel": "gptqmodel", "autoround": "auto-round",
     "modelopt": "nvidia-modelopt",
 }  # fmt: skip
+# what pip installs into a peer's environment; some ask for a torch that others do not take
+TORCH = "torch>=2.11,<2.14"
+NEEDS = {
+    "llmcompressor": ["llmcompressor==0.14.*", TORCH], "gptqmodel": ["gptqmodel==7.*", TORCH],
+    "autoround": ["auto-round==0.16.*", TORCH], "modelopt": ["nvidia-modelopt[hf]==0.47.*", TORCH],
+}  # fmt: skip
 Steps = tuple[Callable[[], Any], Callable[[], Any]]  # quantize, then write
 
 
@@ -44,13 +50,13 @@ class Grouped:
 
 
 def rows(group: int = 64) -> list[dict[str, str]]:
-    """What is run: label (chosen by --only), tool, scheme. W2 keeps groups of 64, as our rows do."""
+    """What is run: label (chosen by --rows), tool, scheme. W2 keeps groups of 64, as our rows do."""
     w4, w3, l4, l3 = f"w4-g{group}", f"w3-g{group}", f"W4 g{group}", f"W3 g{group}"
     table = [
         (f"{l4} sym rtn", "llmcompressor", f"{w4}-sym-rtn"),
         (f"{l4} asym rtn", "llmcompressor", f"{w4}-asym-rtn"),
         (f"{l4} sym gptq", "llmcompressor", f"{w4}-sym-gptq"),
-        ("FP8 dynamic rtn", "llmcompressor", "fp8"),
+        ("FP8 dynamic", "llmcompressor", "fp8"),
         ("INT8 W8A8 smooth+gptq", "llmcompressor", "w8a8"),
         ("NVFP4 W4A4 rtn", "llmcompressor", "nvfp4"),
         (f"{l4} sym gptq", "gptqmodel", f"{w4}-sym-gptq"),

@@ -17,6 +17,7 @@ from fewbit.errors import CheckpointError
 from fewbit.files.disk import bytes_of, check_name, checked_bits
 from fewbit.files.manifest import Entry
 from fewbit.files.safetensors import DTYPES, MAX_HEADER, storage
+from fewbit.files.staging import sync_folder
 
 PIECE = 1 << 20  # written, then hashed while it is still in cache
 
@@ -73,7 +74,7 @@ def lay_out(
 
 
 def write_shard(path: Path, parts: Mapping[str, Part]) -> Entry:
-    """Write a file, one tensor in memory at a time, synced before it has its name. -> its digest and size."""
+    """Write a file, one tensor in memory at a time; on disk for good when it returns. -> digest and size."""
     header, places = lay_out(path, {name: (part.dtype, part.shape) for name, part in parts.items()})
     partial = path.with_name(f"{path.name}.partial")
     digest = hashlib.sha256(header)
@@ -84,6 +85,7 @@ def write_shard(path: Path, parts: Mapping[str, Part]) -> Entry:
                 _put(file.fileno(), digest, _bytes(parts[name], f"{path}: tensor {name!r}"))
             os.fsync(file.fileno())
         partial.rename(path)
+        sync_folder(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

@@ -105,11 +105,11 @@ class Staging:
         try:
             for name in names:
                 if name == names[-1]:
-                    self._sync_folder()
+                    sync_folder(self.folder)
                 os.rename(self.partial(name), self.folder / name)
                 self._published.append(self.folder / name)
                 os.close(self._fds.pop(name))
-            self._sync_folder()
+            sync_folder(self.folder)
         except OSError as e:
             self.fail(names[-1], e)
         self._published = []
@@ -119,7 +119,7 @@ class Staging:
         try:
             for name in names:
                 (self.folder / name).unlink(missing_ok=True)
-                self._sync_folder()
+                sync_folder(self.folder)
         except OSError as e:
             self.fail(names[0], e)
 
@@ -138,12 +138,14 @@ class Staging:
         self.discard()
         raise_write_error(self.folder / name, error)
 
-    def _sync_folder(self) -> None:
-        fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+
+def sync_folder(folder: Path) -> None:
+    """The names in it outlast a loss of power."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def expect(out: Path, name: str, places: Mapping[str, Place], done: Collection[str]) -> Place:

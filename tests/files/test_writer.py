@@ -18,6 +18,7 @@ from fewbit.files.checkpoint import open_checkpoint
 from fewbit.files.gguf import GGML_IDS, open_gguf
 from fewbit.files.manifest import MANIFEST
 from fewbit.files.safetensors import DTYPES
+from fewbit.files.shard import Part, write_shard
 from fewbit.files.writer import GGUFWriter, SafetensorsWriter, read_manifest, verify_manifest
 from tests.files.test_gguf import KINDS, same_as_library
 from tests.files.test_safetensors import random, same
@@ -76,6 +77,29 @@ def test_same_bytes_in_any_order(tmp_path: Path) -> None:
     names = sorted(path.name for path in first.iterdir())
     assert names == sorted(path.name for path in second.iterdir())
     assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
+
+
+def test_finished_files_become_the_shards(tmp_path: Path) -> None:
+    """Written once, and still there when the write that takes them in is given up."""
+    data, parts = tensors(LAYOUT), tmp_path / "parts"
+    parts.mkdir()
+    shards = {}
+    for i, names in enumerate((list(LAYOUT)[:5], list(LAYOUT)[5:])):
+        held = {n: Part(LAYOUT[n][0], LAYOUT[n][1], lambda n=n: data[n]) for n in names}
+        shards[parts / f"{i}.safetensors"] = write_shard(parts / f"{i}.safetensors", held)
+    with pytest.raises(KeyboardInterrupt), SafetensorsWriter(tmp_path / "m", {}, shards=shards):
+        raise KeyboardInterrupt
+    assert not (tmp_path / "m").exists() and all(path.exists() for path in shards)
+    with SafetensorsWriter(tmp_path / "m", {}, shards=shards) as writer:
+        writer.add_file("config.json", b"{}")
+    assert verify_manifest(tmp_path / "m") == []
+    with open_checkpoint(tmp_path / "m") as checkpoint:
+        assert [path.name for path in checkpoint.files] == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+        assert all(same(checkpoint.read(name), tensor) for name, tensor in data.items())
+    assert (tmp_path / "m" / checkpoint.files[0].name).stat().st_ino == (parts / "0.safetensors").stat().st_ino
+    with pytest.raises(CheckpointError, match="'w' was declared as"):
+        write_shard(parts / "bad.safetensors", {"w": Part("F32", (2, 2), lambda: torch.ones(3))})
+    assert sorted(path.name for path in parts.iterdir()) == ["0.safetensors", "1.safetensors"]
 
 
 def test_library_loads_a_plain_folder(tmp_path: Path) -> None:

@@ -50,6 +50,16 @@ def test_close_to_the_cpu(form: str, algo: str, to: str, model: Path, ids: list[
     assert first == second
 
 
+@pytest.mark.parametrize("form", ["int4-g64", "FP8_DYNAMIC", "NVFP4A16", "int8-channel"])
+def test_data_free_files_are_the_cpus(form: str, model: Path, tmp_path: Path) -> None:
+    """Read ahead through pinned memory, encoded there, written as shards by several threads: the same bytes."""
+    for device in ("cpu", "cuda"):
+        quantize(model, tmp_path / device, form, algo="rtn", device=device, max_shard=100_000, report=False)
+    names = sorted(p.name for p in (tmp_path / "cpu").glob("*.safetensors"))
+    assert len(names) > 2 and names == sorted(p.name for p in (tmp_path / "cuda").glob("*.safetensors"))
+    assert all((tmp_path / "cpu" / n).read_bytes() == (tmp_path / "cuda" / n).read_bytes() for n in names)
+
+
 def test_evaluate_agrees_with_the_cpu(model: Path, ids: list[torch.Tensor]) -> None:
     found = [evaluate(model, ids=torch.cat(ids), context=32, device=d, dtype="float32") for d in ("cpu", "cuda")]
     assert abs(found[0].perplexity.value / found[1].perplexity.value - 1) < 1e-4

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import fewbit
 from fewbit.errors import FewbitError, RequestError, SpecError, UnsupportedError
+from fewbit.files.writer import verify_manifest
 from fewbit.workflows.journal import FOLDER
 from fewbit.workflows.quantize import quantize
 from tests import tiny
@@ -158,7 +159,12 @@ def test_killed_at_random_points(algo: str, options: str, model: Path, tmp_path:
     assert digests(tmp_path / "whole") == digests(tmp_path / "out")
 
 
-def interrupted(model: Path, out: Path, ids: list[Tensor], monkeypatch: pytest.MonkeyPatch, after: int = 3) -> None:
+GPTQ = {"format": "int4-g64", "algo": "gptq"}
+
+
+def interrupted(
+    model: Path, out: Path, ids: list[Tensor], monkeypatch: pytest.MonkeyPatch, after: int = 3, **given: object
+) -> None:
     """A run that ends after what is outside the layers and two of them, as Ctrl-C would end it."""
     from fewbit.workflows import quantize as module
 
@@ -174,17 +180,74 @@ def interrupted(model: Path, out: Path, ids: list[Tensor], monkeypatch: pytest.M
     with monkeypatch.context() as patch:
         patch.setattr(module, "_save", save)
         with pytest.raises(KeyboardInterrupt):
-            quantize(model, out, "int4-g64", algo="gptq", calib=ids, **QUIET)
+            quantize(model, out, calib=ids, **QUIET, **(given or GPTQ))
 
 
+RESUMED = [
+    GPTQ,
+    GPTQ | {"to": "gptq", "options": {"order": "group"}, "max_shard": 200_000},
+    {"format": "int4-g64-asym", "algo": "awq", "to": "awq"},
+    {"format": "FP8", "algo": "rtn", "to": "fp8", "kv": "fp8"},
+    {"format": "NVFP4", "algo": "gptq", "to": "modelopt"},
+    {"format": "W8A8", "algo": "smooth+gptq", "max_shard": 100_000},
+    {"format": "int8-g32", "algo": "rtn", "to": "gguf"},
+    {"format": "q8_0", "algo": "imatrix", "to": "gguf"},
+]
+
+
+@pytest.mark.parametrize("given", RESUMED, ids=lambda given: f"{given['format']}-{given.get('to', 'default')}")
 def test_resumes_where_it_stopped(
-    model: Path, ids: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    given: dict, model: Path, ids: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quantize(model, tmp_path / "whole", "int4-g64", algo="gptq", calib=ids, **QUIET)
-    interrupted(model, tmp_path / "out", ids, monkeypatch)
-    done = quantize(model, tmp_path / "out", "int4-g64", algo="gptq", calib=ids, **QUIET)
-    assert done.resumed == 2 and len(done.modules) == 21
+    """Finished layers come back from their files as the dialect holds them, to the bit."""
+    whole = quantize(model, tmp_path / "whole", calib=ids, **QUIET, **given)
+    interrupted(model, tmp_path / "out", ids, monkeypatch, **given)
+    done = quantize(model, tmp_path / "out", calib=ids, **QUIET, **given)
+    assert done.resumed == 2 and [m["name"] for m in done.modules] == [m["name"] for m in whole.modules]
     assert digests(tmp_path / "whole") == digests(tmp_path / "out")
+
+
+def test_files_of_layers_are_the_shards(model: Path, ids: list[Tensor], tmp_path: Path) -> None:
+    """What does not fit in one file has the same tensors in a file for each layer, or several of a wide one."""
+    for name, most in (("one", 10**9), ("layers", 10**5), ("less", 3 * 10**4)):
+        quantize(model, tmp_path / name, "int4-g64", algo="rtn", max_shard=most, **QUIET)
+        sound(tmp_path / name)
+        assert verify_manifest(tmp_path / name) == []
+    held = {name: read_all(tmp_path / name) for name in ("one", "layers", "less")}
+    for name in ("layers", "less"):
+        assert held[name].keys() == held["one"].keys()
+        assert all(torch.equal(held[name][key], value) for key, value in held["one"].items())
+    counts = {name: len(list((tmp_path / name).glob("*.safetensors"))) for name in held}
+    assert counts["one"] == 1 and counts["layers"] >= 4 and counts["less"] > counts["layers"]
+
+
+def test_killed_while_files_get_their_names(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fewbit.files.staging import Staging
+
+    given = {"format": "int4-g64", "algo": "rtn", "max_shard": 10**5, **QUIET}
+    quantize(model, tmp_path / "whole", **given)
+    real = Staging.publish
+
+    def killed(self: Staging, names: list[str]) -> None:
+        os.rename(self.partial(names[0]), self.folder / names[0])
+        raise SystemExit  # neither discarded nor named: what kill -9 leaves
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Staging, "publish", killed)
+        patch.setattr(Staging, "discard", lambda self: None)
+        with pytest.raises(SystemExit):
+            quantize(model, tmp_path / "out", **given)
+    assert list((tmp_path / "out").glob(".*.partial")) and Staging.publish is real
+    quantize(model, tmp_path / "out", **given)
+    assert digests(tmp_path / "whole") == digests(tmp_path / "out")
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def read_all(folder: Path) -> dict[str, Tensor]:
+    from fewbit.files.checkpoint import open_checkpoint
+
+    with open_checkpoint(folder) as checkpoint:
+        return {name: checkpoint.read(name) for name in checkpoint.tensors}
 
 
 def test_something_else_is_not_resumed(
@@ -260,7 +323,7 @@ def test_a_full_disk_keeps_what_is_done(
     def full(fd: int) -> None:
         nonlocal count
         count += 1
-        if count > 7:  # what the run depends on, what is outside, two layers: a file and a line each
+        if count > 10:  # a line of what the run depends on; a file, its name and a line for outside and two layers
             raise OSError(28, "No space left on device")
         real(fd)
 
