@@ -31,7 +31,8 @@ def observe(config: Any) -> Wiring:
         small = shrink(config)
         key = type(config).__name__ + small.to_json_string(use_diff=False)
         if key not in _WIRINGS:
-            _WIRINGS[key] = looked_at(small, twin.require(config))
+            with torch.enable_grad():  # derivatives tell what makes an input, whatever the caller has turned off
+                _WIRINGS[key] = looked_at(small, twin.require(config))
         return _WIRINGS[key]
     except Exception as error:  # whatever a model definition raises on this config is the finding
         return Wiring(name, "", (), Stream(reasons=(told(error),)), (Refused(name, told(error)),))

@@ -23,7 +23,7 @@ from fewbit.workflows.stats import WatchedGroup, Watcher, all_tokens
 from fewbit.workflows.stats_coverage import Coverage, check_experts, cover, expert_tokens
 from fewbit.workflows.stats_gather import Spread
 from fewbit.workflows.stats_range import kv_scales, observe_range, static_planes
-from fewbit.workflows.weights import ReadAhead, Weights
+from fewbit.workflows.weights import ReadAhead, Weights, as_stored
 
 
 @dataclass(slots=True)
@@ -72,6 +72,8 @@ def quantize_layer(job: Job, unit: Unit, state: State | None, floats: State | No
                 tune_layer(job, unit, module, targets, groups, weights, state, outputs, done)
         if not tuned:  # the layer itself has gone: codes are chosen with one group's weights in memory
             encode_groups(job, targets, groups, folded(job, unit, targets, groups, done), done)
+    # rounded before the quantized layer runs: a resumed run has nothing else
+    done.dense = {name: as_stored(job, name, value) for name, value in done.dense.items()}
     done.seconds = time.monotonic() - begun
     return done
 

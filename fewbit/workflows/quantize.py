@@ -33,6 +33,7 @@ from fewbit.workflows.recipe import Recipe
 from fewbit.workflows.report import NAME
 from fewbit.workflows.run_log import RunLog
 from fewbit.workflows.unit_file import Stored, kv_tensors, module_tensors, part
+from fewbit.workflows.weights import as_stored
 
 OUTSIDE = "outside the layers"
 
@@ -220,8 +221,7 @@ def _save(job: Job, journal: Journal, unit: Unit, done: Done, max_shard: int) ->
             name for name in unit.names if name in job.floats.dense and name.removesuffix(".weight") not in job.targets
         ]
         parts |= {name: _dense(job, name) for name in left}
-    parts |= {name: _dense(job, name, t) for name, t in done.dense.items()}
-    parts |= {name: part(t) for name, t in kv_tensors(job.codec, done.kv).items()}
+    parts |= {name: part(t) for name, t in {**done.dense, **kv_tensors(job.codec, done.kv)}.items()}
     coverage = {"experts": done.coverage.experts, "starved": done.coverage.starved,
                 "inactive": done.coverage.inactive, "channels": done.coverage.channels}  # fmt: skip
     notes = {"modules": done.notes, "dense": list(done.dense), "error": done.error, "seconds": done.seconds,
@@ -229,15 +229,10 @@ def _save(job: Job, journal: Journal, unit: Unit, done: Done, max_shard: int) ->
     journal.save(unit.name, unit.index + 1, parts, notes, max_shard)
 
 
-def _dense(job: Job, name: str, changed: Tensor | None = None) -> Part:
+def _dense(job: Job, name: str) -> Part:
     """A tensor of the source as the result holds it."""
     entry = job.floats.dense[name]
-
-    def value() -> Tensor:
-        held = job.floats.read(name) if changed is None else changed
-        return held.to(_DTYPES.get(entry.dtype, held.dtype))
-
-    return Part(entry.dtype, tuple(entry.shape), value)
+    return Part(entry.dtype, tuple(entry.shape), lambda: as_stored(job, name, job.floats.read(name)))
 
 
 def _tell(log: RunLog, unit: str, done: Done) -> None:
@@ -274,16 +269,13 @@ def contents_of(job: Job, stored: Stored, modules: Sequence[Mapping[str, Any]]) 
     left = [p.name for p in job.places.values() if p.name not in formats and p.kind != "embedding"]
 
     def tensor(name: str) -> Tensor:
-        return _dense(job, name, stored.read(name) if name in stored.of else None).value()
+        return stored.read(name) if name in stored.of else _dense(job, name).value()
 
     def module(name: str) -> Quantized:
         return stored.module(name, formats[name], job.places[name].shape)
 
     ordered = {name: formats[name] for name in job.targets if name in formats}
     return Contents(_config(job), ordered, module, dense, tensor, tokenizer_files(job.source), left, job.kv)
-
-
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
 def _config(job: Job) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from fewbit.workflows.floats import Floats
 from fewbit.workflows.job import Job
 
 AHEAD = 4  # tensors; two are read at a time
+FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
 class Weights(Mapping[str, Tensor]):
@@ -70,3 +71,8 @@ def read_weight(job: Job, name: str) -> Tensor:
     pinned = torch.empty(shape, dtype=dtype, pin_memory=True)
     job.source.checkpoint.read_into(key, pinned)
     return pinned.to(job.device, non_blocking=True)
+
+
+def as_stored(job: Job, name: str, value: Tensor) -> Tensor:
+    """A dense tensor in the dtype that the result keeps it in."""
+    return value.to(FLOATS.get(job.floats.dense[name].dtype, value.dtype))

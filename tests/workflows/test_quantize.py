@@ -120,6 +120,22 @@ def test_twice_the_same_bytes(model: Path, ids: list[Tensor], tmp_path: Path) ->
     assert torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.parametrize(("form", "algo"), [("int4-g64-asym", "awq"), ("W8A8", "smooth")])
+def test_scalings_are_folded(
+    form: str, algo: str, model: Path, ids: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first run of a process finds what makes an input too; folded values go on as the file holds them."""
+    from fewbit.models import observe
+
+    monkeypatch.setattr(observe, "_WIRINGS", {})
+    done = quantize(model, tmp_path / "out", form, algo=algo, calib=ids, **QUIET)
+    assert all(m["transforms"] == [] for m in done.modules)
+    before, after = read_all(model), read_all(tmp_path / "out")
+    norms = [name for name in before if "layernorm" in name]
+    assert len(norms) == 6 and all(after[name].dtype is torch.bfloat16 for name in norms)
+    assert any(not torch.equal(before[name], after[name]) for name in norms)
+
+
 SCRIPT = """
 import sys, torch
 torch.set_num_threads(1)
