@@ -8,6 +8,7 @@ from fewbit.engine.params import SamplingParams
 from fewbit.engine.text import Detokenizer, token_text
 from fewbit.engine.text_stop import Stops
 from tests.engine.tokenizers import byte_fallback, byte_level
+from tests.yardstick import within
 
 TOKENIZERS = [byte_level, byte_fallback]
 TEXTS = [
@@ -76,7 +77,7 @@ def test_time_is_linear(token: str) -> None:
     ids = [tokenizer.convert_tokens_to_ids(token)] * 20_000
     start = time.process_time()
     spoken(tokenizer, ids, skip_special_tokens=token != "</s>")
-    assert time.process_time() - start < 8
+    assert within(time.process_time() - start, 8)
 
 
 def test_nothing_to_say() -> None:
@@ -137,7 +138,7 @@ def test_long_stops_cost_little() -> None:
     start = time.process_time()
     for _ in range(100):
         follower.push("a" * 10)
-    assert time.process_time() - start < 1
+    assert within(time.process_time() - start, 1)
 
 
 @pytest.mark.parametrize("least", [0, 4, 6])

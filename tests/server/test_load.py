@@ -18,6 +18,7 @@ from fewbit.engine.request import Request
 from fewbit.errors import CapacityError, FewbitError, RequestError
 from tests.server.echo_engine import EchoEngine
 from tests.server.served import Running, engine, running, until
+from tests.yardstick import within
 
 
 def body(tokens: int = 4, **more: Any) -> dict[str, Any]:
@@ -116,7 +117,7 @@ def test_a_dead_engine(stream: bool) -> None:
         assert served.http.get("/health").status_code == 503
         assert served.post("/v1/completions", body()).status_code == 503
         until(lambda: served.server.should_exit, 5)
-        assert time.monotonic() - start < 5 and echo.closed
+        assert within(time.monotonic() - start, 5) and echo.closed
 
 
 def test_draining_finishes_and_refuses() -> None:
