@@ -50,7 +50,7 @@ def test_what_is_written(scheme: str, targets: tuple[str, ...], base: Path, tmp_
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     cache = {"kv_cache_scheme": "static"} if targets else {}
     assert config == {"quant_method": "fp8", "activation_scheme": scheme, "ignored_layers": ["lm_head"], **cache}
-    loaded = fewbit.load(tmp_path / "out")
+    loaded = fewbit.load(tmp_path / "out", kernels="reference")  # others round weights elsewhere
     assert torch.equal(small.logits(loaded), small.logits(model))
     assert not torch.equal(small.logits(loaded), small.logits(small.model(base, dtype=torch.bfloat16)))
 

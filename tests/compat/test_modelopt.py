@@ -88,7 +88,7 @@ def test_every_preset(name: str, base: Path, tmp_path: Path) -> None:
 def test_in_bf16_with_the_attention_that_transformers_picks(name: str, base: Path, tmp_path: Path) -> None:
     made = quantized(base, name, dtype=torch.bfloat16)
     mtq.export_hf_checkpoint(made, tmp_path)
-    got, want = small.logits(fewbit.load(tmp_path)).float(), small.logits(made).float()
+    got, want = small.logits(fewbit.load(tmp_path, kernels="reference")).float(), small.logits(made).float()
     assert torch.nn.functional.cosine_similarity(got.flatten(), want.flatten(), 0) > 0.999
     assert small.sound(tmp_path)["lm_head.weight"].dtype == torch.bfloat16
 

@@ -58,7 +58,7 @@ def test_modelopt(base: Path, tmp_path: Path) -> None:
 
 
 def agreeing(out: Path, model: Any) -> None:
-    got, want = small.logits(fewbit.load(out)).float(), small.logits(model).float()
+    got, want = small.logits(fewbit.load(out, kernels="reference")).float(), small.logits(model).float()
     assert torch.nn.functional.cosine_similarity(got.flatten(), want.flatten(), 0) > 0.999
 
 

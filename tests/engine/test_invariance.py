@@ -43,11 +43,11 @@ def streams(count: int) -> list[Stream]:
 def logits(model: Any, company: int) -> Tensor:
     """Of the first stream: after its prompt, and after each of three more tokens."""
     runner, held = Paged(model, 5 * len(LENGTHS), 16, None), streams(company)
-    found = [runner.run([Work(s, 0, len(s.tokens)) for s in held])[0][-1]]
+    found = [runner.run([Work(s, 0, len(s.tokens)) for s in held]).each()[0][-1]]
     for token in (7, 8, 9):
         for stream in held:
             stream.tokens.append(token)
-        found.append(runner.run([Work(s, len(s.tokens) - 1, len(s.tokens)) for s in held])[0][-1])
+        found.append(runner.run([Work(s, len(s.tokens) - 1, len(s.tokens)) for s in held]).each()[0][-1])
     return torch.stack(found)
 
 
