@@ -144,7 +144,7 @@ def test_wrong_shape(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
-        ({"activations": "on"}, SpecError, "declared, hardware, off"),
+        ({"activations": "on"}, SpecError, "declared, hardware, fast, off"),
         ({"dtype": "int8"}, SpecError, "float32, bfloat16 or float16"),
         ({"format": "int4"}, SpecError, "known: int8-tensor"),
         ({"format": "fp8-tensor-static"}, UnsupportedError, "need calibration"),
