@@ -17,7 +17,7 @@ from fewbit.files.checkpoint import open_checkpoint
 from tests.files.crash import attempt, die_at, fill_at
 from tests.tiny import llama
 
-CALLS = (*range(1, 30, 4), *range(30, 90, 5))  # the last of them are those that name the files
+CALLS = (*range(1, 30, 4), *range(30, 130, 5))  # the last of them are those that name the files
 
 
 def left(path: Path) -> str:
