@@ -72,7 +72,7 @@ def serve(
     enforce_eager: Annotated[bool | None, flag("--enforce-eager", help="No CUDA graphs.")] = None,
     trust_remote_code: Annotated[bool | None, flag("--trust-remote-code", help="Run code in the checkpoint.")] = None,
     seed: Annotated[Count, flag("--seed", help="For requests that name none.")] = None,
-    kernels: Annotated[Name, flag("--kernels", help="auto, or reference.")] = None,
+    kernels: Annotated[Name, flag("--kernels", help="auto, or a kernel's name: reference, triton ...")] = None,
     activations: Annotated[Name, flag("--activations", help="hardware, declared, fast or off.")] = None,
     strict_activations: Strict = None,
     emulate_activations: Annotated[bool | None, flag("--emulate-activations", help="In software there.")] = None,

@@ -131,6 +131,8 @@ def load(config: EngineConfig, group: Group | None = None) -> Loaded:
 def loaded(config: EngineConfig, device: torch.device, format: str | None, group: Group | None) -> Loaded:
     if group is not None and device.type == "cuda":
         device = torch.device("cuda", group.rank)
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton launches on the current one
     dtype = dtype_of(config, device)
     with progress("loading") as tell:
         model: Any = build.load(

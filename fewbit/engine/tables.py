@@ -39,6 +39,3 @@ class Tables:
     def _forget(self, streams: set[Stream]) -> None:
         for stream in [s for s in self._held if not s.pages and s not in streams]:
             self._free.append(self._held.pop(stream)[0])
-
-    def count(self) -> int:
-        return len(self._held)
