@@ -43,5 +43,6 @@ def _read(device: torch.device, count: Tensor) -> int:
 
 def count_of(device: torch.device) -> Tensor:
     if device not in _COUNTS:
-        _COUNTS[device] = torch.zeros((), dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # whoever counts first, everybody can count
+            _COUNTS[device] = torch.zeros((), dtype=torch.int64, device=device)
     return _COUNTS[device]

@@ -86,6 +86,7 @@ def test_select_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not on cpu" in refused[0][1] and refused[1][1] == "no weight of this kind" and "float32" in refused[2][1]
     with pytest.raises(UnsupportedError, match="picky: no weight of this kind"):
         select("linear", FORMATS["int4-g32"], CPU, torch.float32, "picky")
+    monkeypatch.undo()
     registry.kernels.cache_clear()
 
 

@@ -28,3 +28,12 @@ def test_dynamic() -> None:
         assert form is not None
         saturation.rounded(torch.randn(3, 64) * 1e6, form, {})
     assert saturation.total() == before
+
+
+def test_counted_first_in_inference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saturation, "_COUNTS", {})
+    x, planes = torch.full((1, 2), 1e5), {"scale0": torch.full((1, 1), 2.0)}
+    with torch.inference_mode():
+        saturation.rounded(x, TENSOR_FP8, planes)
+    saturation.rounded(x, TENSOR_FP8, planes)
+    assert saturation.total() == 4

@@ -1,5 +1,7 @@
 """A kernel that takes the planes over: one copy in memory, and what needs the planes says so."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,15 +21,23 @@ def takes(q: Quantized, dtype: torch.dtype) -> Decoded:
     return Decoded(emptied(q), decode(q.weight).to(dtype))
 
 
-def test_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def taker(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The first kernel of all is one that takes planes over, until the test ends."""
     taker = Kernel("taker", "linear", (), FLOATS, lambda *_: None, takes, torch_decoded.run_linear, owns=True)
     monkeypatch.setattr(registry, "KERNELS", (taker, *registry.KERNELS))
     registry.kernels.cache_clear()
+    yield
+    monkeypatch.undo()
+    registry.kernels.cache_clear()
+
+
+@pytest.mark.usefixtures("taker")
+def test_taken_over() -> None:
     q = Quantized(FORMATS["int4-g32"], encode(torch.randn(16, 64), FORMATS["int4-g32"].weight))
     want: Tensor = decode(q.weight)
     host = Linear.of(nn.Linear(64, 16, bias=False, device="meta"))
     host.bind((q,), Options())
-    registry.kernels.cache_clear()
     x = torch.randn(3, 64)
     assert torch.equal(host(x), x @ want.T)
     assert host.parts[0].quantized.weight.device.type == "meta"
