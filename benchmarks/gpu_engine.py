@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from gpu_ptq import make
+from random_llama import make
 
 from fewbit import LLM, SamplingParams
 
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--options", type=json.loads, default={}, help="more options of LLM, as JSON")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d ms %(message)s")
-    model = make(given.folder / "model", given.layers, "cuda")
+    model = make(given.folder / "model", "8b", given.layers, "cuda")
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
     for name in given.rows.split(","):
         try:
