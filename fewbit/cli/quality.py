@@ -75,4 +75,31 @@ def _pair(text: str, flag: str) -> tuple[str, str]:
     return parts[0], parts[1]
 
 
-VERBS = (eval_, diff)
+def certify(
+    formats: Annotated[
+        list[str] | None, typer.Argument(metavar="[FORMAT]...", help="Rows of the table; none: all.")
+    ] = None,
+    device: Device = "cpu",
+    kernel: Annotated[list[str] | None, typer.Option("--kernel", help="This kernel alone; may be repeated.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The table as docs/certificate.md has it.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Prove that kernels compute what is emulated: values, rounded inputs, sums; exit code 1 where one does not."""
+    from fewbit.workflows.certify import COLUMNS, cells, render, writable
+    from fewbit.workflows.certify import certify as run
+
+    names = formats or writable()
+    found = [one for name in progress(names, "certify") for one in run([name], device, kernel or ())]
+    if as_json:
+        print(json.dumps([one.to_json() for one in found], indent=2))
+    elif markdown:
+        print(render(found))
+    else:
+        table(f"Certificates on {device}", [*COLUMNS, "error", "verdict"],
+              [(*cells(c), f"{c.error:.1e}", "holds" if c.ok else "DOES NOT HOLD") for c in found])  # fmt: skip
+    if not found:
+        raise typer.Exit(1)
+    raise typer.Exit(0 if all(one.ok for one in found) else 1)
+
+
+VERBS = (eval_, diff, certify)
