@@ -17,6 +17,7 @@ def inspect(
     kernels: Annotated[bool, typer.Option("--kernels", help="Show refused kernels and why.")] = False,
     device: Annotated[str, typer.Option(help="Choose kernels for this device.")] = "cpu",
     activations: Annotated[str, typer.Option(help="As a server is asked: hardware, declared, fast, off.")] = "hardware",
+    fusion: Annotated[bool, typer.Option("--fusion", help="Show what is fused, as its twin proves it.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show what a checkpoint is: dialect, formats, sizes, what is left dense and which rule says so."""
@@ -24,8 +25,13 @@ def inspect(
     from fewbit.workflows.inspect import size, summary
 
     info = run(model, device, activations)
+    fused = None
+    if fusion:
+        from fewbit.workflows.inspect_fusion import fusion as fusing
+
+        fused = fusing(model)
     if as_json:
-        print(json.dumps(info.to_json(), indent=2))
+        print(json.dumps(info.to_json() | ({"fusion": fused.to_json()} if fused else {}), indent=2))
         return
     print(f"{info.path}: {info.architecture} ({info.model_type}), {info.parameters / 1e6:.1f}M parameters")
     print(f"dialect {info.dialect}  [{info.evidence}]")
@@ -53,6 +59,8 @@ def inspect(
         print(f"kernel on {device}: {kernel}" + ("" if invariant else " (a row's last bits may depend on the batch)"))
         for reason in refused if kernels else ():
             print(f"  not {reason}")
+    if fused:
+        print(f"\nFusion\n{fused}")
 
 
 def verify(model: Model, as_json: Json = False) -> None:
