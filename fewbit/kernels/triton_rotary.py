@@ -84,8 +84,9 @@ def _rotate(
 
 def takes(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, width: int, heads: int) -> bool:
     """Whether the kernel runs on them."""
-    tensors = (q, k, cos, sin)
-    if any(x.dtype != q.dtype or not x.is_cuda or x.stride(-1) != 1 for x in tensors) or q.dtype not in FLOATS:
+    if any(not x.is_cuda or x.stride(-1) != 1 for x in (q, k, cos, sin)) or q.dtype not in FLOATS:
+        return False
+    if k.dtype != q.dtype or cos.dtype != sin.dtype or cos.dtype not in (q.dtype, torch.float32):
         return False
     if q.dim() != 4 or k.dim() != 4 or cos.dim() != 3 or cos.shape != sin.shape or heads not in (1, 2):
         return False

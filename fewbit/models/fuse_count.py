@@ -95,7 +95,7 @@ def layers(model: Any) -> int:
         for target, name, function in (
             (norm, "norm", count.one(norm.norm)), (glu, "act_mul", count.one(glu.act_mul)),
             (rotary, "rotate", count.one(rotary.rotate)), (experts, "stays_on_device", lambda *_: True),
-            (experts, "project", count.one(projected)),
+            (experts, "project", count.one(projected)), (experts, "kernel", lambda: Routed(count)),
         ):  # fmt: skip
             stack.enter_context(patch.object(target, name, function))
         hf.register_attention(OTHERS, count.one(attention.forward, 0))
@@ -115,6 +115,23 @@ def projected(host: Any, name: str, x: Tensor, rows: Tensor) -> Tensor:
     numbers = rows.tolist()
     y = PROJECT(host, name, x[: sum(numbers)], numbers)
     return torch.cat([y, y.new_zeros(len(x) - len(y), y.shape[-1])])
+
+
+class Routed:
+    """What kernels.triton_route does, one launch each."""
+
+    def __init__(self, count: Count):
+        self.route, self.combine = count.one(self.routed), count.one(self.combined)
+
+    @staticmethod
+    def routed(choices: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+        order = choices.flatten().argsort(stable=True)
+        rows = torch.bincount(choices.flatten(), minlength=experts)[:experts]
+        return order // choices.shape[-1], order.argsort(), rows
+
+    @staticmethod
+    def combined(y: Tensor, choices: Tensor, place: Tensor, weights: Tensor, experts: int, dtype: Any) -> Tensor:
+        return (y[place].view(*choices.shape, -1) * weights[..., None]).sum(1).to(dtype)
 
 
 PROJECT = experts.project

@@ -22,6 +22,9 @@ from fewbit.modules.rotary import FORMS, RotaryForm
 
 LIMIT = 1e-6  # relative, in float32
 HEAD = 16
+Types = tuple[torch.dtype, torch.dtype]
+ALIKE = tuple((dtype, dtype) for dtype in (torch.float32, torch.bfloat16))
+MIXED = ((torch.bfloat16, torch.float32),)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -72,6 +75,20 @@ def glu_form(module: nn.Module, names: Sequence[str], width: int) -> GluForm | s
     return "it rounds 16-bit values better than the kernel would"
 
 
+@torch.no_grad()
+def gate_form(stack: Any) -> GluForm | str:
+    """What a stack of experts does between its projections, if that is act(gate) * up of two halves."""
+    x = random(6, 64)
+    wanted, rounded = stack._apply_gate(x), stack._apply_gate(x.bfloat16())
+    for act in ACTIVATIONS:
+        for last in (False, True):
+            halves = [t.chunk(2, -1)[:: -1 if last else 1] for t in (x, x.bfloat16())]
+            got, narrow = (glu.act_mul(*pair, act) for pair in halves)
+            if close(got, wanted) and same(narrow, rounded):
+                return GluForm(act, "gate_up_proj", "", "down_proj", last)
+    return "its values are those of no gate that is known"
+
+
 def glu_forms(module: nn.Module, names: Sequence[str]) -> Iterator[GluForm]:
     sizes = {name: (m.in_features, m.out_features) for name in names if (m := getattr(module, name))}
     for act in ACTIVATIONS:
@@ -87,16 +104,14 @@ def glu_forms(module: nn.Module, names: Sequence[str]) -> Iterator[GluForm]:
 def rotary_form(function: Callable[..., Any], axis: str) -> RotaryForm | str:
     """axis: the name of the argument that says which axis counts heads, "" for none."""
     for form in FORMS:
-        if agrees(function, axis, form, HEAD, (torch.float32, torch.bfloat16)):
-            part = agrees(function, axis, form, HEAD // 2, (torch.float32, torch.bfloat16))
-            return replace(form, partial=part)
+        if agrees(function, axis, form, HEAD, ALIKE):
+            part = agrees(function, axis, form, HEAD // 2, ALIKE)
+            return replace(form, partial=part, mixed=agrees(function, axis, form, HEAD, MIXED))
     return "its values are those of no rotary embedding that is known"
 
 
-def agrees(
-    function: Callable[..., Any], axis: str, form: RotaryForm, width: int, dtypes: Sequence[torch.dtype]
-) -> bool:
-    """Whether a function turns `width` channels of HEAD as the form does."""
+def agrees(function: Callable[..., Any], axis: str, form: RotaryForm, width: int, dtypes: Sequence[Types]) -> bool:
+    """Whether a function turns `width` channels of HEAD as the form does. dtypes: of q and k, and of the tables."""
     entries = width // 2 if form.table == "short" else width
     q, k, cos, sin = (
         random(2, 5, 4, HEAD),
@@ -104,9 +119,9 @@ def agrees(
         random(2, 5, entries),
         random(2, 5, entries, seed=2),
     )
-    for heads, dtype in ((h, d) for h in ((1, 2) if axis else (1,)) for d in dtypes):
+    for heads, (dtype, wide) in ((h, d) for h in ((1, 2) if axis else (1,)) for d in dtypes):
         given = [t.to(dtype) for t in ((q, k) if heads == 2 else (q.transpose(1, 2), k.transpose(1, 2)))]
-        tables = [t.to(dtype) for t in (cos, sin)]
+        tables = [t.to(wide) for t in (cos, sin)]
         try:
             wanted = function(*given, *tables, **({axis: heads} if axis else {}))
         except (RuntimeError, IndexError):  # shapes that it is not for

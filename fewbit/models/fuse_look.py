@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fewbit.models import twin
-from fewbit.models.fuse_forms import glu_form, norm_form, rotary_form
+from fewbit.models.fill import is_stack
+from fewbit.models.fuse_forms import gate_form, glu_form, norm_form, rotary_form
 from fewbit.models.fuse_values import Called, Decision, Rewrite, Siblings, Signature
 from fewbit.modules.linear import Linear
 
@@ -99,6 +100,8 @@ def norm(found: Seen) -> Rewrite | Decision | None:
 
 
 def glu(found: Seen) -> Rewrite | Decision | None:
+    if is_stack(found.module):
+        return rewrite(found.module, gate_form(found.module), "glu") if found.module.has_gate else None
     names = [name for name, child in found.module.named_children() if isinstance(child, Linear)]
     if len(names) not in (2, 3) or not found.plain or any(True for _ in found.module.parameters(recurse=False)):
         return None

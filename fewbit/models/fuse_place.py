@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from fewbit.errors import UnsupportedError
+from fewbit.models.fill import is_stack
 from fewbit.models.fuse_values import Called, Decision, Form, Rewrite, Siblings
-from fewbit.modules import glu
+from fewbit.modules import experts, glu
 from fewbit.modules.glu import GluForm
 from fewbit.modules.merged import merge
 from fewbit.modules.norm import Norm, NormForm
@@ -36,6 +37,8 @@ def put(model: nn.Module, path: str, module: nn.Module, form: Form, holders: Cou
         siblings(module, form, holders)
     elif isinstance(form, NormForm):
         norm(model, path, module, form, holders)
+    elif isinstance(form, GluForm) and is_stack(module):
+        setattr(module, experts.GATE, form)
     elif isinstance(form, GluForm):
         module.forward = partial(glu.forward, module, form)
     else:

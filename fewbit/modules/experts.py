@@ -6,7 +6,7 @@ parts, since each may have its own format and scales.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol, Self
 
 import torch
@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from fewbit.errors import UnsupportedError
 from fewbit.kernels import triton_runtime
 from fewbit.kernels.triton_experts import run_plain
+from fewbit.modules import glu
+from fewbit.modules.glu import GluForm
 from fewbit.modules.linear import Options, Part, moved, part
 from fewbit.quant.qtensor import QTensor, Quantized, Transform
 from fewbit.quant.spec import Format, describe
 
 ATTRIBUTE = "fewbit_experts"  # where a host holds its Experts
+GATE = "fewbit_gate"  # where a host holds the GluForm that its own gate is
 WATCH = "fewbit_watch"  # where a host holds what watches it: a Watch
 Rows = Sequence[int] | Tensor  # how many rows belong to each expert: numbers, or [E] on the device
 
@@ -105,15 +108,11 @@ def by_host(host: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tenso
 
 def by_device(host: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Rows of each expert as a tensor: no one waits, sizes follow from shapes, and a CUDA graph can hold it all."""
-    choices = top_k_index.reshape(-1).long()
-    order = choices.argsort(stable=True)
-    places = torch.arange(len(order), device=order.device)
-    rows = torch.zeros(host.num_experts + 1, dtype=torch.int64, device=hidden.device)
-    rows = rows.scatter_add_(0, choices.clamp(max=host.num_experts), torch.ones_like(choices))[:-1]
-    x = raised(host, hidden[order // top_k_index.shape[-1]], rows, None)
-    x = lowered(host, x, rows)[torch.empty_like(order).scatter_(0, order, places)]
-    x = x.view(*top_k_index.shape, x.shape[-1]) * top_k_weights[..., None]
-    return x.masked_fill((top_k_index >= host.num_experts)[..., None], 0).sum(1).to(hidden.dtype)
+    run = kernel()
+    token, place, rows = run.route(top_k_index, host.num_experts)
+    x = lowered(host, raised(host, hidden[token], rows, None), rows)
+    y: Tensor = run.combine(x, top_k_index, place, top_k_weights, host.num_experts, hidden.dtype)
+    return y
 
 
 def show_all(host: Any, hidden: Tensor, watch: Watch) -> None:
@@ -128,10 +127,20 @@ def raised(host: Any, x: Tensor, rows: Rows, tell: Callable[[str, Tensor], None]
     if tell is not None:
         tell(up, x)
     x = project(host, up, x, rows)
-    x = host._apply_gate(x) if host.has_gate else host.act_fn(x)
+    x = gated(host, x) if host.has_gate else host.act_fn(x)
     if tell is not None:
         tell("down_proj", x)
     return x
+
+
+def gated(host: Any, x: Tensor) -> Tensor:
+    """x: [S, 2 M] -> [S, M], in one launch on a GPU where `fuse` found what the host's own code does."""
+    form: GluForm | None = getattr(host, GATE, None)
+    if form is None:
+        y: Tensor = host._apply_gate(x)
+        return y
+    gate, up = x.chunk(2, -1)[:: -1 if form.last else 1]
+    return glu.act_mul(gate, up, form.act)
 
 
 def lowered(host: Any, x: Tensor, rows: Rows) -> Tensor:
@@ -211,3 +220,10 @@ def _told(form: Format) -> str:
 
 def _groups(q: Quantized) -> list[dict[str, Tensor]]:
     return [q.weight.planes, q.act, *(t.tensors for t in q.transforms)]
+
+
+@cache
+def kernel() -> Any:
+    from fewbit.kernels import triton_route
+
+    return triton_route

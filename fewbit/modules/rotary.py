@@ -20,7 +20,8 @@ Table = Literal["own", "first", "short"]  # each channel's entry; the first half
 class RotaryForm:
     """reads, writes: the pairs of the input and of the output. wide: computed in float32 and cast at the end.
 
-    partial: the first channels may be turned alone.
+    partial: the first channels may be turned alone. mixed: tables may be float32 where q and k have 16 bits, and all is
+    computed in float32 then.
     """
 
     reads: Pairs = "halves"
@@ -28,6 +29,7 @@ class RotaryForm:
     table: Table = "own"
     wide: bool = False
     partial: bool = True
+    mixed: bool = True
 
     def __str__(self) -> str:
         moved = self.reads if self.reads == self.writes else f"{self.reads} to {self.writes}"
@@ -63,7 +65,9 @@ def fits(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: RotaryForm, heads
     if heads not in (1, 2) or (q.dim(), k.dim(), cos.dim(), sin.dim()) != (4, 4, 3, 3):
         return False
     width, d = form.width(cos), q.shape[-1]
-    alike = q.dtype == k.dtype == cos.dtype == sin.dtype and cos.shape == sin.shape and k.shape[-1] == d
+    tables = (q.dtype, torch.float32) if form.mixed else (q.dtype,)
+    alike = q.dtype == k.dtype and cos.dtype == sin.dtype and cos.dtype in tables
+    alike = alike and cos.shape == sin.shape and k.shape[-1] == d
     return alike and (width == d or (form.partial and width < d))
 
 
@@ -71,7 +75,15 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: RotaryForm, hea
     """q, k: four axes, of which `heads` counts heads; cos, sin: the same without it, [.., R] -> q and k turned."""
     if q.is_cuda and (run := kernel()).takes(q, k, cos, sin, form.width(cos), heads):
         found: tuple[Tensor, Tensor] = run.rotate(
-            q, k, cos, sin, form.reads == "neighbours", form.writes == "neighbours", form.table, form.wide, heads
+            q,
+            k,
+            cos,
+            sin,
+            form.reads == "neighbours",
+            form.writes == "neighbours",
+            form.table,
+            form.wide or cos.dtype != q.dtype,
+            heads,
         )
         return found
     cos, sin = cos.unsqueeze(heads), sin.unsqueeze(heads)
@@ -82,7 +94,7 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, form: RotaryForm) -> Tensor:
     """x: [..., D], cos and sin: [..., R] that broadcast to it; the oracle. y has x's order of axes."""
     width, y = form.width(cos), torch.empty_like(x)
     half = width // 2
-    part, c, s = (t.float() if form.wide else t for t in (x[..., :width], cos, sin))
+    part, c, s = (t.float() if form.wide or cos.dtype != x.dtype else t for t in (x[..., :width], cos, sin))
     a, b = pair(part, form.reads, half)
     (c0, c1), (s0, s1) = (pair(t, form.writes, half) if form.table == "own" else (t[..., :half],) * 2 for t in (c, s))
     out = y[..., :width]

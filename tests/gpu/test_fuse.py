@@ -66,9 +66,9 @@ def test_glu(act: str, dtype: torch.dtype) -> None:
             near(triton_glu.act_mul(up, gate, act), glu.ACTIVATIONS[act](up) * gate, of=4.0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "tables"), [*((d, d) for d in DTYPES), (torch.bfloat16, torch.float32)], ids=str)
 @pytest.mark.parametrize("form", rotary.FORMS, ids=str)
-def test_rotary(form: rotary.RotaryForm, dtype: torch.dtype) -> None:
+def test_rotary(form: rotary.RotaryForm, dtype: torch.dtype, tables: torch.dtype) -> None:
     from fewbit.kernels import triton_rotary
 
     for tokens in (1, 5, 700):
@@ -77,7 +77,7 @@ def test_rotary(form: rotary.RotaryForm, dtype: torch.dtype) -> None:
         for heads, width, batch in ((2, 128, 2), (1, 128, 1), (1, 96, 2)):
             given = (q, k) if heads == 2 else (q.transpose(1, 2), k.transpose(1, 2))
             entries = width // 2 if form.table == "short" else width
-            cos, sin = (random(batch, tokens, entries, dtype=dtype, seed=s) for s in (4, 5))
+            cos, sin = (random(batch, tokens, entries, dtype=tables, seed=s) for s in (4, 5))
             assert triton_rotary.takes(*given, cos, sin, width, heads)
             got = rotary.rotate(*given, cos, sin, form, heads)
             for found, x in zip(got, given, strict=True):

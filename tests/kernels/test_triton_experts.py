@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewbit.kernels import torch_dequant, triton_experts, triton_linear
+from fewbit.kernels import torch_dequant, triton_experts, triton_linear, triton_route
 from fewbit.kernels.registry import KERNELS
 from fewbit.kernels.triton_linear import Tiling
 from fewbit.modules import experts
 from fewbit.modules.experts import ATTRIBUTE, Experts, by_device, by_host
+from fewbit.modules.glu import GluForm
 from fewbit.modules.linear import Options, Part
 from fewbit.quant.formats import FORMATS
 from fewbit.quant.qtensor import Quantized, Transform
@@ -97,6 +98,30 @@ def test_forward_by_device_is_forward_by_host(form: str | None, kind: dict[str, 
     with torch.no_grad():
         got = by_device(host, hidden, index, weights)
         torch.testing.assert_close(got, by_host(host, hidden, index, weights), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("tokens", "k", "count"), [(1, 2, 4), (7, 3, 5), (40, 4, 60), (0, 2, 4)])
+def test_route_and_back(tokens: int, k: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_route, "BLOCK", 32)
+    draw = torch.Generator().manual_seed(tokens)
+    choices = torch.randint(0, count + 3, (tokens, k), generator=draw)  # from count on: of no expert
+    token, place, rows = triton_route.route(choices, count)
+    order = choices.flatten().clamp(max=count).argsort(stable=True)
+    assert torch.equal(token, order // k) and torch.equal(place[order], torch.arange(tokens * k))
+    assert torch.equal(rows, torch.bincount(choices.flatten(), minlength=count)[:count])
+    y, weights = torch.randn(tokens * k, 70), torch.randn(tokens, k)
+    y[int(rows.sum()) :] = float("nan")  # rows of none are undefined
+    got = triton_route.combine(y, choices, place, weights, count, torch.bfloat16)
+    terms = (y[place].view(tokens, k, 70) * weights[..., None]).where(choices[..., None] < count, 0.0)
+    torch.testing.assert_close(got, terms.sum(1).bfloat16())
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_gate_in_one_launch(last: bool) -> None:
+    host, x = Host(), torch.randn(6, 2 * M)
+    halves = x.chunk(2, -1)[:: -1 if last else 1]
+    setattr(host, experts.GATE, GluForm("gelu", "gate_up_proj", "", "down_proj", last))
+    assert torch.equal(experts.gated(host, x), torch.nn.functional.gelu(halves[0]) * halves[1])
 
 
 def test_norm_after_the_experts() -> None:

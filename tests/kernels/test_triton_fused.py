@@ -88,8 +88,8 @@ def test_glu_in_large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("form", rotary.FORMS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rotary(form: rotary.RotaryForm, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "tables"), [*((d, d) for d in DTYPES), (torch.bfloat16, torch.float32)], ids=str)
+def test_rotary(form: rotary.RotaryForm, dtype: torch.dtype, tables: torch.dtype) -> None:
     from fewbit.kernels import triton_rotary
 
     packed = random(2, 3, 9, 16, dtype=dtype)
@@ -98,9 +98,9 @@ def test_rotary(form: rotary.RotaryForm, dtype: torch.dtype) -> None:
         q, k = (t.transpose(1, 2) for t in (q, k))
         for width, batch in ((16, 2), (12, 1)):
             entries = width // 2 if form.table == "short" else width
-            cos, sin = (random(batch, 3, entries, dtype=dtype, seed=s) for s in (4, 5))
+            cos, sin = (random(batch, 3, entries, dtype=tables, seed=s) for s in (4, 5))
             got = triton_rotary.rotate(q, k, cos, sin, form.reads == "neighbours", form.writes == "neighbours",
-                                       form.table, form.wide, heads)  # fmt: skip
+                                       form.table, form.wide or tables != dtype, heads)  # fmt: skip
             for found, x in zip(got, (q, k), strict=True):
                 near(found, rotary.turned(x, cos.unsqueeze(heads), sin.unsqueeze(heads), form), of=4.0)
                 assert found.stride() == (x + 0).stride()

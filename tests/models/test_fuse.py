@@ -24,7 +24,7 @@ TYPES: tuple[tuple[str, int, int, int, int], ...] = (
     ("qwen3", 2, 4, 1, 1),
     ("gemma3_text", 2, 6, 1, 1),
     ("phi3", 0, 2, 1, 1),
-    ("mixtral", 1, 2, 0, 1),
+    ("mixtral", 1, 2, 1, 1),
     ("gpt_oss", 1, 2, 0, 1),
     ("glm4", 1, 4, 1, 1),
     ("olmo2", 2, 4, 1, 1),

@@ -14,13 +14,20 @@ from tests.tiny import llama
 
 # (plain, fused); a profile on an H200 gave 37, 53 and 81 for llama, qwen3 and gemma3
 SEEN = {"llama": (37, 10), "qwen3": (53, 12), "gemma3_text": (81, 14), "phi3": (36, 10), "mistral": (37, 10),
-        "gemma2": (61, 12), "qwen2": (40, 11), "granite": (39, 12), "cohere2": (37, 9), "glm4": (59, 13)}  # fmt: skip
+        "gemma2": (61, 12), "qwen2": (40, 11), "granite": (39, 12), "cohere2": (37, 9), "glm4": (59, 13),
+        "olmo2": (55, 12)}  # fmt: skip
+EXPERTS = {"mixtral": 19, "qwen3_moe": 20}  # fused, at most
 
 
 @pytest.mark.parametrize("name", SEEN)
 def test_dense(name: str) -> None:
     found = counted(AutoConfig.for_model(name))
     assert (found.plain, found.fused) == SEEN[name]
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts(name: str) -> None:
+    assert counted(AutoConfig.for_model(name)).fused <= EXPERTS[name]
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])

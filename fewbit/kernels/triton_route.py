@@ -1,0 +1,68 @@
+"""From a router's choices to rows sorted by expert and back, each in one launch. Only the device knows the counts."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024  # choices looked at together
+
+
+@triton.jit
+def _route(choices_at, token_at, place_at, rows_at, size, experts, k, BLOCK: tl.constexpr):
+    """One expert each: where its rows begin, and which they are. The last program is for choices of none."""
+    mine = tl.program_id(0)
+    before = 0
+    for start in range(0, size, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        choice = tl.minimum(tl.load(choices_at + at, at < size, experts + 1).to(tl.int32), experts + 1)
+        before += tl.sum(((choice < mine) & (at < size)).to(tl.int32), 0)
+    found = 0
+    for start in range(0, size, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        choice = tl.load(choices_at + at, at < size, 0).to(tl.int32)
+        here = (tl.minimum(choice, experts) == mine) & (at < size)
+        place = before + found + tl.cumsum(here.to(tl.int32), 0) - 1
+        tl.store(token_at + place, (at // k).to(tl.int64), here)
+        tl.store(place_at + at, place.to(tl.int64), here)
+        found += tl.sum(here.to(tl.int32), 0)
+    if mine < experts:
+        tl.store(rows_at + mine, found.to(tl.int64))
+
+
+@triton.jit
+def _combine(y_at, choices_at, place_at, weights_at, out_at, n, experts, K: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for j in tl.static_range(K):
+        place = tl.load(place_at + token * K + j)
+        known = tl.load(choices_at + token * K + j) < experts
+        weight = tl.load(weights_at + token * K + j).to(tl.float32)
+        total += weight * tl.load(y_at + place * n + at, known & (at < n), 0.0).to(tl.float32)
+    tl.store(out_at + token * n + at, total.to(out_at.dtype.element_ty), at < n)
+
+
+def route(choices: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """choices: [T, k] -> the token of each sorted row [S], the row of each choice [S], rows of each expert [E].
+
+    Rows of one expert keep the order of their tokens; a choice of `experts` or above comes last.
+    """
+    size, device = choices.numel(), choices.device
+    token, place = (torch.empty(size, dtype=torch.int64, device=device) for _ in range(2))
+    rows = torch.empty(experts, dtype=torch.int64, device=device)
+    block = min(BLOCK, triton.next_power_of_2(max(size, 16)))
+    _route[(experts + 1,)](choices.contiguous(), token, place, rows, size, experts, max(1, choices.shape[-1]), block)
+    return token, place, rows
+
+
+def combine(y: Tensor, choices: Tensor, place: Tensor, weights: Tensor, experts: int, dtype: torch.dtype) -> Tensor:
+    """y: [S, H] sorted by expert, weights: [T, k] -> each token's weighted sum [T, H], added up in float32."""
+    tokens, k = choices.shape
+    n = y.shape[-1]
+    out = torch.empty(tokens, n, dtype=dtype, device=y.device)
+    if out.numel():
+        block = min(BLOCK, triton.next_power_of_2(n))
+        grid = (tokens, triton.cdiv(n, block))
+        _combine[grid](y.contiguous(), choices.contiguous(), place, weights.contiguous(), out, n, experts, k, block)
+    return out
