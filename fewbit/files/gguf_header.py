@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fewbit.errors import CheckpointError
-from fewbit.files.disk import LIMIT, DiskFile, checked_bits, short
+from fewbit.files.disk import DiskFile, checked_bits, short
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -269,14 +269,11 @@ def tensor_bytes(ggml_type: int, shape: Sequence[int], what: str) -> int:
     if ggml_type not in GGML_TYPES:
         raise CheckpointError(f"{what}: tensor type {ggml_type} is unknown; known are {', '.join(GGML_IDS)}")
     name, block, block_bytes = GGML_TYPES[ggml_type]
-    count = checked_bits(shape, 8, what) // 8
+    checked_bits(shape, 8, what)
     row = shape[-1] if shape else 1
     if row % block:
         raise CheckpointError(f"{what}: a row of {row} elements does not divide into {name} blocks of {block}")
-    nbytes = count // block * block_bytes
-    if nbytes > LIMIT:
-        raise CheckpointError(f"{what}: {name} {list(shape)} takes {nbytes} bytes, which overflows 63 bits")
-    return nbytes
+    return checked_bits((*shape[:-1], row // block * block_bytes), 8, f"{what}, in bytes") // 8
 
 
 def _place(tensors: dict[str, GGUFTensor], cursor: _Cursor, alignment: int) -> dict[str, GGUFTensor]:

@@ -340,6 +340,7 @@ GGUF: list[tuple[str, Make, tuple[str, ...]]] = [
     ("F7-product-wraps", with_tensors(info("a", [2**32, 2**32, 2])), ("'a'", "overflows")),
     ("F7-product-wraps-past-zero", with_tensors(info("a", [2**62, 0, 8])), ("'a'", "overflows")),
     ("F7-bytes-overflow", with_tensors(info("a", [2**62], 28)), ("'a'", "overflows")),
+    ("F7-bytes-overflow-of-nothing", with_tensors(info("a", [2, 2**59 + 1, 0], 28)), ("'a'", "overflows")),
     ("F7-tensor-type", with_tensors(info("a", [32], 4)), ("'a'", "type 4")),
     ("F7-tensor-type-huge", with_tensors(info("a", [32], 2**32 - 1)), ("'a'", "type")),
     ("F7-part-block", with_tensors(info("a", [33], 8)), ("'a'", "blocks of 32")),
