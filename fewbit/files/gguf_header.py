@@ -4,6 +4,7 @@ Counts and lengths are compared with the bytes that are left. Tensor data must f
 header, each at the next multiple of the alignment, as llama.cpp demands.
 """
 
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fewbit.errors import CheckpointError
-from fewbit.files.disk import DiskFile, checked_bits, short
+from fewbit.files.disk import LIMIT, DiskFile, checked_bits, short
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -269,11 +270,13 @@ def tensor_bytes(ggml_type: int, shape: Sequence[int], what: str) -> int:
     if ggml_type not in GGML_TYPES:
         raise CheckpointError(f"{what}: tensor type {ggml_type} is unknown; known are {', '.join(GGML_IDS)}")
     name, block, block_bytes = GGML_TYPES[ggml_type]
-    checked_bits(shape, 8, what)
+    count = checked_bits(shape, 8, what) // 8
     row = shape[-1] if shape else 1
     if row % block:
         raise CheckpointError(f"{what}: a row of {row} elements does not divide into {name} blocks of {block}")
-    return checked_bits((*shape[:-1], row // block * block_bytes), 8, f"{what}, in bytes") // 8
+    if math.prod(max(size, 1) for size in shape) // block * block_bytes > LIMIT:  # strides count where nothing is held
+        raise CheckpointError(f"{what}: {name} {list(shape)} overflows 63 bits of bytes")
+    return count // block * block_bytes
 
 
 def _place(tensors: dict[str, GGUFTensor], cursor: _Cursor, alignment: int) -> dict[str, GGUFTensor]:
