@@ -18,8 +18,9 @@ MAY = {
     "kernels": {"errors", "env", "quant"},
     "modules": {"errors", "quant", "kernels"},
     "models": {"errors", "files", "quant", "codecs", "kernels", "modules", "transforms"},
+    "inc": {"errors", "files", "quant", "codecs", "kernels", "modules", "models"},
     "workflows": {"errors", "env", "files", "quant", "codecs", "kernels", "modules", "models", "algos", "transforms"},
-    "engine": {"errors", "env", "quant", "codecs", "kernels", "modules", "models"},
+    "engine": {"errors", "env", "quant", "codecs", "kernels", "modules", "models", "inc"},
     "server": {"errors", "env", "files", "engine", "models", "workflows"},
     "registry": {"errors", "quant", "codecs", "kernels", "algos"},
 }
