@@ -20,6 +20,17 @@ def compiler() -> str:
     return os.environ.get("CXX", "")
 
 
+def quant_config() -> str:
+    """INC's JSON config, "" for none."""
+    return os.environ.get("QUANT_CONFIG", "")
+
+
+def vllm_waits() -> dict[str, str]:
+    """Variables of vLLM on Gaudi that nothing here waits by, where they are set."""
+    names = ("VLLM_SKIP_WARMUP", "VLLM_ENGINE_ITERATION_TIMEOUT_S", "VLLM_RPC_TIMEOUT")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
 def triton_interpreted() -> bool:
     """Triton runs its kernels in Python, on any device: for tests."""
     return os.environ.get("TRITON_INTERPRET", "") == "1"

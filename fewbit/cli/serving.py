@@ -35,7 +35,7 @@ Count = int | None
 Config = Annotated[Path | None, typer.Option("--config", help="A YAML file of flags.", is_eager=True,
                                                 callback=configured)]  # fmt: skip
 Quantization = Annotated[Name, flag("--quantization", "-q", help=(
-    "The dialect to insist on, or for a dense model a format to quantize to on arrival."))]  # fmt: skip
+    "The dialect to insist on, a format to quantize a dense model to on arrival, or inc (QUANT_CONFIG)."))]  # fmt: skip
 Prefixes = Annotated[bool | None, flag("--enable-prefix-caching/--no-enable-prefix-caching", help=(
     "Keep the KV cache of prompts that begin alike."))]  # fmt: skip
 Strict = Annotated[bool | None, flag("--strict-activations", help=(
@@ -57,9 +57,15 @@ def serve(
     served_model_name: Annotated[Words, flag("--served-model-name", help="What clients call it.")] = None,
     tokenizer: Annotated[Name, flag("--tokenizer", help="A folder with a tokenizer, instead of the model's.")] = None,
     quantization: Quantization = None,
+    quant_config: Annotated[
+        Name, flag("--quant-config", help="INC's JSON, instead of what QUANT_CONFIG names.")
+    ] = None,
+    weights_load_device: Annotated[
+        Name, flag("--weights-load-device", help="cpu: where weights are quantized.")
+    ] = None,
     dtype: Annotated[Name, flag("--dtype", help="auto, float32, bfloat16 or float16.")] = None,
     device: Annotated[Name, flag("--device", help="auto, cpu, cuda ...")] = None,
-    kv_cache_dtype: Annotated[Name, flag("--kv-cache-dtype", help="auto, bfloat16, fp8 ...")] = None,
+    kv_cache_dtype: Annotated[Name, flag("--kv-cache-dtype", help="auto, bfloat16, fp8, fp8_inc ...")] = None,
     max_model_len: Annotated[Name, flag("--max-model-len", help="Longest context in tokens; 8k, 32K.")] = None,
     gpu_memory_utilization: Annotated[float | None, flag("--gpu-memory-utilization", help="A share.")] = None,
     kv_cache_memory_bytes: Annotated[Name, flag("--kv-cache-memory-bytes", help="Size of the KV cache: 2GB.")] = None,
@@ -143,4 +149,13 @@ def text_of(path: Path) -> str:
 
 
 VERBS = (serve,)
-SETTINGS = {serve: {"token_normalize_func": lambda name: name.replace("_", "-")}}  # vLLM takes both spellings
+SPELT = {"tensor-paralel-size": "tensor-parallel-size"}  # as vLLM's page on INC has it
+
+
+def spelling(name: str) -> str:
+    """Of a flag: vLLM takes dashes and underscores."""
+    name = name.replace("_", "-")
+    return SPELT.get(name, name)
+
+
+SETTINGS = {serve: {"token_normalize_func": spelling}}

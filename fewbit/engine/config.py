@@ -14,7 +14,9 @@ class EngineConfig:
     served_model_name: tuple[str, ...] = ()
     device: str = "auto"
     dtype: str = "auto"
-    quantization: str | None = None  # the checkpoint's dialect, or a format to quantize to on arrival
+    quantization: str | None = None  # the checkpoint's dialect, a format to quantize to on arrival, or inc
+    quant_config: str | None = None  # INC's JSON; None: the one that QUANT_CONFIG names
+    weights_load_device: str | None = None  # where float weights are when they are quantized: cpu
     kernels: str = "auto"
     activations: str = "hardware"
     strict_activations: bool = False  # an error where the device lacks what the checkpoint rounds activations to
@@ -39,6 +41,11 @@ class EngineConfig:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes"):
             if getattr(self, name) is not None:
                 self._at_least(name, 1)
+        if self.weights_load_device not in (None, "cpu"):
+            raise RequestError(
+                f"weights_load_device={self.weights_load_device!r}: cpu is the one value; weights are read and "
+                "quantized there one at a time, and go to the device as they are then"
+            )
         if not 0 < self.gpu_memory_utilization <= 1:
             raise RequestError(f"gpu_memory_utilization={self.gpu_memory_utilization}: want a share, above 0 up to 1")
 

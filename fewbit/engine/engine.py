@@ -269,7 +269,8 @@ class Engine:
         return delta
 
     def facts(self) -> dict[str, Any]:
-        return facts(self.loaded.model, self.loaded.cache_dtype)
+        found = facts(self.loaded.model, self.loaded.cache_dtype)
+        return found if self.loaded.session is None else found | {"inc": self.loaded.session.facts()}
 
     def stats(self) -> Stats:
         now = self.counters
@@ -281,9 +282,12 @@ class Engine:
         return now
 
     def shutdown(self) -> None:
-        """Free the model and the cache."""
+        """Free the model and the cache. What INC's MEASURE has seen is written first."""
         for request_id in list(self._streams):
             self.abort(request_id)
         self._begun = None
-        self.runner.free()
-        self.loaded.free()
+        try:
+            self.loaded.finish()
+        finally:
+            self.runner.free()
+            self.loaded.free()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fewbit.kernels.registry import kernels
-from fewbit.modules.attention import KV
+from fewbit.modules.attention import INSIDE, KV
 from fewbit.modules.linear import Linear, Part
 from fewbit.quant.formats import name_of
 from fewbit.quant.spec import describe
@@ -24,7 +24,9 @@ def facts(model: nn.Module, cache: torch.dtype | None) -> dict[str, Any]:
         if type(module) is Linear and not module.parts and module.weight is not None:
             counts["dense", _short(module.weight.dtype)] += 1  # slices of a merged one are counted with the whole
     rows = [{"kernel": k, "format": f, "modules": n} for (k, f), n in sorted(counts.items())]
-    return {"kernels": rows, **_cache(model, cache)}
+    inside = sorted({str(held) for module in model.modules() if (held := getattr(module, INSIDE, None)) is not None})
+    attention = {"attention": f"{'; '.join(inside)} (exactly, in plain torch)"} if inside else {}
+    return {"kernels": rows, **_cache(model, cache), **attention}
 
 
 def said(rows: Iterable[dict[str, Any]]) -> list[str]:

@@ -76,6 +76,7 @@ class Paged:
         self.keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.tables = Tables(streams, -(-self.reach // size), self.device) if self.device.type == "cuda" else None
         self.graphs: Graphs | None = None
+        self.exact = False  # no rows beyond the last text, which somebody who watches would take for text
 
     def capture(self, tell: Callable[[int, int], None]) -> None:
         """Record a CUDA graph for each of some counts of decoding streams. tell: (how many are done, of how many)."""
@@ -101,7 +102,7 @@ class Paged:
     def _eager(self, batch: Batch, flight: Flight | None) -> Tensor:
         """Rows beyond the last text make the count a rounder one; what they write goes to a slot that nobody reads."""
         whole, asked = len(batch.ids), len(batch.asked)
-        cpu = self.device.type == "cpu"
+        cpu = self.device.type == "cpu" and not self.exact
         extra, more = (rounder(whole) - whole, rounder(asked) - asked) if cpu else (0, 0)
         there = partial(sent, dtype=torch.int64, device=self.device)
         ids = there(batch.ids + [0] * extra)

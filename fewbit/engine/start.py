@@ -14,16 +14,19 @@ from rich.progress import Progress
 from torch import nn
 
 from fewbit import codecs
-from fewbit.engine import activations, proof
+from fewbit.engine import activations, gaudi, proof
 from fewbit.engine.config import EngineConfig
 from fewbit.engine.parallel import Lockstep, Team, digest
 from fewbit.engine.parallel_group import Group
 from fewbit.engine.runner import Alone, Paged, Runner
 from fewbit.errors import CheckpointError, RequestError, UnsupportedError
+from fewbit.inc.session import Session
 from fewbit.models import build, hf
 from fewbit.models.text import tokenizer as read_tokenizer
 from fewbit.models.twin import first_line
 from fewbit.modules import paged
+from fewbit.modules.attention import INSIDE
+from fewbit.modules.paged import PLAIN
 from fewbit.quant.formats import FORMATS
 
 if TYPE_CHECKING:
@@ -32,13 +35,13 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("fewbit.engine")
 NAMES = {  # vLLM's names of a checkpoint's dialect, beside our own
     "modelopt-fp4": "modelopt", "modelopt-mxfp8": "modelopt", "awq-marlin": "awq", "gptq-marlin": "gptq",
-    "auto-awq": "awq", "mxfp4-marlin": "mxfp4",
+    "auto-awq": "awq", "mxfp4-marlin": "mxfp4", "inc": "auto-round",
 }  # fmt: skip
 ONLINE = {"fp8": "fp8-tensor", "int8": "int8-channel-a8"}  # vLLM's names of what is quantized on arrival
 CACHES: dict[str, torch.dtype | None] = {
     "auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
     "fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2,
-    "int8": torch.int8,
+    "int8": torch.int8, gaudi.CACHE: None,
 }  # fmt: skip
 DTYPES = {"half": "float16", "float": "float32"}
 CHANGING = ("dynamic", "longrope")  # kinds of rotary tables that depend on the longest text of a batch
@@ -57,6 +60,7 @@ class Loaded:
     vocab: int
     longest: int  # tokens that its positions reach
     team: Team | None = None  # the other ranks
+    session: Session | None = None  # of INC
 
     @property
     def paged(self) -> bool:
@@ -71,13 +75,36 @@ class Loaded:
     def own_runner(self, limits: "Limits") -> Runner:
         """Of this rank."""
         if not self.paged:
+            self.watch()
             return Alone(self.model, proof.cache_of(self.model.config))
-        return Paged(self.model, limits.pages, self.page, self.cache_dtype, apart(self.model), limits.most_running,
+        made = Paged(self.model, limits.pages, self.page, self.cache_dtype, apart(self.model), limits.most_running,
                      limits.max_len)  # fmt: skip
+        made.exact = self.watch()
+        return made
+
+    def watch(self) -> bool:
+        """Begin to measure, where INC's config says so: what ran until now was no text."""
+        if self.session is None or not self.session.measures:
+            return False
+        self.session.watch(self.model)
+        return True
+
+    def finish(self) -> None:
+        """Every rank writes what it has measured."""
+        if self.session is None or self.session.measure is None:
+            return
+        if self.team is not None:
+            self.team.command("finish")
+        self.session.finish()
+        for rank in self.team.ranks if self.team is not None else ():
+            self.team.answer(rank)
 
     def record(self, runner: Any, eager: bool) -> None:
         """CUDA graphs of decoding, where they can be had. One that cannot be recorded is said, and runs without."""
         if eager or self.team is not None or not runner.ahead:
+            return
+        if any(hasattr(module, INSIDE) for module in self.model.modules()):
+            LOG.warning("decoding runs without CUDA graphs: %s", PLAIN)
             return
         try:
             with progress("recording graphs") as tell:
@@ -114,12 +141,13 @@ def load(config: EngineConfig, group: Group | None = None) -> Loaded:
     """group: of a rank beside rank 0; rank 0 starts the others itself."""
     if config.kv_cache_dtype not in CACHES:
         raise RequestError(f"kv_cache_dtype={config.kv_cache_dtype!r}: known are {', '.join(CACHES)}")
-    device, format = torch.device(device_named(config.device)), online(config)
+    session = gaudi.session(config, group)
+    device, format = torch.device(device_named(config.device)), online(config) if session is None else None
     if config.tensor_parallel_size == 1 or group is not None:
-        return loaded(config, device, format, group)
+        return loaded(config, device, format, group, session)
     team = Team(config, device.type)
     try:
-        found = loaded(config, device, format, team.group)
+        found = loaded(config, device, format, team.group, session)
         found.team = team
         team.connect(digest(found.model))
     except BaseException:
@@ -128,19 +156,24 @@ def load(config: EngineConfig, group: Group | None = None) -> Loaded:
     return found
 
 
-def loaded(config: EngineConfig, device: torch.device, format: str | None, group: Group | None) -> Loaded:
+def loaded(
+    config: EngineConfig, device: torch.device, format: str | None, group: Group | None, session: Session | None
+) -> Loaded:
     if group is not None and device.type == "cuda":
         device = torch.device("cuda", group.rank)
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # Triton launches on the current one
-    dtype = dtype_of(config, device)
+    dtype = dtype_of(config, device) if session is None else gaudi.dtype(config, session) or dtype_of(config, device)
+    given = gaudi.given(config, session, device) if session is not None and session.quantizes else {
+        "format": format, "activations": activations.resolved(config, format, device, dtype)}  # fmt: skip
     with progress("loading") as tell:
         model: Any = build.load(
             config.model, device=device, dtype=dtype, kernels=config.kernels,
-            activations=activations.resolved(config, format, device, dtype), format=format,
             trust_remote_code=config.trust_remote_code, attend=proof.attention, ranks=group,
-            fuse=device.type == "cuda", tell=tell,
+            fuse=device.type == "cuda" and (session is None or not session.measures), tell=tell, **given,
         )  # fmt: skip
+    if session is not None and given["activations"] != "off":
+        session.loaded(model)
     try:
         tokenizer = read_tokenizer(config.tokenizer or config.model)
     except CheckpointError:
@@ -148,8 +181,9 @@ def loaded(config: EngineConfig, device: torch.device, format: str | None, group
             raise
         tokenizer = None  # token ids in, token ids out
     text = model.config.get_text_config()
+    longest = int(getattr(text, "max_position_embeddings", None) or 1 << 20)
     return Loaded(model, tokenizer, device, CACHES[config.kv_cache_dtype], config.block_size, ends(model, tokenizer),
-                  text.vocab_size, int(getattr(text, "max_position_embeddings", None) or 1 << 20))  # fmt: skip
+                  text.vocab_size, longest, session=session)  # fmt: skip
 
 
 def dtype_of(config: EngineConfig, device: torch.device) -> str | None:

@@ -98,6 +98,7 @@ class Config:
     interval: int  # samples between dumps; 0: at the end only
     asked_dtype: str | None  # hp_dtype where the file names it
     flags: Mapping[str, bool]
+    keeps: bool  # recalc_scales is false in so many words: scales of an earlier run are taken as they are
 
     def takes(self, names: tuple[str, ...], types: frozenset[str]) -> bool:
         """Whether the lists leave a node to be measured or quantized."""
@@ -126,11 +127,13 @@ def parsed(given: Any, where: str = "QUANT_CONFIG") -> Config:
     stats = given.get("dump_stats_path", "stats")
     if not isinstance(stats, str) or not stats or "\0" in stats:
         raise RequestError(f"{where}: dump_stats_path={stats!r}: want a path; its last part begins the names of files")
+    observer = "shape" if words["mode"] == "SHAPE" else words["observer"]
     config = Config(
-        where, words["mode"], words["observer"], UNITS[words["device_for_scales"], words["fp8_config"]],
+        where, words["mode"], observer, UNITS[words["device_for_scales"], words["fp8_config"]],
         lists["allowlist"], lists["blocklist"], methods, backoffs["input_backoff"], backoffs["weight_backoff"], stats,
         words["measure_exclude"], count(given.get("calibration_sample_interval", 0), where),
         DTYPES[words["hp_dtype"]] if "hp_dtype" in given else None, flags,
+        "recalc_scales" in given and not flags["recalc_scales"],
     )  # fmt: skip
     agrees(config)
     return config
@@ -151,6 +154,9 @@ def agrees(config: Config) -> None:
     if flags["use_qdq"] and any(rule.per != "tensor" for m in config.methods.all for rule in (m.act, m.weight)):
         raise RequestError(f"{where}: use_qdq knows one scale per tensor, and scale_method={config.methods.name} "
                            "has more")  # fmt: skip
+    if config.mode == "QUANTIZE" and config.observer in ("save", "shape"):
+        raise RequestError(f"{where}: observer={config.observer!r} leaves no maxima to make scales of; "
+                           "measure with maxabs or maxabs_per_channel")  # fmt: skip
     if config.mode == "MEASURE" and not any(method.measures for method in config.methods.all):
         raise RequestError(f"{where}: scale_method={config.methods.name} reads no measurements; "
                            "leave it out to measure, or set mode to QUANTIZE")  # fmt: skip

@@ -61,7 +61,8 @@ class Site:
     def names(self) -> tuple[str, ...]:
         """What lists and files may call it."""
         whole = self.kind in ("linear", "row_parallel_linear", "dynamic_moe")
-        return tuple(dict.fromkeys((self.name, canonical(self.name), *(self.paths if whole else ()))))
+        ours = self.paths if whole else tuple(f"{path}.{self.role}" for path in self.paths)
+        return tuple(dict.fromkeys((self.name, canonical(self.name), *ours)))
 
     @property
     def role(self) -> str:

@@ -1,10 +1,11 @@
 """Attention in plain torch, registered with transformers as "fewbit": the oracle for every later attention kernel.
 
 It sees queries and keys after rotary, and the additive mask of transformers' eager path, so padding, sliding windows
-and caches are what they are there. Keys and values may be rounded first: `module.fewbit_kv`.
+and caches are what they are there. Keys and values may be rounded first: `module.fewbit_kv`; what attention makes of
+them on the way may be rounded too, or looked at: `module.fewbit_inside`.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,20 @@ NAME = "fewbit"
 HARMLESS = ("position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k")  # what the mask says already
 KV = "fewbit_kv"  # attribute of an attention module: (spec, planes of k, planes of v)
 WATCH_KV = "fewbit_watch_kv"  # attribute of an attention module: called with (key, value) as they would be cached
+INSIDE = "fewbit_inside"  # attribute of an attention module: an Inside
+
+
+class Inside(Protocol):
+    """What becomes of tensors inside attention. One that only looks gives back what it was given."""
+
+    def queries(self, query: Tensor, scaling: float) -> Tensor:
+        """[B, H, Q, D] -> the same, scaled."""
+
+    def weights(self, weights: Tensor) -> Tensor:
+        """Probabilities: [B, H, Q, T]."""
+
+    def output(self, out: Tensor) -> Tensor:
+        """[B, H, Q, Dv]"""
 
 
 def forward(
@@ -43,11 +58,12 @@ def forward(
     mask = attention_mask[..., : key.shape[-2]] if attention_mask is not None else None
     for more in (position_bias, chosen(indices, key)):
         mask = more if mask is None else mask if more is None else mask + more
-    if softcap is None and s_aux is None:
+    inside: Inside | None = getattr(module, INSIDE, None)
+    if softcap is None and s_aux is None and inside is None:
         gqa = query.shape[1] != key.shape[1]
         out = scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=gqa)
     else:
-        out = explicit(query, key, value, mask, scaling or query.shape[-1] ** -0.5, softcap, s_aux)
+        out = explicit(query, key, value, mask, scaling or query.shape[-1] ** -0.5, softcap, s_aux, inside)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -77,9 +93,12 @@ def explicit(
     scaling: float,
     softcap: float | None,
     sinks: Tensor | None,
+    inside: Inside | None = None,
 ) -> Tensor:
     """Scores written out: soft-capped before the mask; a sink is one more score per head that only takes weight."""
     groups = query.shape[1] // key.shape[1]
+    if inside is not None:
+        query, scaling = inside.queries(query, scaling), 1.0
     scores = query @ key.repeat_interleave(groups, 1).mT * scaling  # [B, H, Q, T]
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
@@ -88,7 +107,10 @@ def explicit(
     if sinks is not None:
         scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1).to(scores)], -1)
     weights = scores.float().softmax(-1).to(value.dtype)[..., : key.shape[-2]]
-    return weights @ value.repeat_interleave(groups, 1)
+    if inside is not None:
+        weights = inside.weights(weights)
+    out = weights @ value.repeat_interleave(groups, 1)
+    return out if inside is None else inside.output(out)
 
 
 def rounded(key: Tensor, value: Tensor, spec: QuantSpec, k: Planes, v: Planes) -> tuple[Tensor, Tensor]:

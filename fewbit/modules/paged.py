@@ -21,11 +21,12 @@ from fewbit.errors import UnsupportedError
 from fewbit.kernels import attend, triton_attention
 from fewbit.kernels.cache import Cache
 from fewbit.kernels.table import Table
-from fewbit.modules.attention import KV, explicit, known_or_raise, rounded
+from fewbit.modules.attention import INSIDE, KV, WATCH_KV, Inside, explicit, known_or_raise, rounded
 
 __all__ = ["NAME", "Cache", "Span", "Step", "Table", "forward", "stepping"]
 NAME = "fewbit-paged"
 How = tuple[float, int | None, float | None, Tensor | None]  # scaling, window, softcap, sinks
+PLAIN = "what attention makes on the way is rounded or watched, which no kernel does"
 
 
 @dataclass(slots=True)
@@ -112,16 +113,19 @@ def forward(
     if step is None or attention_mask is not None or query.shape[0] != 1:
         raise UnsupportedError(f"{type(module).__name__}: its attention does not run on a paged cache")
     known_or_raise(module, others)
+    if (watch := getattr(module, WATCH_KV, None)) is not None:
+        watch(key, value)
     if (kv := getattr(module, KV, None)) is not None:
         key, value = rounded(key, value, *kv)
     cache = step.cache(int(getattr(module, "layer_idx")), key, value)  # noqa: B009
     how = (query.shape[-1] ** -0.5 if scaling is None else scaling), sliding_window, softcap, s_aux
+    inside: Inside | None = getattr(module, INSIDE, None)
     if step.table is not None:
-        step.refused = triton_attention.refusal(query, cache)
+        step.refused = triton_attention.refusal(query, cache) if inside is None else PLAIN
         if step.refused is None:
             return _by_table(query, key, value, cache, step.slots, step.table, how)[None], None
     cache.write(step.slots, key, value)
-    return _by_spans(query, cache, step, how)[None], None
+    return _by_spans(query, cache, step, how, inside)[None], None
 
 
 def _by_table(query: Tensor, key: Tensor, value: Tensor, cache: Cache, slots: Tensor, table: Table, how: How) -> Tensor:
@@ -133,14 +137,14 @@ def _by_table(query: Tensor, key: Tensor, value: Tensor, cache: Cache, slots: Te
     return out
 
 
-def _by_spans(query: Tensor, cache: Cache, step: Step, how: How) -> Tensor:
+def _by_spans(query: Tensor, cache: Cache, step: Step, how: How, inside: Inside | None) -> Tensor:
     out = query.new_zeros(query.shape[2], query.shape[1], cache.value.shape[2])  # rows of no request stay finite
     spans = step.spans
-    if step.few is not None and attend.refusal(query, cache.key, cache.value) is None:
+    if inside is None and step.few is not None and attend.refusal(query, cache.key, cache.value) is None:
         attend.attend(query[0].transpose(0, 1).contiguous(), cache.key, cache.value, out, step.few, *how)
         spans = step.rest
     for span in spans:
-        out[span.start : span.stop] = _attend(query[:, :, span.start : span.stop], cache, span, step, *how)
+        out[span.start : span.stop] = _attend(query[:, :, span.start : span.stop], cache, span, step, *how, inside)
     return out
 
 
@@ -153,6 +157,7 @@ def _attend(
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
+    inside: Inside | None,
 ) -> Tensor:
     """One request: [1, H, Q, D] -> [Q, H, Dv]."""
     count, length, slots = query.shape[2], span.length, span.slots
@@ -162,9 +167,9 @@ def _attend(
     window = window if window is not None and length > window else None
     key, value = cache.read(slots, query.dtype)
     plain = count == 1 and window is None
-    if softcap is not None or sinks is not None:
+    if softcap is not None or sinks is not None or inside is not None:
         mask = None if plain else step.mask(count, length, window, query)
-        return explicit(query, key, value, mask, scaling, softcap, sinks)[0].transpose(0, 1)
+        return explicit(query, key, value, mask, scaling, softcap, sinks, inside)[0].transpose(0, 1)
     gqa = key.shape[1] != query.shape[1]
     whole = count == length and window is None
     mask = None if plain or whole else step.mask(count, length, window, query)

@@ -38,7 +38,8 @@ def test_documented_files(tmp_path: Path) -> None:
 
 SAME: list[tuple[dict[str, Any], str, Any]] = [
     ({"mode": "measure"}, "mode", "MEASURE"), ({"mode": "None"}, "mode", "NONE"), ({"mode": "shape"}, "mode", "SHAPE"),
-    ({"observer": "MAXABS_PER_CHANNEL"}, "observer", "maxabs_per_channel"), ({"observer": "save"}, "observer", "save"),
+    ({"observer": "MAXABS_PER_CHANNEL"}, "observer", "maxabs_per_channel"), ({"mode": "SHAPE"}, "observer", "shape"),
+    ({"mode": "measure", "observer": "SAVE"}, "observer", "save"),
     ({"fp8_config": "e5m2"}, "unit", UNITS["GAUDI3", "E5M2"]), ({"device_for_scales": "gaudi2"}, "unit",
                                                                 UNITS["GAUDI2", "E4M3"]),
     ({"hp_dtype": "fp32"}, "asked_dtype", "float32"), ({"measure_exclude": "none"}, "exclude", "NONE"),
@@ -79,6 +80,7 @@ WRONG: list[tuple[Any, type[FewbitError], str]] = [
     ({"dynamic_quantization": True}, RequestError, "scale_method of tokens: ACT_MAXABS_PCS"),
     ({"use_qdq": True, "scale_method": "maxabs_pcs_pow2"}, RequestError, "one scale per tensor"),
     ({"mode": "MEASURE", "scale_method": "unit_scale"}, RequestError, "reads no measurements"),
+    ({"observer": "save"}, RequestError, "no maxima"),
     ({"mode": "LOAD"}, UnsupportedError, "serve it without QUANT_CONFIG"),
     ({"row_parallel_linear_allreduce_quantization": True}, UnsupportedError, "add up their sums"),
     *(({"scale_method": name}, UnsupportedError, name) for name in REFUSED),

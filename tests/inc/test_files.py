@@ -91,7 +91,7 @@ NAMES = [
     ({}, 0, 1, "", "out/x_hooks_maxabs"), ({}, 1, 2, "", "out/x_hooks_maxabs_1_2"),
     ({}, 0, 2, "MAXABS_HW", "out/x_hooks_maxabs_MAXABS_HW_0_2"),
     ({}, 0, 1, "MAXABS_HW", "out/x_hooks_maxabs_MAXABS_HW"),
-    ({"observer": "shape"}, 0, 1, "", "out/x_hooks_shape"),
+    ({"mode": "SHAPE"}, 0, 1, "", "out/x_hooks_shape"),
     ({"seperate_measure_files": False}, 1, 2, "", "out/x_hooks_maxabs"),
 ]  # fmt: skip
 
