@@ -1,7 +1,7 @@
 """Attention in plain torch, registered with transformers as "fewbit": the oracle for every later attention kernel.
 
 It sees queries and keys after rotary, and the additive mask of transformers' eager path, so padding, sliding windows
-and caches are what they are there. Keys and values may be rounded first: `module.fewbit_kv`.
+and caches are what they are there. Keys and values may be rounded first: `module.fewbit_kv`, `module.fewbit_sides`.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from fewbit.errors import UnsupportedError
-from fewbit.kernels import saturation
+from fewbit.modules.attention_sides import heads, of, weighed
 from fewbit.quant.qtensor import Planes
 from fewbit.quant.spec import QuantSpec
 
@@ -40,14 +40,16 @@ def forward(
         watch(key, value)
     if (kv := getattr(module, KV, None)) is not None:
         key, value = rounded(key, value, *kv)
+    sides = of(module)
+    query, key, value = sides(query, key, value)
     mask = attention_mask[..., : key.shape[-2]] if attention_mask is not None else None
     for more in (position_bias, chosen(indices, key)):
         mask = more if mask is None else mask if more is None else mask + more
-    if softcap is None and s_aux is None:
+    if softcap is None and s_aux is None and not sides.p:
         gqa = query.shape[1] != key.shape[1]
         out = scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=gqa)
     else:
-        out = explicit(query, key, value, mask, scaling or query.shape[-1] ** -0.5, softcap, s_aux)
+        out = explicit(query, key, value, mask, scaling or query.shape[-1] ** -0.5, softcap, s_aux, sides.p)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -77,8 +79,12 @@ def explicit(
     scaling: float,
     softcap: float | None,
     sinks: Tensor | None,
+    p: float = 0.0,
 ) -> Tensor:
-    """Scores written out: soft-capped before the mask; a sink is one more score per head that only takes weight."""
+    """Scores written out: soft-capped before the mask; a sink is one more score per head that only takes weight.
+
+    p: as in Sides.
+    """
     groups = query.shape[1] // key.shape[1]
     scores = query @ key.repeat_interleave(groups, 1).mT * scaling  # [B, H, Q, T]
     if softcap is not None:
@@ -87,17 +93,12 @@ def explicit(
         scores = scores + mask
     if sinks is not None:
         scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1).to(scores)], -1)
+    if p:
+        return weighed(scores, value.repeat_interleave(groups, 1), p, scores.shape[-1] - key.shape[-2])
     weights = scores.float().softmax(-1).to(value.dtype)[..., : key.shape[-2]]
     return weights @ value.repeat_interleave(groups, 1)
 
 
 def rounded(key: Tensor, value: Tensor, spec: QuantSpec, k: Planes, v: Planes) -> tuple[Tensor, Tensor]:
     """Keys and values as a cache of this spec gives them back; planes may have an axis of heads."""
-    return _heads(key, spec, k), _heads(value, spec, v)
-
-
-def _heads(x: Tensor, spec: QuantSpec, planes: Planes) -> Tensor:
-    if all(plane.dim() == 2 for plane in planes.values()):
-        return saturation.rounded(x, spec, planes)
-    each = [saturation.rounded(x[:, h], spec, {n: p[h] for n, p in planes.items()}) for h in range(x.shape[1])]
-    return torch.stack(each, 1)
+    return heads(key, spec, k), heads(value, spec, v)
