@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from fewbit.errors import UnsupportedError
-from fewbit.modules.attention_sides import heads, of, weighed
+from fewbit.modules.attention_sides import Sides, heads, of, weighed
 from fewbit.quant.qtensor import Planes
 from fewbit.quant.spec import QuantSpec
 
@@ -32,6 +32,7 @@ def forward(
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
     indices: Tensor | None = None,
+    sides: Sides | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """query: [B, H, Q, D], key: [B, G, T, D], value: [B, G, T, Dv], mask: additive [B, 1, Q, T] -> [B, Q, H, Dv]."""
@@ -40,7 +41,7 @@ def forward(
         watch(key, value)
     if (kv := getattr(module, KV, None)) is not None:
         key, value = rounded(key, value, *kv)
-    sides = of(module)
+    sides = of(module) if sides is None else sides
     query, key, value = sides(query, key, value)
     mask = attention_mask[..., : key.shape[-2]] if attention_mask is not None else None
     for more in (position_bias, chosen(indices, key)):
@@ -51,6 +52,11 @@ def forward(
     else:
         out = explicit(query, key, value, mask, scaling or query.shape[-1] ** -0.5, softcap, s_aux, sides.p)
     return out.transpose(1, 2).contiguous(), None
+
+
+def is_attention(module: nn.Module) -> bool:
+    """True for a module of transformers' that calls an attention function."""
+    return type(module).__name__.endswith("Attention") and hasattr(module, "layer_idx") and hasattr(module, "config")
 
 
 def known_or_raise(module: nn.Module, others: dict[str, Any]) -> None:
