@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,11 +21,14 @@ from fewbit.engine.parallel_group import Group
 from fewbit.engine.runner import Alone, Paged, Runner
 from fewbit.errors import CheckpointError, RequestError, UnsupportedError
 from fewbit.inc.session import Session
+from fewbit.kernels.registry import EMULATED
 from fewbit.models import build, hf
+from fewbit.models.emulation import read as read_emulation
 from fewbit.models.text import tokenizer as read_tokenizer
 from fewbit.models.twin import first_line
 from fewbit.modules import paged
-from fewbit.modules.attention import INSIDE
+from fewbit.modules.attention import INSIDE, is_attention
+from fewbit.modules.attention_sides import CAST, SIDES, Side, of
 from fewbit.modules.paged import PLAIN
 from fewbit.quant.formats import FORMATS
 
@@ -164,16 +167,17 @@ def loaded(
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # Triton launches on the current one
     dtype = dtype_of(config, device) if session is None else gaudi.dtype(config, session) or dtype_of(config, device)
-    given = gaudi.given(config, session, device) if session is not None and session.quantizes else {
-        "format": format, "activations": activations.resolved(config, format, device, dtype)}  # fmt: skip
+    given = given_to(config, device, dtype, format, session)
     with progress("loading") as tell:
         model: Any = build.load(
-            config.model, device=device, dtype=dtype, kernels=config.kernels,
+            config.model, device=device, dtype=dtype, kernels=kernels_of(config),
             trust_remote_code=config.trust_remote_code, attend=proof.attention, ranks=group,
             fuse=device.type == "cuda" and (session is None or not session.measures), tell=tell, **given,
         )  # fmt: skip
     if session is not None and given["activations"] != "off":
         session.loaded(model)
+    if config.kv_attn_math:
+        multiply_in_fp8(model)
     try:
         tokenizer = read_tokenizer(config.tokenizer or config.model)
     except CheckpointError:
@@ -184,6 +188,37 @@ def loaded(
     longest = int(getattr(text, "max_position_embeddings", None) or 1 << 20)
     return Loaded(model, tokenizer, device, CACHES[config.kv_cache_dtype], config.block_size, ends(model, tokenizer),
                   text.vocab_size, longest, session=session)  # fmt: skip
+
+
+def given_to(
+    config: EngineConfig, device: torch.device, dtype: str | None, format: str | None, session: Session | None
+) -> dict[str, Any]:
+    """What becomes of weights, inputs, keys and values as models.build.load brings them."""
+    if session is not None and session.quantizes:
+        return gaudi.given(config, session, device)
+    emulated = read_emulation(config.emulation) if config.emulation else None
+    how = activations.resolved(config, format, device, dtype)
+    if emulated is None:
+        return {"format": format, "activations": how}
+    return {"format": emulated.arrivals, "kv": emulated.sides, "activations": how}
+
+
+def kernels_of(config: EngineConfig) -> str:
+    return EMULATED if config.emulation and config.kernels == "auto" else config.kernels
+
+
+def multiply_in_fp8(model: Any) -> None:
+    """Queries and probabilities of attention become e4m3 by a cast, as keys and values do in the cache: no scales."""
+    if hf.attention_of(model) != paged.NAME:
+        reason = "the cache of this architecture is transformers' own, and holds no FP8"
+        raise UnsupportedError("kv_attn_math=fp8 cannot be", [reason])
+    held = [module for module in model.modules() if is_attention(module)]
+    for module in held:
+        setattr(module, SIDES, replace(of(module), q=Side(CAST), p=1.0))
+    told = ("attention of %d modules computes as in FP8: keys and values in the cache, queries and probabilities are "
+            "rounded to e4m3 by a cast (scales locked at 1.0); emulated, for products of e4m3 are exact in what "
+            "multiplies them here, and sums are in float32")  # fmt: skip
+    LOG.warning(told, len(held))
 
 
 def dtype_of(config: EngineConfig, device: torch.device) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import nn
 
 from fewbit.models.fill import is_stack
+from fewbit.modules.attention import is_attention
 
 Kind = Literal["linear", "row_parallel_linear", "matmul", "kv_cache", "softmax", "fused_sdpa", "dynamic_moe"]
 
@@ -103,11 +104,6 @@ def sites(model: nn.Module) -> list[Site]:
 
 def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "bind"))
-
-
-def is_attention(module: nn.Module) -> bool:
-    """What transformers hands to attention."""
-    return hasattr(module, "layer_idx") and hasattr(module, "is_causal")
 
 
 def linear_site(path: str, linears: Mapping[str, nn.Module]) -> Site:

@@ -57,6 +57,7 @@ def run(
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
+    p: float = 0.0,
 ) -> None:
     """The first table.ones requests; see triton_attention.attend."""
     cut, (heads, key_heads) = shape(query, cache, table, window), (query.shape[1], cache.key.shape[1])
@@ -69,7 +70,8 @@ def run(
         table.lengths, table.starts, sinks, scaling, window, softcap, heads, query.stride(2), query.stride(1),
         *cache.key.stride()[:2], *cache.value.stride()[:2], *out.stride()[:2], table.pages.stride(0), key_heads,
         cut.parts, SPLIT=cut.parts > 1, TOKENS=cut.tokens, GROUP=heads // key_heads, BLOCKS=cut.blocks,
-        HEADS=cut.heads, SIZE=table.size, PRECISION=precision(query.dtype), num_warps=WARPS, num_stages=STAGES, **dims,
+        HEADS=cut.heads, SIZE=table.size, PRECISION=precision(query.dtype), P=p, num_warps=WARPS, num_stages=STAGES,
+        **dims,
     )  # fmt: skip
     if cut.parts > 1:
         many = FEW_PARTS if cut.parts <= FEW_PARTS else MOST_PARTS
@@ -94,6 +96,7 @@ def _part(
     softcap, heads, q_row, q_head, k_slot, k_head, v_slot, v_head, o_row, o_head, p_row, key_heads, parts,
     GROUP: tl.constexpr, BLOCKS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr,
     SPLIT: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    P: tl.constexpr,
 ):  # fmt: skip
     request = tl.program_id(0)
     kin = tl.program_id(1) // BLOCKS
@@ -120,8 +123,10 @@ def _part(
     acc, total, top = walk(
         q, tl.zeros([HEADS, DVP], tl.float32), total, top, first, last, last, tl.zeros([HEADS], tl.int32) + last, None,
         pages + request.to(tl.int64) * p_row, key + kin * k_head, value + kin * v_head, key_scale, value_scale, k_slot,
-        v_slot, key_heads, scaling, softcap, True, SIZE, TOKENS, D, DV, DP, DVP, PRECISION,
+        v_slot, key_heads, scaling, softcap, True, SIZE, TOKENS, D, DV, DP, DVP, PRECISION, P,
     )  # fmt: skip
+    if P > 0.0:
+        acc = acc / P
     wanted = inside[:, None] & (e < DV)[None, :]
     if not SPLIT:
         acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]

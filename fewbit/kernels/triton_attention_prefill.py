@@ -52,6 +52,7 @@ def run(
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
+    p: float = 0.0,
 ) -> None:
     """The requests behind the first table.ones; see triton_attention.attend."""
     cut, heads, requests = tile(query, cache, table.longest), query.shape[1], len(table.lengths) - table.ones
@@ -60,7 +61,7 @@ def run(
         table.starts, sinks, table.ones, scaling, window, softcap, query.stride(2), query.stride(1),
         *cache.key.stride()[:2], *cache.value.stride()[:2], *out.stride()[:2], table.pages.stride(0),
         cache.key.shape[1], GROUP=heads // cache.key.shape[1], ROWS=cut.rows, TOKENS=cut.tokens, SIZE=table.size,
-        PRECISION=precision(query.dtype), **sizes(cache), num_warps=cut.warps, num_stages=cut.stages,
+        PRECISION=precision(query.dtype), P=p, **sizes(cache), num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
 
 
@@ -69,7 +70,7 @@ def _block(
     query, key, value, key_scale, value_scale, out, pages, lengths, starts, sinks, ones, scaling, window, softcap,
     q_row, q_head, k_slot, k_head, v_slot, v_head, o_row, o_head, p_row, key_heads, GROUP: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr,
-    DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     request = ones + tl.program_id(2)
     head = tl.program_id(1)
@@ -107,16 +108,16 @@ def _block(
     if window is not None:
         acc, total, top = walk(
             q, acc, total, top, first, middle, length, at, window, pages, key, value, key_scale, value_scale, k_slot,
-            v_slot, key_heads, scaling, softcap, True, SIZE, TOKENS, D, DV, DP, DVP, PRECISION,
+            v_slot, key_heads, scaling, softcap, True, SIZE, TOKENS, D, DV, DP, DVP, PRECISION, P,
         )  # fmt: skip
     acc, total, top = walk(
         q, acc, total, top, middle, common, length, at, window, pages, key, value, key_scale, value_scale, k_slot,
-        v_slot, key_heads, scaling, softcap, False, SIZE, TOKENS, D, DV, DP, DVP, PRECISION,
+        v_slot, key_heads, scaling, softcap, False, SIZE, TOKENS, D, DV, DP, DVP, PRECISION, P,
     )  # fmt: skip
     acc, total, top = walk(
         q, acc, total, top, common, highest, length, at, window, pages, key, value, key_scale, value_scale, k_slot,
-        v_slot, key_heads, scaling, softcap, True, SIZE, TOKENS, D, DV, DP, DVP, PRECISION,
+        v_slot, key_heads, scaling, softcap, True, SIZE, TOKENS, D, DV, DP, DVP, PRECISION, P,
     )  # fmt: skip
-    acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+    acc = acc / (tl.where(total > 0.0, total, 1.0) * (P if P > 0.0 else 1.0))[:, None]
     tl.store(out + far[:, None] * o_row + head * o_head + e[None, :], acc.to(out.dtype.element_ty),
              mask=inside[:, None] & (e < DV)[None, :])  # fmt: skip

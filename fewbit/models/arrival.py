@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fewbit.errors import SpecError
 from fewbit.quant import elements
 from fewbit.quant.ggml import GGML_RULES
-from fewbit.quant.qtensor import Planes, Quantized, Transform, grid, scale_of
+from fewbit.quant.qtensor import Planes, Quantized, Transform, grid, make, scale_of, store
 from fewbit.quant.reference import encode
 from fewbit.quant.spec import FLAT, Format, QuantSpec
 
@@ -21,8 +21,9 @@ Online = Callable[[str, nn.Module], "Arrival | None"]  # (a parameter's path, it
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """weight: unpacked planes of it that are given. act: the static planes of its input, as stored.
+    """weight: unpacked planes of it that are given; codes too, as stored: then it is all of them, whatever it was.
 
+    act: the static planes of its input, as stored.
     The weight is rewritten for the transforms, or with `rewrite` off came as they want it. Of a stack of experts any
     tensor may have a leading axis of experts; without one it is for all of them.
     """
@@ -39,7 +40,7 @@ class Arrival:
         if self.weight and self.format.weight.rule in GGML_RULES:
             raise SpecError(f"planes are given, and the rule {self.format.weight.rule} chooses all of them itself")
         for name, plane in self.weight.items():
-            if not bool(plane.float().isfinite().all()):
+            if name != "codes" and not bool(plane.float().isfinite().all()):
                 raise SpecError(f"{name} of the weight must be finite")
         if (act := self.format.act) is not None:
             check_static(act, self.act)
@@ -63,7 +64,7 @@ class Arrival:
         return replace(self, weight=planes, transforms=tuple(map(b, self.transforms)))
 
     def _cut(self, name: str, plane: Tensor, start: int, stop: int) -> Tensor:
-        rows = scale_of(self.format.weight, name).block[0]
+        rows = 1 if name == "codes" else scale_of(self.format.weight, name).block[0]
         if rows == 0:
             return plane
         if rows == FLAT or start % rows:
@@ -93,10 +94,16 @@ def online(tensor: Tensor, arrival: Arrival) -> Quantized:
     w = rewritten(tensor, arrival.transforms) if arrival.rewrite else tensor
     spec = arrival.format.weight
     for name, plane in arrival.weight.items():
+        if name == "codes":
+            continue
         want = grid(w.shape, scale_of(spec, name).block)
         if tuple(plane.shape) not in (want, (1, 1)):
             raise SpecError(f"{name} of the weight is given as {list(plane.shape)}, its blocks are {list(want)}")
     given = {name: plane.to(w.device) for name, plane in arrival.weight.items()}
+    if "codes" in given:
+        stored = {name: plane if name == "codes" else store(plane, scale_of(spec, name).element)
+                  for name, plane in given.items()}  # fmt: skip
+        return Quantized(arrival.format, make(spec, w.shape, stored), arrival.act, arrival.transforms)
     return Quantized(arrival.format, encode(w, spec, given), arrival.act, arrival.transforms)
 
 

@@ -25,6 +25,7 @@ from fewbit.models.shard_values import Ranks
 from fewbit.models.values import Watch
 from fewbit.models.verify import building, plausible, verify_source
 from fewbit.modules import attention, paged
+from fewbit.modules.attention_sides import SIDES, Sides, mapped
 from fewbit.modules.linear import Linear, Options
 from fewbit.quant.formats import FORMATS
 from fewbit.quant.plan import Plan, Rule
@@ -32,7 +33,7 @@ from fewbit.quant.qtensor import Planes
 from fewbit.quant.spec import Format, QuantSpec
 
 Asked = str | Format | Plan | Mapping[str, Arrival] | Online | None
-Cached = tuple[QuantSpec, Planes, Planes]  # how keys and values are rounded, static planes of k, of v
+Cached = tuple[QuantSpec, Planes, Planes] | Sides  # keys and values, static planes of k, of v; or each for itself
 ACTIVATIONS = ("declared", "hardware", "fast", "off")
 ROUTERS = ("gate", "router", "shared_expert_gate", "classifier", "wg")  # small, and their choices are discrete
 
@@ -60,7 +61,7 @@ def load(
     int8 besides where weights alone are quantized and that is faster, "off" to leave all.
     format: quantize every linear and expert on arrival; or what each becomes: Arrivals by the path of its module (of a
     stack of experts with the projection), or a function of a parameter's path and its module.
-    kv: attention module -> how its keys and values are rounded, and the static planes of both.
+    kv: attention module -> how its keys and values are rounded, and the static planes of both; or its Sides.
     attend: config -> the attention that the architecture is built with, or an error. ranks: hold one rank's part only.
     fuse: with fused modules where the twin agrees; what became of each is model.fewbit_fused.
     tell: called with how many tensors are in their places, of how many.
@@ -96,6 +97,7 @@ def load(
         if shards is not None:
             shards.finish()
     model.to(device)
+    move_caches(model, device)
     if fuse:
         setattr(model, fusing.ATTRIBUTE, fusing.apply(model, fusing.plan(config)))
     settle(model)
@@ -204,7 +206,18 @@ def round_caches(model: nn.Module, kv: Mapping[str, Cached]) -> None:
             raise SpecError(f"kv=: the model has no attention module {path}") from None
         if hasattr(module, attention.KV):
             raise UnsupportedError(f"{path}: the checkpoint says already how its keys and values are rounded")
-        setattr(module, attention.KV, held)
+        setattr(module, SIDES if isinstance(held, Sides) else attention.KV, held)
+
+
+def move_caches(model: nn.Module, device: str | torch.device) -> None:
+    """What is rounded to lies on the device: nothing is copied to it in a step."""
+    for module in model.modules():
+        if (kv := getattr(module, attention.KV, None)) is not None:
+            spec, *planes = kv
+            there = ({name: plane.to(device) for name, plane in of.items()} for of in planes)
+            setattr(module, attention.KV, (spec, *there))
+        if hasattr(module, SIDES):
+            setattr(module, SIDES, mapped(getattr(module, SIDES), lambda t: t.to(device)))
 
 
 def attention_path(name: str, filler: Filler) -> str:

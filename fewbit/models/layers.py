@@ -78,12 +78,15 @@ class Layers:
         config: Any = None,
         attention: str | None = None,
         path: str | None = None,
+        plain: bool = False,
     ):
+        """plain: linears stay transformers' own."""
         self.source, self.device = source, torch.device(device)
         self.config = hf.read_config(source.config) if config is None else config
         self.options = Options("decoded", activations, resolve_dtype(dtype, self.config))
         self.model = hf.build(self.config, self.options.dtype, attention or twin.require(self.config))
-        prepare(self.model)
+        if not plain:
+            prepare(self.model)
         self.rules = hf.rules(self.model)
         self.path = layer_list(self.config) if path is None else path
         if getattr(source, "kv", None):

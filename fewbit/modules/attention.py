@@ -1,8 +1,8 @@
 """Attention in plain torch, registered with transformers as "fewbit": the oracle for every later attention kernel.
 
 It sees queries and keys after rotary, and the additive mask of transformers' eager path, so padding, sliding windows
-and caches are what they are there. Keys and values may be rounded first: `module.fewbit_kv`; what attention makes of
-them on the way may be rounded too, or looked at: `module.fewbit_inside`.
+and caches are what they are there. Keys and values may be rounded first: `module.fewbit_kv`, `module.fewbit_sides`;
+what attention makes of them on the way may be rounded too, or looked at: `module.fewbit_inside`.
 """
 
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from fewbit.errors import UnsupportedError
-from fewbit.kernels import saturation
+from fewbit.modules.attention_sides import Sides, heads, of, weighed
 from fewbit.quant.qtensor import Planes
 from fewbit.quant.spec import QuantSpec
 
@@ -47,6 +47,7 @@ def forward(
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
     indices: Tensor | None = None,
+    sides: Sides | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """query: [B, H, Q, D], key: [B, G, T, D], value: [B, G, T, Dv], mask: additive [B, 1, Q, T] -> [B, Q, H, Dv]."""
@@ -55,16 +56,24 @@ def forward(
         watch(key, value)
     if (kv := getattr(module, KV, None)) is not None:
         key, value = rounded(key, value, *kv)
+    sides = of(module) if sides is None else sides
+    query, key, value = sides(query, key, value)
     mask = attention_mask[..., : key.shape[-2]] if attention_mask is not None else None
     for more in (position_bias, chosen(indices, key)):
         mask = more if mask is None else mask if more is None else mask + more
     inside: Inside | None = getattr(module, INSIDE, None)
-    if softcap is None and s_aux is None and inside is None:
+    if softcap is None and s_aux is None and not sides.p and inside is None:
         gqa = query.shape[1] != key.shape[1]
         out = scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=gqa)
     else:
-        out = explicit(query, key, value, mask, scaling or query.shape[-1] ** -0.5, softcap, s_aux, inside)
+        how = scaling or query.shape[-1] ** -0.5, softcap, s_aux, sides.p
+        out = explicit(query, key, value, mask, *how, inside)
     return out.transpose(1, 2).contiguous(), None
+
+
+def is_attention(module: nn.Module) -> bool:
+    """True for a module of transformers' that calls an attention function."""
+    return type(module).__name__.endswith("Attention") and hasattr(module, "layer_idx") and hasattr(module, "config")
 
 
 def known_or_raise(module: nn.Module, others: dict[str, Any]) -> None:
@@ -93,9 +102,13 @@ def explicit(
     scaling: float,
     softcap: float | None,
     sinks: Tensor | None,
+    p: float = 0.0,
     inside: Inside | None = None,
 ) -> Tensor:
-    """Scores written out: soft-capped before the mask; a sink is one more score per head that only takes weight."""
+    """Scores written out: soft-capped before the mask; a sink is one more score per head that only takes weight.
+
+    p: as in Sides.
+    """
     groups = query.shape[1] // key.shape[1]
     if inside is not None:
         query, scaling = inside.queries(query, scaling), 1.0
@@ -106,6 +119,8 @@ def explicit(
         scores = scores + mask
     if sinks is not None:
         scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1).to(scores)], -1)
+    if p:
+        return weighed(scores, value.repeat_interleave(groups, 1), p, scores.shape[-1] - key.shape[-2])
     weights = scores.float().softmax(-1).to(value.dtype)[..., : key.shape[-2]]
     if inside is not None:
         weights = inside.weights(weights)
@@ -115,11 +130,4 @@ def explicit(
 
 def rounded(key: Tensor, value: Tensor, spec: QuantSpec, k: Planes, v: Planes) -> tuple[Tensor, Tensor]:
     """Keys and values as a cache of this spec gives them back; planes may have an axis of heads."""
-    return _heads(key, spec, k), _heads(value, spec, v)
-
-
-def _heads(x: Tensor, spec: QuantSpec, planes: Planes) -> Tensor:
-    if all(plane.dim() == 2 for plane in planes.values()):
-        return saturation.rounded(x, spec, planes)
-    each = [saturation.rounded(x[:, h], spec, {n: p[h] for n, p in planes.items()}) for h in range(x.shape[1])]
-    return torch.stack(each, 1)
+    return heads(key, spec, k), heads(value, spec, v)

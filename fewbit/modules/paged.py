@@ -22,10 +22,11 @@ from fewbit.kernels import attend, triton_attention
 from fewbit.kernels.cache import Cache
 from fewbit.kernels.table import Table
 from fewbit.modules.attention import INSIDE, KV, WATCH_KV, Inside, explicit, known_or_raise, rounded
+from fewbit.modules.attention_sides import of
 
 __all__ = ["NAME", "Cache", "Span", "Step", "Table", "forward", "stepping"]
 NAME = "fewbit-paged"
-How = tuple[float, int | None, float | None, Tensor | None]  # scaling, window, softcap, sinks
+How = tuple[float, int | None, float | None, Tensor | None, float]  # scaling, window, softcap, sinks, p of Sides
 PLAIN = "what attention makes on the way is rounded or watched, which no kernel does"
 
 
@@ -117,11 +118,13 @@ def forward(
         watch(key, value)
     if (kv := getattr(module, KV, None)) is not None:
         key, value = rounded(key, value, *kv)
+    sides = of(module)
+    query, key, value = sides(query, key, value)
     cache = step.cache(int(getattr(module, "layer_idx")), key, value)  # noqa: B009
-    how = (query.shape[-1] ** -0.5 if scaling is None else scaling), sliding_window, softcap, s_aux
+    how = (query.shape[-1] ** -0.5 if scaling is None else scaling), sliding_window, softcap, s_aux, sides.p
     inside: Inside | None = getattr(module, INSIDE, None)
     if step.table is not None:
-        step.refused = triton_attention.refusal(query, cache) if inside is None else PLAIN
+        step.refused = triton_attention.refusal(query, cache, sides.p) if inside is None else PLAIN
         if step.refused is None:
             return _by_table(query, key, value, cache, step.slots, step.table, how)[None], None
     cache.write(step.slots, key, value)
@@ -140,8 +143,10 @@ def _by_table(query: Tensor, key: Tensor, value: Tensor, cache: Cache, slots: Te
 def _by_spans(query: Tensor, cache: Cache, step: Step, how: How, inside: Inside | None) -> Tensor:
     out = query.new_zeros(query.shape[2], query.shape[1], cache.value.shape[2])  # rows of no request stay finite
     spans = step.spans
-    if inside is None and step.few is not None and attend.refusal(query, cache.key, cache.value) is None:
-        attend.attend(query[0].transpose(0, 1).contiguous(), cache.key, cache.value, out, step.few, *how)
+    *plain, p = how
+    alone = not p and inside is None
+    if alone and step.few is not None and attend.refusal(query, cache.key, cache.value) is None:
+        attend.attend(query[0].transpose(0, 1).contiguous(), cache.key, cache.value, out, step.few, *plain)
         spans = step.rest
     for span in spans:
         out[span.start : span.stop] = _attend(query[:, :, span.start : span.stop], cache, span, step, *how, inside)
@@ -157,6 +162,7 @@ def _attend(
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
+    p: float,
     inside: Inside | None,
 ) -> Tensor:
     """One request: [1, H, Q, D] -> [Q, H, Dv]."""
@@ -167,9 +173,9 @@ def _attend(
     window = window if window is not None and length > window else None
     key, value = cache.read(slots, query.dtype)
     plain = count == 1 and window is None
-    if softcap is not None or sinks is not None or inside is not None:
+    if softcap is not None or sinks is not None or p or inside is not None:
         mask = None if plain else step.mask(count, length, window, query)
-        return explicit(query, key, value, mask, scaling, softcap, sinks, inside)[0].transpose(0, 1)
+        return explicit(query, key, value, mask, scaling, softcap, sinks, p, inside)[0].transpose(0, 1)
     gqa = key.shape[1] != query.shape[1]
     whole = count == length and window is None
     mask = None if plain or whole else step.mask(count, length, window, query)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fewbit
 from fewbit import codecs
@@ -203,7 +203,7 @@ def _kind(module: Any, name: str, expert: int | None, head: Any, embedding: Any)
         return "embedding"
     if module is head:
         return "head"
-    if not isinstance(module, Linear):
+    if not isinstance(module, Linear | nn.Linear):
         return ""
     return "router" if name.removesuffix(".weight").rpartition(".")[2] in ROUTERS else "linear"
 

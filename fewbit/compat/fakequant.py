@@ -1,0 +1,173 @@
+"""Fakequant: a float model served as if it were quantized. ModelOpt's example for vLLM, its names and its files.
+
+`prepared` is what LLM and serve use: calibrate (or read what another calibration gave), and leave what ranks read in a
+file for as long as the engine starts.
+"""
+
+import json
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewbit import codecs
+from fewbit.codecs.source import Source
+from fewbit.compat.fakequant_arrivals import Maker
+from fewbit.compat.fakequant_ask import Asked, Wish, config_of, wish
+from fewbit.compat.fakequant_run import Calibrated, needs_data, run
+from fewbit.compat.fakequant_state import SMOOTH, Reader, State, normalized
+from fewbit.engine.config import EngineConfig
+from fewbit.engine.start import device_named, dtype_of, progress
+from fewbit.errors import CheckpointError, RequestError, UnsupportedError
+from fewbit.files.pickled import read_pickled
+from fewbit.files.safetensors import open_safetensors
+from fewbit.models.emulation import Emulation
+from fewbit.models.layers import Layers
+from fewbit.models.text import tokenizer
+from fewbit.workflows import calibration_sets as sets
+from fewbit.workflows import recipe as recipes
+from fewbit.workflows.calibration import Samples, calibration
+from fewbit.workflows.recipe import Recipe
+
+LOG = logging.getLogger("fewbit.fakequant")
+KEY = "fewbit_fakequant"  # in the metadata of a state file: what it was calibrated for
+LONGEST = 512  # tokens of a sample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fakequant:
+    """What a user asks, by the names of flags and of LLM's keywords."""
+
+    fakequant: Asked = None
+    kv_fakequant: Asked = None
+    calib_dataset: str | None = None  # None: the text that ships
+    calib_size: int = 512
+    calib_batch_size: int = 1
+    amax_file: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("calib_size", "calib_batch_size"):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise RequestError(f"{name}={value!r}: want a whole number of at least 1")
+
+
+NAMES = tuple(f.name for f in fields(Fakequant))
+
+
+@contextmanager
+def prepared(options: Mapping[str, Any]) -> Iterator[EngineConfig]:
+    """options: EngineConfig's and Fakequant's -> the engine's, with the file that ranks read while they start."""
+    asked = Fakequant(**{name: options[name] for name in NAMES if options.get(name) is not None})
+    config = EngineConfig.of(**{name: value for name, value in options.items() if name not in NAMES})
+    if asked.fakequant is None and asked.kv_fakequant is None and asked.amax_file is None:
+        yield config
+        return
+    if config.quantization is not None:
+        raise RequestError(f"quantization={config.quantization!r} beside fakequant: one of them rounds the weights")
+    device = torch.device(device_named(config.device))
+    with progress("calibrating") as tell:
+        made = emulation(config.model, asked, device, dtype_of(config, device), config.tokenizer, tell)
+    with tempfile.TemporaryDirectory(prefix="fewbit-fakequant-") as folder:
+        path = Path(folder) / "emulation.safetensors"
+        made.write(path)
+        yield EngineConfig.of(**{f.name: getattr(config, f.name) for f in fields(config)} | {"emulation": str(path)})
+
+
+def emulation(model: str | Path, asked: Fakequant, device: torch.device, dtype: Any, words: str | None = None,
+              tell: Any = lambda done, total: None) -> Emulation:  # fmt: skip
+    """words: where the tokenizer is, None for the model's own place."""
+    with codecs.open(model) as source:
+        layers = opened(source, device, dtype)
+        if asked.amax_file is not None:
+            return from_file(asked, layers, source)
+        wanted = wish(asked.fakequant, asked.kv_fakequant, layers)
+        held = calibrated(wanted, layers, asked, words or model, tell)
+        return Maker(wanted, layers, Reader(held.state, "calibration"), held.codes).emulation()
+
+
+def opened(source: Source, device: torch.device, dtype: Any) -> Layers:
+    if source.modules:
+        reason = f"it is {source.dialect} already: serve it as it is, or its float original"
+        raise UnsupportedError(f"{source.path}: fakequant rounds float weights", [reason])
+    return Layers(source, dtype=dtype, device=device, plain=True)
+
+
+def calibrated(wanted: Wish, layers: Layers, asked: Fakequant, words: str | Path, tell: Any) -> Calibrated:
+    batches = []
+    if needs_data(wanted):
+        reach = int(getattr(layers.config.get_text_config(), "max_position_embeddings", None) or LONGEST)
+        found = samples(tokenizer(words), asked.calib_dataset, asked.calib_size, min(LONGEST, reach))
+        LOG.info("calibrating on %d samples of %d tokens: %s", len(found.ids), len(found.ids[0]), found.source)
+        batches = found.batches(asked.calib_batch_size)
+    return run(layers, wanted, batches, tell)
+
+
+def samples(words: Any, dataset: str | None, size: int, length: int) -> Samples:
+    """Of a data set where its hub can be reached, else of the text that ships, as many as it has."""
+    if dataset is not None:
+        try:
+            return calibration(words, dataset, samples=size, length=length)
+        except RequestError as error:
+            if Path(dataset).exists() or sets.named(dataset) is None:
+                raise
+            LOG.warning("%s; calibrating on the text that ships", str(error).split("; what works")[0])
+    while True:
+        try:
+            return calibration(words, None, samples=size, length=length)
+        except RequestError:
+            if size == 1:
+                raise
+            size //= 2
+
+
+def from_file(asked: Fakequant, layers: Layers, source: Source) -> Emulation:
+    """What another calibration, or training, gave."""
+    path = Path(str(asked.amax_file))
+    state, told = read_state(path)
+    main, cache = asked.fakequant, asked.kv_fakequant
+    if main is None and cache is None:
+        if not told:
+            reason = "the file holds magnitudes alone: --fakequant (QUANT_CFG) says what they are scales of"
+            raise RequestError(f"{path}: {reason}")
+        main, cache = unpacked(told["fakequant"]), unpacked(told["kv_fakequant"])
+    if any(name.endswith(SMOOTH) for name in state) and not beside(path, source.path):
+        reason = f"serve the folder that the file was written into, not {source.path}"
+        raise CheckpointError(f"{path}: its weights were scaled for it, and lie beside it: {reason}")
+    maker = Maker(wish(main, cache, layers), layers, Reader(state, str(path)), came=True)
+    return maker.emulation()
+
+
+def beside(path: Path, model: Path) -> bool:
+    folder = model if model.is_dir() else model.parent
+    return path.resolve().parent == folder.resolve()
+
+
+def read_state(path: Path) -> tuple[State, dict[str, Any]]:
+    """-> tensors by ModelOpt's names, and of our own files what they were calibrated for."""
+    if not path.is_file():
+        raise RequestError(f"{path}: there is no such file")
+    if path.suffix == ".safetensors":
+        with open_safetensors(path) as file:
+            told = json.loads(file.metadata.get(KEY, "{}"))
+            return normalized({name: file.read(name) for name in file.tensors}), told
+    return normalized(read_pickled(path)), {}
+
+
+def packed(asked: Asked) -> Any:
+    """What was asked as JSON: the whole of a config or a recipe."""
+    found = config_of(asked)
+    if isinstance(found, Recipe):
+        return {"recipe": found.to_yaml()}
+    return None if found is None else {"config": found}
+
+
+def unpacked(told: Any) -> Asked:
+    if told is None:
+        return None
+    found: Asked = recipes.read(told["recipe"], "the state's recipe") if "recipe" in told else told["config"]
+    return found
