@@ -5,7 +5,7 @@ of scales a number or a list. Each rank has files of its own; a single rank's ha
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -68,7 +68,7 @@ def there(path: Path) -> bool:
 
 def read(path: Path) -> Stats:
     """path: without its ending. Of two files both are read, and have to say the same."""
-    readers = {".json": lambda file: load_json(file, str(file)), ".npz": read_npz}
+    readers: dict[str, Callable[[Path], Any]] = {".json": lambda file: load_json(file, str(file)), ".npz": read_npz}
     held = [of(reader(file), str(file)) for end, reader in readers.items() if (file := ending(path, end)).is_file()]
     if not held:
         raise RequestError(f"{path}: there are no measurements, .json or .npz; mode MEASURE makes them")
@@ -103,11 +103,11 @@ def node_of(value: Any, where: str) -> Node:
     params = value.get("params") or {}
     if not isinstance(params, dict):
         raise CheckpointError(f"{where}: params is no object")
-    states = [tuple(state(x, f"{where}.{part}[{i}]") for i, x in enumerate(several(value.get(part), where)))
-              for part in ("inputs", "outputs")]  # fmt: skip
+    inputs, outputs = (tuple(state(x, f"{where}.{part}[{i}]") for i, x in enumerate(several(value.get(part), where)))
+                       for part in ("inputs", "outputs"))  # fmt: skip
     held = {str(name): {str(k): state(v, f"{where}.{name}") for k, v in x.items()} if isinstance(x, dict)
             else state(x, f"{where}.{name}") for name, x in params.items()}  # fmt: skip
-    return Node(*states, held)
+    return Node(inputs, outputs, held)
 
 
 def several(value: Any, where: str) -> Any:

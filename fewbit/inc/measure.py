@@ -24,28 +24,31 @@ from fewbit.modules.experts import WATCH
 
 LOG = logging.getLogger("fewbit.inc")
 Key = tuple[str, str, int | str]  # node, part, which of it
-Observer = Callable[[Tensor | None, Tensor, int], Tensor]  # (state so far, tensor, axis of channels) -> state
+Axis = int | None  # of channels; probabilities have none, for as many as a text has tokens are not the next one's
+Observer = Callable[[Tensor | None, Tensor, Axis], Tensor]  # (state so far, tensor, axis) -> state
 MODES: dict[str, Mode] = {"shape": "Shape"}
 
 
-def maxabs(state: Tensor | None, x: Tensor, axis: int) -> Tensor:
+def maxabs(state: Tensor | None, x: Tensor, axis: Axis) -> Tensor:
     """-> [1, 1]"""
     found = x.detach().abs().amax().float().view(1, 1)
     return found if state is None else torch.maximum(state, found)
 
 
-def per_channel(state: Tensor | None, x: Tensor, axis: int) -> Tensor:
+def per_channel(state: Tensor | None, x: Tensor, axis: Axis) -> Tensor:
     """-> [channels, 1]"""
+    if axis is None:
+        return maxabs(state, x, axis)
     found = x.detach().abs().movedim(axis, -1).flatten(0, -2).amax(0).float().view(-1, 1)
     return found if state is None else torch.maximum(state, found)
 
 
-def shape(state: Tensor | None, x: Tensor, axis: int) -> Tensor:
+def shape(state: Tensor | None, x: Tensor, axis: Axis) -> Tensor:
     """-> [1, dimensions], of the last call"""
     return torch.tensor([x.shape], dtype=torch.float32)
 
 
-def nothing(state: Tensor | None, x: Tensor, axis: int) -> Tensor:
+def nothing(state: Tensor | None, x: Tensor, axis: Axis) -> Tensor:
     """What INC leaves in a file beside saved tensors."""
     return torch.zeros(1, 1)
 
@@ -75,7 +78,7 @@ class Measure:
         self._undo: list[Callable[[], Any]] = []
         self._attach(model)
 
-    def see(self, node: str, part: str, index: int | str, x: Tensor, path: str = "", axis: int = -1) -> None:
+    def see(self, node: str, part: str, index: int | str, x: Tensor, path: str = "", axis: Axis = -1) -> None:
         """Take a tensor in. path: of the module it is of, where a node has several."""
         if part != "params" and (self.config.exclude in (part[:-1].upper(), "ALL")) and not self._required(node, part):
             return
@@ -203,14 +206,14 @@ class Look:
     def __init__(self, to: Measure, base: str, roles: set[str]):
         self.to, self.base, self.roles = to, base, roles
 
-    def see(self, role: str, part: str, index: int, x: Tensor, axis: int = -1) -> None:
+    def see(self, role: str, part: str, index: int, x: Tensor, axis: Axis = -1) -> None:
         if role in self.roles:
             self.to.see(f"{self.base}.{role}", part, index, x, axis=axis)
 
     def cached(self, key: Tensor, value: Tensor) -> None:
         for i, (x, product, cache) in enumerate(((key, "matmul_qk", "k_cache"), (value, "matmul_av", "v_cache"))):
             self.see(cache, "inputs", 0, x)
-            self.see(product, "inputs", 1, x, axis=-2)
+            self.see(product, "inputs", 1, x)
             self.see("fused_scaled_dot_product_attention", "inputs", 1 + i, x)
 
     def queries(self, query: Tensor, scaling: float) -> Tensor:
@@ -220,9 +223,9 @@ class Look:
         return scaled
 
     def weights(self, weights: Tensor) -> Tensor:
-        self.see("softmax", "outputs", 0, weights)
-        self.see("matmul_av", "inputs", 0, weights)
-        self.see("fused_scaled_dot_product_attention", "outputs", 1, weights)
+        self.see("softmax", "outputs", 0, weights, None)
+        self.see("matmul_av", "inputs", 0, weights, None)
+        self.see("fused_scaled_dot_product_attention", "outputs", 1, weights, None)
         return weights
 
     def output(self, out: Tensor) -> Tensor:
@@ -244,7 +247,7 @@ class Intermediate:
 
     def __call__(self, projection: str, x: Tensor, rows: Sequence[int]) -> None:
         if projection == "down_proj":
-            for e, run in enumerate(x.split(list(rows))):
+            for e, run in enumerate(torch.split(x, list(rows))):
                 self.to.states[self.node, "outputs", 1 + e].setdefault("", torch.zeros(1, 1, device=x.device))
                 self.to.see(self.node, "outputs", 1 + e, run)  # an expert without a token keeps a zero, as in INC
 
@@ -253,8 +256,8 @@ class Intermediate:
 
 
 def node_of(held: dict[str, dict[int | str, Tensor]]) -> Node:
-    listed = [tuple(held[part][i] for i in sorted(held[part], key=int)) for part in ("inputs", "outputs")]
-    return Node(*listed, {str(name): x for name, x in held["params"].items()})
+    inputs, outputs = (tuple(held[part][i] for i in sorted(held[part], key=int)) for part in ("inputs", "outputs"))
+    return Node(inputs, outputs, {str(name): x for name, x in held["params"].items()})
 
 
 def experts(op: Node, name: str, states: dict[Key, dict[str, Tensor]]) -> Node:

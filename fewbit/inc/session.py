@@ -86,6 +86,12 @@ class Session:
             self.left[site.name] = f"its weight is that of {tied[f'{site.paths[0]}.weight']}"
             found.remove(site)
         scales = self._scales(source, model, found)
+        if bare := [site.name for site in found if site.kind == "kv_cache" and site.name not in scales]:
+            reasons = [
+                f"{bare[0]}: {self.left[bare[0]]}",
+                "leave kv_cache_dtype=fp8_inc out, or block the type KVCache",
+            ]
+            raise UnsupportedError(f"{self.config.where}: there are no scales of caches", reasons)
         self.becomes = becomes(found, scales, self.config, model)
         self.kinds = Counter(site.kind for site in found if site.name in scales)
         for reason, count in Counter(self.left.values()).items():

@@ -24,7 +24,7 @@ def unify(parts: Sequence[Stats], expert_parallel: bool = False, rank: int | Non
     if not parts:
         raise RequestError("there are no measurements to unify")
     if len({(part.mode, frozenset(part.nodes)) for part in parts}) > 1:
-        odd = sorted(set.union(*(set(p.nodes) for p in parts)) - set.intersection(*(set(p.nodes) for p in parts)))
+        odd = sorted({name for part in parts for name in part.nodes if not all(name in p.nodes for p in parts)})
         raise CheckpointError(f"measurements of ranks that cannot be unified: only some have {odd[:3] or 'that mode'}")
     experts = [1 + max((int(m[2]) for name in part.nodes if (m := EXPERT.match(name))), default=-1) for part in parts]
     nodes: dict[str, Node] = {}
