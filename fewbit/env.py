@@ -15,6 +15,20 @@ def cache() -> Path:
     return Path(base)
 
 
+FAKEQUANT = {  # variables of ModelOpt's example for vLLM, early and late -> flags of ours
+    "QUANT_CFG": "--fakequant", "RECIPE_PATH": "--fakequant", "KV_QUANT_CFG": "--kv-fakequant",
+    "AMAX_FILE_PATH": "--amax-file", "QUANT_FILE_PATH": "--amax-file", "MODELOPT_STATE_PATH": "--amax-file",
+    "QUANT_DATASET": "--calib-dataset", "QUANT_CALIB_SIZE": "--calib-size", "CALIB_BATCH_SIZE": "--calib-batch-size",
+    "KV_ATTN_MATH": "--kv-attn-math",
+}  # fmt: skip
+
+
+def fakequant() -> dict[str, str]:
+    """Those that are set, by name. "None" is how that example spells that one is not."""
+    found = {name: os.environ.get(name, "").strip() for name in FAKEQUANT}
+    return {name: value for name, value in found.items() if value and value != "None"}
+
+
 def compiler() -> str:
     """The C++ compiler that the user wants, "" for the one that is there."""
     return os.environ.get("CXX", "")

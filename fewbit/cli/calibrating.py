@@ -1,45 +1,95 @@
-"""The verb calibrate: run text through a model and write down what quantization needs to know of its activations."""
+"""The verb calibrate: what static scales are made of, written beside the weights that they are for."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fewbit.cli.quantizing import Calib, Seed
+from fewbit.cli.quantizing import Calib, Chat, Device, Dtype, Order, Seed
 from fewbit.cli.show import Json, Model
+
+Rounded = Annotated[str | None, typer.Option("--fakequant", help=(
+    "For serving a float model as if quantized: a preset of ModelOpt, its config (.json, .yaml), a format or a recipe."
+))]  # fmt: skip
+Cached = Annotated[str | None, typer.Option("--kv-fakequant", help="The same for keys and values.")]
+Inc = Annotated[Path | None, typer.Option("--inc", metavar="CONFIG", help=(
+    "Measure as Intel Neural Compressor does: its JSON of mode MEASURE says what, and where the files go."))]  # fmt: skip
+Ranks = Annotated[int, typer.Option("--tensor-parallel-size", "-tp", min=1, help="Ranks, with --inc.")]
+Tokens = Annotated[int, typer.Option("--tokens", min=1, help="Generated after each sample, with --inc.")]
+Batch = Annotated[int, typer.Option("--calib-batch-size", min=1, help="Samples run at once.")]
 
 
 def calibrate(
     model: Model,
-    inc: Annotated[Path, typer.Option("--inc", metavar="CONFIG", help=(
-        "INC's JSON config of mode MEASURE: what is measured, and where the files go."))],
+    out: Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write.")] = None,
+    inc: Inc = None,
+    fakequant: Rounded = None,
+    kv_fakequant: Cached = None,
     calib: Calib = None,
-    calib_samples: Annotated[int, typer.Option("--calib-samples", help="How many samples.")] = 32,
-    calib_len: Annotated[int, typer.Option("--calib-len", help="Tokens in each sample.")] = 512,
+    calib_samples: Annotated[int, typer.Option("--calib-samples", min=1, help="How many samples.")] = 512,
+    calib_len: Annotated[int, typer.Option("--calib-len", min=2, help="Tokens in each sample.")] = 512,
+    calib_batch_size: Batch = 1,
     seed: Seed = 0,
-    tokens: Annotated[int, typer.Option("--tokens", help="Generated after each sample.")] = 1,
-    tensor_parallel_size: Annotated[int, typer.Option("--tensor-parallel-size", "-tp", help="Ranks.")] = 1,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda ...")] = "auto",
-    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto",
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run its own code.")] = False,
+    chat: Chat = False,
+    order: Order = "shuffled",
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    max_shard: Annotated[int, typer.Option(help="Largest shard, in bytes.")] = 5_000_000_000,
+    overwrite: Annotated[bool, typer.Option(help="Replace a model that is already in OUTPUT.")] = False,
+    tensor_parallel_size: Ranks = 1,
+    tokens: Tokens = 1,
     as_json: Json = False,
-) -> None:  # fmt: skip
-    """Measure a model as Intel Neural Compressor does, on any number of ranks, and unify what they saw."""
-    from fewbit.compat.inc import calibrate as run
+) -> None:
+    """Write float weights and, beside them, the magnitudes that serving them with --fakequant and --amax-file takes.
 
-    more: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    done = run(model, inc, calib=calib, samples=calib_samples, length=calib_len, seed=seed, tokens=tokens,
-               tensor_parallel_size=tensor_parallel_size, **more)  # fmt: skip
+    With --inc nothing but measurement files are written, for --quantization inc; ranks measure, and are unified.
+    """
+    text = {"samples": calib_samples, "length": calib_len, "seed": seed, "chat": chat, "order": order}
+    if inc is not None:
+        others = {"--output": out, "--fakequant": fakequant, "--kv-fakequant": kv_fakequant}
+        measure(model, inc, others, as_json, calib=calib, tokens=tokens, tensor_parallel_size=tensor_parallel_size,
+                device=device, dtype=dtype or "auto", **text)  # fmt: skip
+        return
+    from fewbit.compat.fakequant import calibrate as run
+    from fewbit.engine.start import progress
+    from fewbit.errors import RequestError
+
+    if out is None:
+        raise RequestError("calibrate: --output says where float weights and their magnitudes go; --inc CONFIG "
+                           "measures for --quantization inc instead")  # fmt: skip
+    text |= {"data": calib}
+    with progress("calibrating") as tell:
+        state = run(model, out, fakequant, kv_fakequant, text=text, batch=calib_batch_size, device=device, dtype=dtype,
+                    max_shard=max_shard, overwrite=overwrite, tell=tell)  # fmt: skip
+    if as_json:
+        print(json.dumps(summary(out, state), indent=2))
+        return
+    print(f"{out}: float weights, and the state of quantizers in {len(state)} tensors (quant_amax.st, quant_amax.pth)")
+    print(f"next:   fewbit serve {out} --amax-file {out}")
+
+
+def measure(model: str, config: Path, others: dict[str, Any], as_json: bool, **options: Any) -> None:
+    """others: flags that say something else than --inc."""
+    from dataclasses import asdict
+
+    from fewbit.compat.inc import calibrate as run
+    from fewbit.errors import RequestError
+
+    if given := [name for name, value in others.items() if value is not None]:
+        raise RequestError(f"calibrate: --inc and {given[0]} are two kinds of calibration; give one of them")
+    done = run(model, config, **options)
     if as_json:
         print(json.dumps(asdict(done) | {"written": [str(path) for path in done.written]}, indent=2))
         return
     print(f"{done.nodes} nodes measured on {done.samples} samples, {done.tokens} tokens of {done.source}")
-    for path in done.written:
-        print(path)
-    print(f"next:   QUANT_CONFIG=<a config of mode QUANTIZE with the same dump_stats_path> fewbit serve {model} "
-          "--quantization inc --kv-cache-dtype fp8_inc")  # fmt: skip
+    print(*done.written, sep="\n")
+    print("next:   export QUANT_CONFIG=FILE, a config of mode QUANTIZE with the same dump_stats_path\n"
+          f"        fewbit serve {model} --quantization inc --kv-cache-dtype fp8_inc")  # fmt: skip
+
+
+def summary(out: Path, state: dict[str, Any]) -> dict[str, Any]:
+    return {"path": str(out), "state": {name: list(tensor.shape) for name, tensor in state.items()}}
 
 
 VERBS = (calibrate,)

@@ -48,6 +48,16 @@ Quiet = Annotated[bool, flag("--disable-access-log", "--disable-uvicorn-access-l
     "No line for each request."))]  # fmt: skip
 
 
+Emulated = Annotated[Name, flag("--fakequant", help=(
+    "Serve a float model rounded as if quantized: a preset of ModelOpt (NVFP4_DEFAULT_CFG ...), its config as .json or "
+    ".yaml, a format, a scheme, or a recipe."))]  # fmt: skip
+Cached = Annotated[Name, flag("--kv-fakequant", help="The same for keys and values: NVFP4_KV_CFG, nvfp4, fp8 ...")]
+Amax = Annotated[Name, flag("--amax-file", help=(
+    "Magnitudes that calibrate or ModelOpt wrote (.safetensors, .pth), instead of calibrating."))]  # fmt: skip
+Dataset = Annotated[Name, flag("--calib-dataset", help="To calibrate on: a data set, a file, a folder; or what ships.")]
+Math = Annotated[Name, flag("--kv-attn-math", help="fp8: attention multiplies FP8, with --kv-cache-dtype fp8.")]
+
+
 def serve(
     model: Model,
     config: Config = None,
@@ -65,6 +75,13 @@ def serve(
     ] = None,
     dtype: Annotated[Name, flag("--dtype", help="auto, float32, bfloat16 or float16.")] = None,
     device: Annotated[Name, flag("--device", help="auto, cpu, cuda ...")] = None,
+    fakequant: Emulated = None,
+    kv_fakequant: Cached = None,
+    amax_file: Amax = None,
+    calib_dataset: Dataset = None,
+    calib_size: Annotated[Count, flag("--calib-size", help="Samples to calibrate on; 512.")] = None,
+    calib_batch_size: Annotated[Count, flag("--calib-batch-size", help="Run at once; 1.")] = None,
+    kv_attn_math: Math = None,
     kv_cache_dtype: Annotated[Name, flag("--kv-cache-dtype", help="auto, bfloat16, fp8, fp8_inc ...")] = None,
     max_model_len: Annotated[Name, flag("--max-model-len", help="Longest context in tokens; 8k, 32K.")] = None,
     gpu_memory_utilization: Annotated[float | None, flag("--gpu-memory-utilization", help="A share.")] = None,

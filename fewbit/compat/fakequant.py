@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fewbit import codecs
 from fewbit.codecs.source import Source
 from fewbit.compat.fakequant_arrivals import Maker
 from fewbit.compat.fakequant_ask import Asked, Wish, config_of, wish
-from fewbit.compat.fakequant_run import Calibrated, needs_data, run
+from fewbit.compat.fakequant_run import needs_data, run
 from fewbit.compat.fakequant_state import SMOOTH, Reader, State, normalized
+from fewbit.compat.fakequant_write import KEY, opened, state_file
+from fewbit.compat.fakequant_write import calibrate as write
 from fewbit.engine.config import EngineConfig
 from fewbit.engine.start import device_named, dtype_of, progress
-from fewbit.errors import CheckpointError, RequestError, UnsupportedError
+from fewbit.errors import CheckpointError, RequestError
 from fewbit.files.pickled import read_pickled
 from fewbit.files.safetensors import open_safetensors
 from fewbit.models.emulation import Emulation
@@ -32,10 +35,8 @@ from fewbit.models.text import tokenizer
 from fewbit.workflows import calibration_sets as sets
 from fewbit.workflows import recipe as recipes
 from fewbit.workflows.calibration import Samples, calibration
-from fewbit.workflows.recipe import Recipe
 
 LOG = logging.getLogger("fewbit.fakequant")
-KEY = "fewbit_fakequant"  # in the metadata of a state file: what it was calibrated for
 LONGEST = 512  # tokens of a sample
 
 
@@ -62,13 +63,11 @@ NAMES = tuple(f.name for f in fields(Fakequant))
 @contextmanager
 def prepared(options: Mapping[str, Any]) -> Iterator[EngineConfig]:
     """options: EngineConfig's and Fakequant's -> the engine's, with the file that ranks read while they start."""
-    asked = Fakequant(**{name: options[name] for name in NAMES if options.get(name) is not None})
     config = EngineConfig.of(**{name: value for name, value in options.items() if name not in NAMES})
-    if asked.fakequant is None and asked.kv_fakequant is None and asked.amax_file is None:
+    asked = check(config, {name: options[name] for name in NAMES if options.get(name) is not None})
+    if asked is None:
         yield config
         return
-    if config.quantization is not None:
-        raise RequestError(f"quantization={config.quantization!r} beside fakequant: one of them rounds the weights")
     device = torch.device(device_named(config.device))
     with progress("calibrating") as tell:
         made = emulation(config.model, asked, device, dtype_of(config, device), config.tokenizer, tell)
@@ -76,6 +75,21 @@ def prepared(options: Mapping[str, Any]) -> Iterator[EngineConfig]:
         path = Path(folder) / "emulation.safetensors"
         made.write(path)
         yield EngineConfig.of(**{f.name: getattr(config, f.name) for f in fields(config)} | {"emulation": str(path)})
+
+
+def check(config: EngineConfig, given: Mapping[str, Any]) -> Fakequant | None:
+    """What can be refused before a model is read. -> None where nothing is to be rounded"""
+    asked = Fakequant(**given)
+    wanted = [config_of(asked.fakequant), config_of(asked.kv_fakequant), asked.amax_file]
+    if all(each is None for each in wanted):
+        if given:
+            raise RequestError(f"{', '.join(given)}: of fakequant, and nothing says how to round: give fakequant too")
+        return None
+    if config.quantization is not None:
+        raise RequestError(f"quantization={config.quantization!r} beside fakequant: one of them rounds the weights")
+    if asked.amax_file is not None:
+        state_file(asked.amax_file)
+    return asked
 
 
 def emulation(model: str | Path, asked: Fakequant, device: torch.device, dtype: Any, words: str | None = None,
@@ -86,25 +100,37 @@ def emulation(model: str | Path, asked: Fakequant, device: torch.device, dtype: 
         if asked.amax_file is not None:
             return from_file(asked, layers, source)
         wanted = wish(asked.fakequant, asked.kv_fakequant, layers)
-        held = calibrated(wanted, layers, asked, words or model, tell)
+        batches = batches_of(asked, words or model)(wanted, layers) if needs_data(wanted) else []
+        held = run(layers, wanted, batches, tell)
         return Maker(wanted, layers, Reader(held.state, "calibration"), held.codes).emulation()
 
 
-def opened(source: Source, device: torch.device, dtype: Any) -> Layers:
-    if source.modules:
-        reason = f"it is {source.dialect} already: serve it as it is, or its float original"
-        raise UnsupportedError(f"{source.path}: fakequant rounds float weights", [reason])
-    return Layers(source, dtype=dtype, device=device, plain=True)
+def batches_of(asked: Fakequant, words: str | Path) -> Any:
+    """What calibration runs on, where it needs a text."""
 
-
-def calibrated(wanted: Wish, layers: Layers, asked: Fakequant, words: str | Path, tell: Any) -> Calibrated:
-    batches = []
-    if needs_data(wanted):
+    def batches(wanted: Wish, layers: Layers) -> list[Tensor]:
         reach = int(getattr(layers.config.get_text_config(), "max_position_embeddings", None) or LONGEST)
         found = samples(tokenizer(words), asked.calib_dataset, asked.calib_size, min(LONGEST, reach))
         LOG.info("calibrating on %d samples of %d tokens: %s", len(found.ids), len(found.ids[0]), found.source)
-        batches = found.batches(asked.calib_batch_size)
-    return run(layers, wanted, batches, tell)
+        return found.batches(asked.calib_batch_size)
+
+    return batches
+
+
+def calibrate(model: str | Path, out: str | Path, fakequant: Asked = None, kv_fakequant: Asked = None, *,
+              text: Mapping[str, Any] | None = None, batch: int = 1, **options: Any) -> State:  # fmt: skip
+    """A folder with float weights and the state of their quantizers. text: of workflows.calibration, data= the first.
+
+    options: device, dtype, max_shard, overwrite, tell, of fakequant_write.calibrate.
+    """
+    asked = {"data": None, **(text or {})}
+
+    def batches(wanted: Wish, layers: Layers) -> list[Tensor]:
+        data = asked.pop("data")
+        ids = isinstance(data, list | tuple | Tensor)
+        return calibration(None if ids else tokenizer(model), data, **asked).batches(batch)
+
+    return write(model, out, fakequant, kv_fakequant, batches, **options)
 
 
 def samples(words: Any, dataset: str | None, size: int, length: int) -> Samples:
@@ -127,7 +153,7 @@ def samples(words: Any, dataset: str | None, size: int, length: int) -> Samples:
 
 def from_file(asked: Fakequant, layers: Layers, source: Source) -> Emulation:
     """What another calibration, or training, gave."""
-    path = Path(str(asked.amax_file))
+    path = state_file(str(asked.amax_file))
     state, told = read_state(path)
     main, cache = asked.fakequant, asked.kv_fakequant
     if main is None and cache is None:
@@ -149,21 +175,13 @@ def beside(path: Path, model: Path) -> bool:
 
 def read_state(path: Path) -> tuple[State, dict[str, Any]]:
     """-> tensors by ModelOpt's names, and of our own files what they were calibrated for."""
-    if not path.is_file():
-        raise RequestError(f"{path}: there is no such file")
-    if path.suffix == ".safetensors":
-        with open_safetensors(path) as file:
-            told = json.loads(file.metadata.get(KEY, "{}"))
-            return normalized({name: file.read(name) for name in file.tensors}), told
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"PK"
+    if not zipped:
+        with open_safetensors(path) as opened_file:
+            told = json.loads(opened_file.metadata.get(KEY, "{}"))
+            return normalized({name: opened_file.read(name) for name in opened_file.tensors}), told
     return normalized(read_pickled(path)), {}
-
-
-def packed(asked: Asked) -> Any:
-    """What was asked as JSON: the whole of a config or a recipe."""
-    found = config_of(asked)
-    if isinstance(found, Recipe):
-        return {"recipe": found.to_yaml()}
-    return None if found is None else {"config": found}
 
 
 def unpacked(told: Any) -> Asked:

@@ -130,6 +130,8 @@ class Maker:
         if name or own is None or own.numel() > 1 or leaf not in FUSED:
             return own
         spec = self._by[owner, f"{of}_quantizer"].spec
+        if spec.scales[-1].block != (0, 0):
+            return own
         others = [f"{parent}.{other}" for other in ORDER[FUSED[leaf]]]
         alike = [o for o in others if (w := self._by.get((o, f"{of}_quantizer"))) is not None and w.spec == spec]
         seen = [t for o in alike if (t := self._get(o, "", of, suffix)) is not None and t.numel() == 1]

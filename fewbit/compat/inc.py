@@ -16,6 +16,7 @@ from fewbit.inc.config import Config
 from fewbit.inc.files import Node, Stats
 from fewbit.inc.scales import METHODS
 from fewbit.inc.unify import expand, postprocess, unify
+from fewbit.workflows.calibration import Order, calibration
 
 __all__ = ["METHODS", "Calibrated", "Config", "Node", "Stats", "calibrate", "expand", "postprocess", "read_config",
            "read_stats", "unify", "unify_files", "write_stats"]  # fmt: skip
@@ -40,9 +41,11 @@ def calibrate(
     config: str | Path,
     *,
     calib: Any = None,
-    samples: int = 32,
+    samples: int = 512,
     length: int = 512,
     seed: int = 0,
+    chat: bool = False,
+    order: Order = "shuffled",
     tokens: int = 1,
     **options: Any,
 ) -> Calibrated:
@@ -53,14 +56,13 @@ def calibrate(
     from fewbit.engine.params import SamplingParams
     from fewbit.llm import LLM
     from fewbit.models.text import tokenizer
-    from fewbit.workflows.calibration import calibration
 
     asked = configs.read(config)
     if asked.mode not in ("MEASURE", "SHAPE"):
         raise RequestError(f"{config}: mode is {asked.mode}, and calibration measures: set it to MEASURE")
     own = calib is None or isinstance(calib, str | Path)
     read = tokenizer(options.get("tokenizer") or model) if own else None
-    text = calibration(read, calib, samples=samples, length=length, seed=seed)
+    text = calibration(read, calib, samples=samples, length=length, seed=seed, chat=chat, order=order)
     with LLM(model, quantization="inc", quant_config=str(config), **options) as llm:
         params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
         llm.generate([row.tolist() for row in text.ids], params)

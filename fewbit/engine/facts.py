@@ -10,6 +10,7 @@ from torch import nn
 
 from fewbit.kernels.registry import kernels
 from fewbit.modules.attention import INSIDE, KV
+from fewbit.modules.attention_sides import CAST, SIDES, of
 from fewbit.modules.linear import Linear, Part
 from fewbit.quant.formats import name_of
 from fewbit.quant.spec import describe
@@ -44,7 +45,14 @@ def _parts(module: nn.Module) -> Iterable[Part]:
 def _cache(model: nn.Module, cache: torch.dtype | None) -> dict[str, str]:
     held = [kv for module in model.modules() if (kv := getattr(module, KV, None)) is not None]
     if not held:
-        return {"kv": _short(cache) if cache else "as computed", "kv_scales": "1.0" if cache else "none"}
+        kv, scales = _short(cache) if cache else "as computed", "1.0" if cache else "none"
+        sides = [of(module) for module in model.modules() if hasattr(module, SIDES)]
+        rounded = sorted({describe(side.spec) for each in sides for side in (each.k, each.v) if side is not None})
+        locked = any(each.q is not None and each.q.spec == CAST for each in sides)
+        return {
+            "kv": ", rounded through ".join([kv, *rounded[:1]]),
+            "kv_scales": f"{scales}, locked" if locked else scales,
+        }
     stored = sum(bool(key) for _, key, _ in held)
     return {
         "kv": describe(held[0][0]),

@@ -89,9 +89,10 @@ def check_static(act: QuantSpec, planes: Planes) -> None:
 DIMS = {"permute": 1, "input_scale": 1, "rotate": 2, "low_rank": 2}  # axes of a transform's tensors, for one matrix
 
 
-def online(tensor: Tensor, arrival: Arrival) -> Quantized:
-    """tensor: [N, K] float."""
-    w = rewritten(tensor, arrival.transforms) if arrival.rewrite else tensor
+def online(tensor: Tensor, arrival: Arrival, dtype: torch.dtype | None = None) -> Quantized:
+    """tensor: [N, K] float. dtype: of the model, which a weight that is rewritten is rounded to."""
+    rewrite = arrival.rewrite and arrival.transforms
+    w = rewritten(tensor.to(dtype or tensor.dtype), arrival.transforms) if rewrite else tensor
     spec = arrival.format.weight
     for name, plane in arrival.weight.items():
         if name == "codes":

@@ -126,11 +126,12 @@ class Filler:
         elif is_stack(module) and place.expert is None:
             for e, matrix in enumerate(tensor):
                 oriented = matrix.mT if module.is_transposed else matrix
-                self._stack(place.target, 0, e, online(oriented, arrival.expert(e)))
+                self._stack(place.target, 0, e, online(oriented, arrival.expert(e), self.options.dtype))
         else:
-            self._quantized(place.target, place, online(tensor, self._part(place, arrival, len(tensor))))
+            own = self.part(place, arrival, len(tensor))
+            self._quantized(place.target, place, online(tensor, own, self.options.dtype))
 
-    def _part(self, place: Placement, arrival: Arrival, rows: int) -> Arrival:
+    def part(self, place: Placement, arrival: Arrival, rows: int) -> Arrival:
         """Of the tensor that fills a place."""
         start = self.offsets.get((place.target, place.part), 0)
         own = arrival if place.expert is None else arrival.expert(place.expert)
