@@ -14,7 +14,7 @@ Rounded = Annotated[str | None, typer.Option("--fakequant", help=(
 ))]  # fmt: skip
 Cached = Annotated[str | None, typer.Option("--kv-fakequant", help="The same for keys and values.")]
 Inc = Annotated[Path | None, typer.Option("--inc", metavar="CONFIG", help=(
-    "Measure as Intel Neural Compressor does: its JSON of mode MEASURE says what, and where the files go."))]  # fmt: skip
+    "Measure as Intel Neural Compressor does: its JSON, of mode MEASURE, says what and where files go."))]  # fmt: skip
 Ranks = Annotated[int, typer.Option("--tensor-parallel-size", "-tp", min=1, help="Ranks, with --inc.")]
 Tokens = Annotated[int, typer.Option("--tokens", min=1, help="Generated after each sample, with --inc.")]
 Batch = Annotated[int, typer.Option("--calib-batch-size", min=1, help="Samples run at once.")]

@@ -106,8 +106,11 @@ class Loaded:
         """CUDA graphs of decoding, where they can be had. One that cannot be recorded is said, and runs without."""
         if eager or self.team is not None or not runner.ahead:
             return
+        if self.session is not None and self.session.measures:
+            return  # a graph does not call who watches
         if any(hasattr(module, INSIDE) for module in self.model.modules()):
-            LOG.warning("decoding runs without CUDA graphs: %s", PLAIN)
+            LOG.warning("attention computes in plain torch, and decoding without CUDA graphs: %s; blocking the types "
+                        "Matmul, Softmax and ModuleFusedSDPA leaves it to kernels", PLAIN)  # fmt: skip
             return
         try:
             with progress("recording graphs") as tell:

@@ -17,6 +17,7 @@ from fewbit.quant.qtensor import Planes
 from fewbit.quant.spec import QuantSpec
 
 NAME = "fewbit"
+ROOM = 1 << 26  # scores worked on at a time where they are written out
 HARMLESS = ("position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k")  # what the mask says already
 KV = "fewbit_kv"  # attribute of an attention module: (spec, planes of k, planes of v)
 WATCH_KV = "fewbit_watch_kv"  # attribute of an attention module: called with (key, value) as they would be cached
@@ -67,7 +68,7 @@ def forward(
         out = scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=gqa)
     else:
         how = scaling or query.shape[-1] ** -0.5, softcap, s_aux, sides.p
-        out = explicit(query, key, value, mask, *how, inside)
+        out = in_runs(query, key, value, mask, *how, inside)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -92,6 +93,17 @@ def chosen(indices: Tensor | None, key: Tensor) -> Tensor | None:
     lowest = torch.finfo(key.dtype).min
     mask = torch.full((*indices.shape[:2], key.shape[-2]), lowest, dtype=key.dtype, device=key.device)
     return mask.scatter_(-1, indices.long(), 0.0).unsqueeze(1)
+
+
+def in_runs(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *how: Any) -> Tensor:
+    """`explicit` on so many queries at a time that their scores fit in ROOM values: those of a long prompt may not."""
+    rows, many = max(1, ROOM // (query.shape[0] * query.shape[1] * key.shape[2])), query.shape[2]
+    if many <= rows:
+        return explicit(query, key, value, mask, *how)
+    cut = mask is not None and mask.shape[-2] == many
+    each = [slice(start, start + rows) for start in range(0, many, rows)]
+    masks = [mask[..., at, :] if mask is not None and cut else mask for at in each]
+    return torch.cat([explicit(query[:, :, at], key, value, m, *how) for at, m in zip(each, masks, strict=True)], 2)
 
 
 def explicit(

@@ -21,7 +21,7 @@ from fewbit.errors import UnsupportedError
 from fewbit.kernels import attend, triton_attention
 from fewbit.kernels.cache import Cache
 from fewbit.kernels.table import Table
-from fewbit.modules.attention import INSIDE, KV, WATCH_KV, Inside, explicit, known_or_raise, rounded
+from fewbit.modules.attention import INSIDE, KV, WATCH_KV, Inside, in_runs, known_or_raise, rounded
 from fewbit.modules.attention_sides import of
 
 __all__ = ["NAME", "Cache", "Span", "Step", "Table", "forward", "stepping"]
@@ -175,7 +175,7 @@ def _attend(
     plain = count == 1 and window is None
     if softcap is not None or sinks is not None or p or inside is not None:
         mask = None if plain else step.mask(count, length, window, query)
-        return explicit(query, key, value, mask, scaling, softcap, sinks, p, inside)[0].transpose(0, 1)
+        return in_runs(query, key, value, mask, scaling, softcap, sinks, p, inside)[0].transpose(0, 1)
     gqa = key.shape[1] != query.shape[1]
     whole = count == length and window is None
     mask = None if plain or whole else step.mask(count, length, window, query)
