@@ -56,7 +56,7 @@ def test_real_fp8(tmp_path: Path) -> None:
 
 
 def test_weights_arrive_quantized(tmp_path: Path) -> None:
-    """The most that the card ever holds is what it holds at the end, and one layer's norms: no float weight is there."""
+    """The most that the card ever holds is what it holds at the end: no float weight of a linear is ever there."""
     path = llama(tmp_path / "model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, head_dim=128,
                  num_attention_heads=8, num_key_value_heads=8)  # fmt: skip
     quant = config(tmp_path, scale_method="unit_scale", blocklist=ATTENTION)

@@ -160,6 +160,20 @@ def test_seed_gaudi(shell: Shell, tiny: Path, tmp_path: Path) -> None:
         shell.program(text)
 
 
+def test_the_page_on_inc(shell: Shell, tiny: Path, tmp_path: Path) -> None:
+    """Its configs as files, its commands and its program in their order."""
+    shell.words = {"MODEL": str(tiny), "--calib-samples 128 --calib-len 512": "--calib-samples 4 --calib-len 32"}
+    for block in blocks((ROOT / "docs" / "inc.md").read_text()):
+        if block.name:
+            (tmp_path / block.name).write_text(block.text)
+        elif "fewbit serve" in block.text:
+            with shell.server(block.text) as url:
+                answers(url)
+        else:
+            (shell.program if block.kind == "python" else shell.script)(block.text)
+    assert len(list((tmp_path / "out").glob("inc_output_hooks_maxabs_MAXABS_HW*"))) == 6
+
+
 def test_seed_fakequant(shell: Shell, tiny: Path) -> None:
     """Its script takes the format from the environment and `vllm serve`'s flags; here the format is a flag."""
     ours = "fewbit serve -q nvfp4"
