@@ -19,7 +19,7 @@ from torch import Tensor
 from fewbit import codecs
 from fewbit.codecs.source import Source
 from fewbit.compat.fakequant_arrivals import Maker
-from fewbit.compat.fakequant_ask import Asked, Wish, config_of, wish
+from fewbit.compat.fakequant_ask import Asked, Wish, config_of, retold, wish
 from fewbit.compat.fakequant_run import needs_data, run
 from fewbit.compat.fakequant_state import SMOOTH, Reader, State, normalized
 from fewbit.compat.fakequant_write import KEY, opened, state_file
@@ -33,7 +33,6 @@ from fewbit.models.emulation import Emulation
 from fewbit.models.layers import Layers
 from fewbit.models.text import tokenizer
 from fewbit.workflows import calibration_sets as sets
-from fewbit.workflows import recipe as recipes
 from fewbit.workflows.calibration import Samples, calibration
 
 LOG = logging.getLogger("fewbit.fakequant")
@@ -155,17 +154,15 @@ def from_file(asked: Fakequant, layers: Layers, source: Source) -> Emulation:
     """What another calibration, or training, gave."""
     path = state_file(str(asked.amax_file))
     state, told = read_state(path)
-    main, cache = asked.fakequant, asked.kv_fakequant
-    if main is None and cache is None:
-        if not told:
-            reason = "the file holds magnitudes alone: --fakequant (QUANT_CFG) says what they are scales of"
-            raise RequestError(f"{path}: {reason}")
-        main, cache = unpacked(told["fakequant"]), unpacked(told["kv_fakequant"])
+    given = asked.fakequant is not None or asked.kv_fakequant is not None
+    if not given and not told:
+        reason = "the file holds magnitudes alone: --fakequant (QUANT_CFG) says what they are scales of"
+        raise RequestError(f"{path}: {reason}")
     if any(name.endswith(SMOOTH) for name in state) and not beside(path, source.path):
         reason = f"serve the folder that the file was written into, not {source.path}"
         raise CheckpointError(f"{path}: its weights were scaled for it, and lie beside it: {reason}")
-    maker = Maker(wish(main, cache, layers), layers, Reader(state, str(path)), came=True)
-    return maker.emulation()
+    wanted = wish(asked.fakequant, asked.kv_fakequant, layers) if given else retold(told, layers)
+    return Maker(wanted, layers, Reader(state, str(path)), came=True).emulation()
 
 
 def beside(path: Path, model: Path) -> bool:
@@ -174,7 +171,7 @@ def beside(path: Path, model: Path) -> bool:
 
 
 def read_state(path: Path) -> tuple[State, dict[str, Any]]:
-    """-> tensors by ModelOpt's names, and of our own files what they were calibrated for."""
+    """-> tensors by ModelOpt's names, and of our own files what each quantizer does."""
     with path.open("rb") as file:
         zipped = file.read(2) == b"PK"
     if not zipped:
@@ -182,10 +179,3 @@ def read_state(path: Path) -> tuple[State, dict[str, Any]]:
             told = json.loads(opened_file.metadata.get(KEY, "{}"))
             return normalized({name: opened_file.read(name) for name in opened_file.tensors}), told
     return normalized(read_pickled(path)), {}
-
-
-def unpacked(told: Any) -> Asked:
-    if told is None:
-        return None
-    found: Asked = recipes.read(told["recipe"], "the state's recipe") if "recipe" in told else told["config"]
-    return found

@@ -2,13 +2,13 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewbit.compat.fakequant_ask import Wish
+from fewbit.compat.fakequant_ask import Wish, static
 from fewbit.compat.fakequant_state import (
     AMAX,
     BIAS,
@@ -21,7 +21,6 @@ from fewbit.compat.fakequant_state import (
     planes_of,
 )
 from fewbit.compat.insert import OTHERS, Place, disk_modules
-from fewbit.compat.methods import method_of
 from fewbit.compat.modelopt import Found, role
 from fewbit.compat.modelopt_config import Rounding
 from fewbit.compat.quantizer import by_rule
@@ -53,7 +52,8 @@ class Maker:
         pairs = {(place.owner, place.leaf.rpartition(".")[0]): None for place in self.wish.found
                  if role(place) in ("weight", "input")}  # fmt: skip
         self._disk = disk_modules(self.layers.model)
-        self._by = {(place.owner, place.leaf): what for place, what in self.wish.found.items()}
+        said = static(self.wish)
+        self._by = {(place.owner, place.leaf): said[place.names[0]] for place in self.wish.found}
         arrivals = {f"{owner}.{name}" if name else owner: self._arrival(owner, name) for owner, name in pairs}
         attentions = dict.fromkeys(p.owner for p in self.wish.found if role(p) in ("cache", "softmax"))
         sides = {path: self._sides(path) for path in attentions}
@@ -91,21 +91,20 @@ class Maker:
             self.folded.append(path)
             return plain, {}
         whole = self._merged(owner, name, "weight", GLOBAL) if len(what.spec.scales) == 2 else None
-        return what.spec, planes_of(what.spec, amax, whole, self._shape(owner, name), f"{path}.weight_quantizer")
+        where = f"{path}.weight_quantizer"
+        return what.spec, planes_of(what.spec, amax, whole, self._shape(owner, name), where, what.outer)
 
     def _input(self, owner: str, name: str, path: str, what: Rounding | None) -> tuple[QuantSpec | None, Planes]:
         if what is None:
             return None, {}
         spec = what.spec
-        method, _ = method_of(self.wish.algorithm)
-        if method is None and not what.constant:
-            spec = replace(spec, scales=tuple(replace(scale, dynamic=True) for scale in spec.scales))
         if not spec.scales or spec.scales[-1].dynamic:
             return spec, {}
         amax = torch.tensor(spec.element.max) if what.constant else self._merged(owner, name, "input", AMAX)
         if amax is None:
             raise CheckpointError(f"{self.reader.where}: no {path}.input_quantizer.{AMAX}, and its scale is static")
-        return spec, planes_of(spec, amax.amax(), None, (1, self._shape(owner, name)[-1]), f"{path}.input_quantizer")
+        where, shape = f"{path}.input_quantizer", (1, self._shape(owner, name)[-1])
+        return spec, planes_of(spec, amax.amax(), None, shape, where, what.outer)
 
     def _transforms(self, owner: str, name: str) -> tuple[Transform, ...]:
         found = []
@@ -168,7 +167,7 @@ class Maker:
                 raise CheckpointError(
                     f"{self.reader.where}: no {path}.{leaf}.{AMAX}, and its scale is static ({reason})"
                 )
-            planes = planes_of(what.spec, amax.amax(), None, (1, 1), f"{path}.{leaf}")
+            planes = planes_of(what.spec, amax.amax(), None, (1, 1), f"{path}.{leaf}", what.outer)
         return Side(what.spec, planes, None if bias is None else bias.reshape(bias.shape[-3:]), what.turned)
 
 

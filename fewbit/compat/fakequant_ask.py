@@ -9,10 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 from fewbit.compat.insert import CACHE, Place, disk_modules, places
+from fewbit.compat.methods import method_of
 from fewbit.compat.modelopt import Found, resolve, role
 from fewbit.compat.modelopt_config import Rounding, rules
 from fewbit.compat.modelopt_presets import PRESETS
-from fewbit.errors import RequestError, SpecError, UnsupportedError
+from fewbit.errors import CheckpointError, RequestError, SpecError, UnsupportedError
+from fewbit.models.emulation import spec_in, spec_out
 from fewbit.models.layers import Layers
 from fewbit.quant.formats import FORMATS
 from fewbit.quant.formats import get as row
@@ -34,6 +36,34 @@ class Wish:
 
     found: Found
     algorithm: Any
+
+
+def told(found: Mapping[str, Rounding]) -> dict[str, Any]:
+    """What quantizers do, by their names, as JSON."""
+    return {name: {"spec": spec_out(w.spec), "constant": w.constant, "affine": w.affine, "turned": w.turned,
+                   "outer": w.outer} for name, w in found.items()}  # fmt: skip
+
+
+def retold(said: Mapping[str, Any], layers: Layers) -> Wish:
+    """The inverse, on a model."""
+    known = {place.names[0]: place for place in places(layers.model)}
+    if unknown := sorted(said.keys() - known.keys()):
+        raise CheckpointError(f"the state is of another model: this one has no {', '.join(unknown[:3])}")
+    more = ("constant", "affine", "turned", "outer")
+    return Wish({known[name]: Rounding(spec_in(held["spec"]), **{key: held[key] for key in more})
+                 for name, held in said.items()}, "max")  # fmt: skip
+
+
+def static(wanted: Wish) -> dict[str, Rounding]:
+    """What a wish comes to, by the names of quantizers: without an algorithm inputs are scaled at each call."""
+    method, _ = method_of(wanted.algorithm)
+    out = {}
+    for place, what in wanted.found.items():
+        if role(place) == "input" and method is None and not what.constant:
+            scales = tuple(replace(scale, dynamic=True) for scale in what.spec.scales)
+            what = replace(what, spec=replace(what.spec, scales=scales))
+        out[place.names[0]] = what
+    return out
 
 
 def config_of(asked: Asked) -> Mapping[str, Any] | Recipe | None:

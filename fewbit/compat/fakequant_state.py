@@ -168,7 +168,9 @@ class Reader:
         return self.get(f"{path}.{leaf}.{suffix}", f"{path}.attn.{leaf}.{suffix}")
 
 
-def planes_of(spec: QuantSpec, amax: Tensor, whole: Tensor | None, shape: Sequence[int], where: str) -> Planes:
+def planes_of(
+    spec: QuantSpec, amax: Tensor, whole: Tensor | None, shape: Sequence[int], where: str, outer: float = 0.0
+) -> Planes:
     """The static planes of a spec that magnitudes stand for. shape: [*, N, K] of what is rounded."""
     if by_rule(spec):
         return {}
@@ -178,7 +180,7 @@ def planes_of(spec: QuantSpec, amax: Tensor, whole: Tensor | None, shape: Sequen
     if len(spec.scales) == 1 or whole is not None:
         cells = grid(tuple(shape), spec.scales[0].block)
         amax = _cells(amax, tuple(shape[:-2]), cells, where)
-    maker = Quantizer(spec)
+    maker = Quantizer(spec, outer=outer)
     if len(spec.scales) == 1:
         maker.hold(amax)
         return maker.planes

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from fewbit import codecs
 from fewbit.codecs.source import Source
 from fewbit.compat.fakequant_arrivals import Maker
-from fewbit.compat.fakequant_ask import Asked, Wish, config_of, wish
+from fewbit.compat.fakequant_ask import Asked, Wish, config_of, static, told, wish
 from fewbit.compat.fakequant_run import Tell, needs_data, run
 from fewbit.compat.fakequant_state import Reader, State
+from fewbit.compat.modelopt_config import Rounding
 from fewbit.errors import CheckpointError, RequestError, UnsupportedError
 from fewbit.files.writer import SafetensorsWriter, check_free
 from fewbit.models.arrival import Arrival, rewritten
@@ -29,10 +31,9 @@ from fewbit.models.placement import Placement, cut
 from fewbit.quant.qtensor import make, scale_of, store
 from fewbit.quant.reference import decode
 from fewbit.workflows.convert import small_files
-from fewbit.workflows.recipe import Recipe
 
 AMAX, PICKLED = "quant_amax.st", "quant_amax.pth"
-KEY = "fewbit_fakequant"  # in the metadata of a state file: what it was calibrated for
+KEY = "fewbit_quantizers"  # in the metadata of a state file: what each quantizer does
 Batches = Callable[[Wish, Layers], list[Tensor]]
 
 
@@ -57,31 +58,21 @@ def calibrate(model: str | Path, out: str | Path, fakequant: Asked, kv_fakequant
         wanted = wish(fakequant, kv_fakequant, layers)
         found = run(layers, wanted, batches(wanted, layers) if needs_data(wanted) else [], tell)
         made = Maker(wanted, layers, Reader(found.state, "calibration"), found.codes).emulation()
-        told = {"fakequant": packed(fakequant), "kv_fakequant": packed(kv_fakequant)}
         layout = {name: (e.dtype, tuple(e.shape)) for name, e in source.dense.items()}
         weights = Weights(layers, made, source)
         with SafetensorsWriter(out, layout, max_shard=max_shard, overwrite=overwrite) as writer:
-            for name, data in (small_files(source, {}) | files_of(found.state, told)).items():
+            for name, data in (small_files(source, {}) | files_of(found.state, static(wanted))).items():
                 writer.add_file(name, data)
             for name in source.dense:
                 writer.put(name, weights.read(name))
     return found.state
 
 
-def files_of(state: State, told: Mapping[str, Any]) -> dict[str, bytes]:
-    from safetensors.torch import save
-
+def files_of(state: State, quantizers: Mapping[str, Rounding]) -> dict[str, bytes]:
+    """quantizers: what each of them does, by its name."""
     pickled = io.BytesIO()
     torch.save(dict(state), pickled)
-    return {AMAX: save(state, {KEY: json.dumps(told)}), PICKLED: pickled.getvalue()}
-
-
-def packed(asked: Asked) -> Any:
-    """What was asked as JSON: the whole of a config or a recipe."""
-    found = config_of(asked)
-    if isinstance(found, Recipe):
-        return {"recipe": found.to_yaml()}
-    return None if found is None else {"config": found}
+    return {AMAX: save(state, {KEY: json.dumps(told(quantizers))}), PICKLED: pickled.getvalue()}
 
 
 class Weights:

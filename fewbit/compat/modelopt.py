@@ -39,14 +39,19 @@ from fewbit.quant.elements import E2M1, E4M3
 from fewbit.workflows.export import export
 
 Found = dict[Place, Rounding]
+SERVED = ("export_hf_vllm_fq_checkpoint", "export_mcore_gpt_to_hf_vllm_fq")
 
 
 def __getattr__(name: str) -> Any:
+    if name in SERVED:
+        from fewbit.compat import modelopt_vllm
+
+        return getattr(modelopt_vllm, name)
     return preset(name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *PRESETS])
+    return sorted([*globals(), *PRESETS, *SERVED])
 
 
 def quantize(model: Any, config: Any, forward_loop: Loop | None = None) -> Any:

@@ -67,6 +67,7 @@ class Rounding:
     """What one quantizer does. constant: scales of 1, not calibrated. static: the blocks of a two-level weight too.
 
     affine: of a cache, the mean of each channel is taken out first. turned: it is rounded in another basis.
+    outer: what the outer scale of two brings to 1; 0 = the reach of the element and the inner scale.
     """
 
     spec: QuantSpec
@@ -75,6 +76,7 @@ class Rounding:
     pass_through: bool = False
     affine: bool = False
     turned: bool = False
+    outer: float = 0.0
     second: QuantSpec | None = None  # of a kernel's later stage (W4A8): named in configs, no part of the weight
 
 

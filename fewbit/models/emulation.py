@@ -53,13 +53,13 @@ def _arrival_out(name: str, a: Arrival, tensors: dict[str, Tensor]) -> dict[str,
     ):
         tensors |= {f"{name}|{part}|{plane}": t.clone().contiguous() for plane, t in planes.items()}
     act = a.format.act
-    return {"weight": _spec_out(a.format.weight), "act": act and _spec_out(act), "rewrite": a.rewrite,
+    return {"weight": spec_out(a.format.weight), "act": act and spec_out(act), "rewrite": a.rewrite,
             "transforms": a.format.transforms}  # fmt: skip
 
 
 def _arrival_in(name: str, told: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Arrival:
     kinds = tuple(told["transforms"])
-    form = Format(_spec_in(told["weight"]), _spec_in(told["act"]) if told["act"] else None, kinds)
+    form = Format(spec_in(told["weight"]), spec_in(told["act"]) if told["act"] else None, kinds)
     transforms = tuple(Transform(kind, dict(_part(f"{name}|{i}|", tensors))) for i, kind in enumerate(kinds))
     weight, act = (dict(_part(f"{name}|{part}|", tensors)) for part in ("weight", "act"))
     return Arrival(form, weight, act, transforms, told["rewrite"])
@@ -71,7 +71,7 @@ def _sides_out(name: str, sides: Sides, tensors: dict[str, Tensor]) -> dict[str,
         if side is not None:
             held = {**side.planes, "bias": side.bias}
             tensors |= {f"{name}|{of}|{n}": t.clone().contiguous() for n, t in held.items() if t is not None}
-            told[of] = {"spec": _spec_out(side.spec), "turned": side.turned}
+            told[of] = {"spec": spec_out(side.spec), "turned": side.turned}
     return told
 
 
@@ -81,7 +81,7 @@ def _sides_in(name: str, told: Mapping[str, Any], tensors: Mapping[str, Tensor])
             return None
         held = dict(_part(f"{name}|{of}|", tensors))
         bias = held.pop("bias", None)
-        return Side(_spec_in(told[of]["spec"]), held, bias, told[of]["turned"])
+        return Side(spec_in(told[of]["spec"]), held, bias, told[of]["turned"])
 
     return Sides(side("q"), side("k"), side("v"), told["p"])
 
@@ -90,14 +90,14 @@ def _part(prefix: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Ten
     return ((name.removeprefix(prefix), t) for name, t in tensors.items() if name.startswith(prefix))
 
 
-def _spec_out(s: QuantSpec) -> dict[str, Any]:
+def spec_out(s: QuantSpec) -> dict[str, Any]:
     def chain(scales: tuple[Scale, ...]) -> list[Any]:
         return [[scale.element.name, scale.block, scale.op, scale.dynamic] for scale in scales]
 
     return {"element": s.element.name, "scales": chain(s.scales), "zeros": chain(s.zeros), "rule": s.rule}
 
 
-def _spec_in(told: Mapping[str, Any]) -> QuantSpec:
+def spec_in(told: Mapping[str, Any]) -> QuantSpec:
     def chain(scales: list[Any]) -> tuple[Scale, ...]:
         return tuple(Scale(ELEMENTS[name], tuple(block), op, dynamic) for name, block, op, dynamic in scales)
 
