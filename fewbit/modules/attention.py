@@ -1,9 +1,11 @@
 """Attention in plain torch, registered with transformers as "fewbit": the oracle for every later attention kernel.
 
 It sees queries and keys after rotary, and the additive mask of transformers' eager path, so padding, sliding windows
-and caches are what they are there. Keys and values may be rounded first: `module.fewbit_kv`.
+and caches are what they are there. Keys and values may be rounded first: `module.fewbit_kv`; and before that turned by
+a Hadamard matrix, queries with keys, which changes no score: `module.fewbit_kv_turn`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +18,10 @@ from fewbit.quant.qtensor import Planes
 from fewbit.quant.spec import QuantSpec
 
 NAME = "fewbit"
+Turn = Callable[..., Tensor]  # x [..., D] -> x Q; with back=True, x Q^T
 HARMLESS = ("position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k")  # what the mask says already
 KV = "fewbit_kv"  # attribute of an attention module: (spec, planes of k, planes of v)
+KV_TURN = "fewbit_kv_turn"  # attribute of an attention module: a Turn
 WATCH_KV = "fewbit_watch_kv"  # attribute of an attention module: called with (key, value) as they would be cached
 
 
@@ -38,6 +42,8 @@ def forward(
     known_or_raise(module, others)
     if (watch := getattr(module, WATCH_KV, None)) is not None:
         watch(key, value)
+    if (turn := getattr(module, KV_TURN, None)) is not None:
+        query, key, value = turn(query), turn(key), turn(value)
     if (kv := getattr(module, KV, None)) is not None:
         key, value = rounded(key, value, *kv)
     mask = attention_mask[..., : key.shape[-2]] if attention_mask is not None else None
@@ -48,6 +54,7 @@ def forward(
         out = scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=gqa)
     else:
         out = explicit(query, key, value, mask, scaling or query.shape[-1] ** -0.5, softcap, s_aux)
+    out = out if turn is None else turn(out, back=True)
     return out.transpose(1, 2).contiguous(), None
 
 
