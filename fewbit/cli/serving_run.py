@@ -16,10 +16,11 @@ from fewbit.cli.serving import text_of
 from fewbit.errors import FewbitError, RequestError
 
 ENGINE = (  # flags that EngineConfig takes under the same name; unset ones are left to it
-    "model", "tokenizer", "served_model_name", "quantization", "dtype", "device", "kv_cache_dtype", "max_model_len",
-    "gpu_memory_utilization", "kv_cache_memory_bytes", "tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens",
-    "max_queue", "block_size", "enable_prefix_caching", "enforce_eager", "trust_remote_code", "seed", "kernels",
-    "activations", "strict_activations", "emulate_activations", "enable_lora",
+    "model", "tokenizer", "served_model_name", "quantization", "dtype", "device", "kv_cache_dtype", "kv_scales",
+    "kv_scale", "kv_rotate", "max_model_len", "gpu_memory_utilization", "kv_cache_memory_bytes",
+    "tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens", "max_queue", "block_size",
+    "enable_prefix_caching", "enforce_eager", "trust_remote_code", "seed", "kernels", "activations",
+    "strict_activations", "emulate_activations", "enable_lora",
 )  # fmt: skip
 SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "repetition_penalty": float}
 TIMES = {"k": 1000, "K": 1024, "m": 10**6, "M": 2**20}

@@ -20,6 +20,9 @@ class EngineConfig:
     strict_activations: bool = False  # an error where the device lacks what the checkpoint rounds activations to
     emulate_activations: bool = False  # rounded in software there
     kv_cache_dtype: str = "auto"
+    kv_scales: str | None = None  # a file of scales that fewbit calibrate measured
+    kv_scale: float | None = None  # one number for every layer, instead of what the checkpoint holds
+    kv_rotate: bool = False  # keys and values are turned by a Hadamard matrix before they are rounded
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
     block_size: int = 16  # tokens of a page

@@ -20,7 +20,7 @@ from fewbit.engine.parallel import Lockstep, Team, digest
 from fewbit.engine.parallel_group import Group
 from fewbit.engine.runner import Alone, Paged, Runner
 from fewbit.errors import CheckpointError, RequestError, UnsupportedError
-from fewbit.models import build, hf
+from fewbit.models import build, hf, kv
 from fewbit.models.text import tokenizer as read_tokenizer
 from fewbit.models.twin import first_line
 from fewbit.modules import paged
@@ -35,11 +35,7 @@ NAMES = {  # vLLM's names of a checkpoint's dialect, beside our own
     "auto-awq": "awq", "mxfp4-marlin": "mxfp4",
 }  # fmt: skip
 ONLINE = {"fp8": "fp8-tensor", "int8": "int8-channel-a8"}  # vLLM's names of what is quantized on arrival
-CACHES: dict[str, torch.dtype | None] = {
-    "auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
-    "fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2,
-    "int8": torch.int8,
-}  # fmt: skip
+CACHES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}  # of caches that hold values
 DTYPES = {"half": "float16", "float": "float32"}
 CHANGING = ("dynamic", "longrope")  # kinds of rotary tables that depend on the longest text of a batch
 
@@ -112,8 +108,7 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
 
 def load(config: EngineConfig, group: Group | None = None) -> Loaded:
     """group: of a rank beside rank 0; rank 0 starts the others itself."""
-    if config.kv_cache_dtype not in CACHES:
-        raise RequestError(f"kv_cache_dtype={config.kv_cache_dtype!r}: known are {', '.join(CACHES)}")
+    cached(config)
     device, format = torch.device(device_named(config.device)), online(config)
     if config.tensor_parallel_size == 1 or group is not None:
         return loaded(config, device, format, group)
@@ -139,7 +134,7 @@ def loaded(config: EngineConfig, device: torch.device, format: str | None, group
             config.model, device=device, dtype=dtype, kernels=config.kernels,
             activations=activations.resolved(config, format, device, dtype), format=format,
             trust_remote_code=config.trust_remote_code, attend=proof.attention, ranks=group,
-            fuse=device.type == "cuda", tell=tell,
+            fuse=device.type == "cuda", cached=cached(config), tell=tell,
         )  # fmt: skip
     try:
         tokenizer = read_tokenizer(config.tokenizer or config.model)
@@ -148,8 +143,14 @@ def loaded(config: EngineConfig, device: torch.device, format: str | None, group
             raise
         tokenizer = None  # token ids in, token ids out
     text = model.config.get_text_config()
-    return Loaded(model, tokenizer, device, CACHES[config.kv_cache_dtype], config.block_size, ends(model, tokenizer),
-                  text.vocab_size, int(getattr(text, "max_position_embeddings", None) or 1 << 20))  # fmt: skip
+    held, longest = CACHES.get(config.kv_cache_dtype), getattr(text, "max_position_embeddings", None)
+    return Loaded(model, tokenizer, device, held, config.block_size, ends(model, tokenizer), text.vocab_size,
+                  int(longest or 1 << 20))  # fmt: skip
+
+
+def cached(config: EngineConfig) -> kv.Asked:
+    """What was asked of the KV cache, if it makes sense."""
+    return kv.Asked(config.kv_cache_dtype, config.kv_scales, config.kv_scale, config.kv_rotate)
 
 
 def dtype_of(config: EngineConfig, device: torch.device) -> str | None:

@@ -135,7 +135,7 @@ def test_seed_modelopt(shell: Shell, tiny: Path, tmp_path: Path) -> None:
 
 GAUDI = {"--quantization inc": "--quantization fp8", '"inc"': '"fp8"', "fp8_inc": "fp8",
          "--tensor_paralel_size 8": "--tensor_parallel_size 1"}  # fmt: skip
-REFUSED = [("--quantization inc", "'inc'"), ("--kv-cache-dtype fp8_inc", "'fp8_inc'"),
+REFUSED = [("--quantization inc", "'inc'"), ("--kv-cache-dtype fp8_incs", "'fp8_incs'"),
            ("--tensor_paralel_size 8", "--tensor-parallel-size")]  # fmt: skip
 
 
