@@ -36,6 +36,13 @@ Config = Annotated[Path | None, typer.Option("--config", help="A YAML file of fl
                                                 callback=configured)]  # fmt: skip
 Quantization = Annotated[Name, flag("--quantization", "-q", help=(
     "The dialect to insist on, a format to quantize a dense model to on arrival, or inc (QUANT_CONFIG)."))]  # fmt: skip
+KvDtype = Annotated[Name, flag("--kv-cache-dtype", help=(
+    "auto (as the checkpoint declares), bfloat16, fp8, fp8_e5m2, fp8_inc, int8, int4, nvfp4, mxfp4 ..."))]  # fmt: skip
+KvScales = Annotated[Name, flag("--kv-scales", help="A file of scales from fewbit calibrate --kv.")]
+KvScale = Annotated[float | None, flag("--kv-scale", help=(
+    "One scale for every layer instead of measured ones: 1.0."))]  # fmt: skip
+KvRotate = Annotated[bool | None, flag("--kv-rotate", help=(
+    "Turn keys and values by a Hadamard matrix before they are rounded."))]  # fmt: skip
 Prefixes = Annotated[bool | None, flag("--enable-prefix-caching/--no-enable-prefix-caching", help=(
     "Keep the KV cache of prompts that begin alike."))]  # fmt: skip
 Strict = Annotated[bool | None, flag("--strict-activations", help=(
@@ -82,7 +89,10 @@ def serve(
     calib_size: Annotated[Count, flag("--calib-size", help="Samples to calibrate on; 512.")] = None,
     calib_batch_size: Annotated[Count, flag("--calib-batch-size", help="Run at once; 1.")] = None,
     kv_attn_math: Math = None,
-    kv_cache_dtype: Annotated[Name, flag("--kv-cache-dtype", help="auto, bfloat16, fp8, fp8_inc ...")] = None,
+    kv_cache_dtype: KvDtype = None,
+    kv_scales: KvScales = None,
+    kv_scale: KvScale = None,
+    kv_rotate: KvRotate = None,
     max_model_len: Annotated[Name, flag("--max-model-len", help="Longest context in tokens; 8k, 32K.")] = None,
     gpu_memory_utilization: Annotated[float | None, flag("--gpu-memory-utilization", help="A share.")] = None,
     kv_cache_memory_bytes: Annotated[Name, flag("--kv-cache-memory-bytes", help="Size of the KV cache: 2GB.")] = None,

@@ -24,6 +24,9 @@ class EngineConfig:
     emulation: str | None = None  # a file of models.emulation: how a float model is rounded as it is served
     kv_cache_dtype: str = "auto"
     kv_attn_math: str | None = None  # "fp8": attention multiplies e4m3, cast without scales
+    kv_scales: str | None = None  # a file of scales that fewbit calibrate measured
+    kv_scale: float | None = None  # one number for every layer, instead of what the checkpoint holds
+    kv_rotate: bool = False  # keys and values are turned by a Hadamard matrix before they are rounded
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
     block_size: int = 16  # tokens of a page

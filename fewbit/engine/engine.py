@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fewbit.engine.batch import Flight
 from fewbit.engine.config import EngineConfig
-from fewbit.engine.facts import facts, said
+from fewbit.engine.facts import cache_said, facts, said
 from fewbit.engine.guided import Grammars
 from fewbit.engine.limits import Limits, limits_of
 from fewbit.engine.outputs import Logprob
@@ -78,7 +78,8 @@ class Engine:
             self.limits: Limits = limits_of(config, self.loaded)
             self.runner = self.loaded.runner(self.limits)
             self.loaded.record(self.runner, config.enforce_eager)
-            for line in said(self.facts()["kernels"]):
+            found = self.facts()
+            for line in (*said(found["kernels"]), cache_said(found, self.limits.token)):
                 LOG.info("%s", line)
         except BaseException:
             self.loaded.free()

@@ -48,9 +48,6 @@ def refuse_halves(config: EngineConfig, path: str, asked: bool) -> None:
             "config of INC, of mode MEASURE to calibrate and then of QUANTIZE. A checkpoint that AutoRound or INC has "
             "quantized is served without it"
         )
-    if config.kv_cache_dtype == CACHE:
-        raise RequestError(f"kv_cache_dtype={CACHE!r}: its scales come from INC; give quantization={NAME!r} and "
-                           "QUANT_CONFIG with it, or kv_cache_dtype='fp8'")  # fmt: skip
     if path and not asked:
         LOG.warning("QUANT_CONFIG=%s is not used: quantization is %s, not %s", path, config.quantization, NAME)
 

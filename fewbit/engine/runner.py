@@ -18,7 +18,7 @@ from fewbit.engine.graph import Graphs, fed
 from fewbit.engine.scheduler import Work
 from fewbit.engine.tables import Tables
 from fewbit.engine.transfer import sent
-from fewbit.modules.paged import Cache, Span, Step, Table, stepping
+from fewbit.modules.paged import AnyCache, Span, Step, Table, stepping
 
 
 def rounder(count: int) -> int:
@@ -70,7 +70,7 @@ class Paged:
         """
         self.model, self.size, self.capacity, self.cache_dtype = model, size, pages * size, cache_dtype
         self.apart, self.reach = apart, reach or self.capacity
-        self.caches: dict[int, Cache] = {}
+        self.caches: dict[int, AnyCache] = {}
         self.device = device_of(model)
         self.ahead = self.device.type == "cuda" and not apart
         self.keeps = "logits_to_keep" in inspect.signature(model.forward).parameters

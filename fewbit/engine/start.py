@@ -22,7 +22,7 @@ from fewbit.engine.runner import Alone, Paged, Runner
 from fewbit.errors import CheckpointError, RequestError, UnsupportedError
 from fewbit.inc.session import Session
 from fewbit.kernels.registry import EMULATED
-from fewbit.models import build, hf
+from fewbit.models import build, hf, kv
 from fewbit.models.emulation import read as read_emulation
 from fewbit.models.text import tokenizer as read_tokenizer
 from fewbit.models.twin import first_line
@@ -41,11 +41,7 @@ NAMES = {  # vLLM's names of a checkpoint's dialect, beside our own
     "auto-awq": "awq", "mxfp4-marlin": "mxfp4", "inc": "auto-round",
 }  # fmt: skip
 ONLINE = {"fp8": "fp8-tensor", "int8": "int8-channel-a8"}  # vLLM's names of what is quantized on arrival
-CACHES: dict[str, torch.dtype | None] = {
-    "auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
-    "fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2,
-    "int8": torch.int8, gaudi.CACHE: None,
-}  # fmt: skip
+CACHES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}  # of caches that hold values
 DTYPES = {"half": "float16", "float": "float32"}
 CHANGING = ("dynamic", "longrope")  # kinds of rotary tables that depend on the longest text of a batch
 
@@ -145,9 +141,8 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
 
 def load(config: EngineConfig, group: Group | None = None) -> Loaded:
     """group: of a rank beside rank 0; rank 0 starts the others itself."""
-    if config.kv_cache_dtype not in CACHES:
-        raise RequestError(f"kv_cache_dtype={config.kv_cache_dtype!r}: known are {', '.join(CACHES)}")
     session = gaudi.session(config, group)
+    cached(config, session)
     device, format = torch.device(device_named(config.device)), online(config) if session is None else None
     if config.tensor_parallel_size == 1 or group is not None:
         return loaded(config, device, format, group, session)
@@ -175,7 +170,8 @@ def loaded(
         model: Any = build.load(
             config.model, device=device, dtype=dtype, kernels=kernels_of(config),
             trust_remote_code=config.trust_remote_code, attend=proof.attention, ranks=group,
-            fuse=device.type == "cuda" and (session is None or not session.measures), tell=tell, **given,
+            fuse=device.type == "cuda" and (session is None or not session.measures), cached=cached(config, session),
+            tell=tell, **given,
         )  # fmt: skip
     if session is not None and given["activations"] != "off":
         session.loaded(model)
@@ -188,9 +184,17 @@ def loaded(
             raise
         tokenizer = None  # token ids in, token ids out
     text = model.config.get_text_config()
-    longest = int(getattr(text, "max_position_embeddings", None) or 1 << 20)
-    return Loaded(model, tokenizer, device, CACHES[config.kv_cache_dtype], config.block_size, ends(model, tokenizer),
-                  text.vocab_size, longest, session=session)  # fmt: skip
+    held, longest = CACHES.get(config.kv_cache_dtype), getattr(text, "max_position_embeddings", None)
+    return Loaded(model, tokenizer, device, held, config.block_size, ends(model, tokenizer), text.vocab_size,
+                  int(longest or 1 << 20), session=session)  # fmt: skip
+
+
+def cached(config: EngineConfig, session: Session | None) -> kv.Asked:
+    """What was asked of the KV cache, if it makes sense. INC has scales of its own for it, FP8 arithmetic locks 1."""
+    if session is not None and config.kv_cache_dtype == gaudi.CACHE:
+        return kv.Asked(scales=config.kv_scales, scale=config.kv_scale, turn=config.kv_rotate)
+    locked = config.kv_attn_math is not None and config.kv_scales is None and config.kv_scale is None
+    return kv.Asked(config.kv_cache_dtype, config.kv_scales, 1.0 if locked else config.kv_scale, config.kv_rotate)
 
 
 def given_to(

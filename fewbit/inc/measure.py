@@ -27,6 +27,7 @@ Key = tuple[str, str, int | str]  # node, part, which of it
 Axis = int | None  # of channels; probabilities have none, for as many as a text has tokens are not the next one's
 Observer = Callable[[Tensor | None, Tensor, Axis], Tensor]  # (state so far, tensor, axis) -> state
 MODES: dict[str, Mode] = {"shape": "Shape"}
+EXCLUDES = {"inputs": "INPUT", "outputs": "OUTPUT", "params": "PARAMS"}  # what measure_exclude calls a part
 
 
 def maxabs(state: Tensor | None, x: Tensor, axis: Axis) -> Tensor:
@@ -80,19 +81,16 @@ class Measure:
 
     def see(self, node: str, part: str, index: int | str, x: Tensor, path: str = "", axis: Axis = -1) -> None:
         """Take a tensor in. path: of the module it is of, where a node has several."""
-        if part != "params" and (self.config.exclude in (part[:-1].upper(), "ALL")) and not self._required(node, part):
-            return
-        if part == "params" and self.config.exclude in ("PARAMS", "ALL"):
-            return
-        if not x.numel():
+        if not x.numel() or not self._wanted(node, part):
             return
         held = self.states[node, part, index]
         held[path] = self.observe(held.get(path), x, axis)
         if self.saver is not None:
             self.saver.save(node, part, index, x)
 
-    def _required(self, node: str, part: str) -> bool:
-        return part == "outputs" and self._kinds.get(node) in OUTPUTS
+    def _wanted(self, node: str, part: str) -> bool:
+        required = part == "outputs" and self._kinds.get(node) in OUTPUTS
+        return required or self.config.exclude not in (EXCLUDES[part], "ALL")
 
     def _attach(self, model: nn.Module) -> None:
         self._kinds = {site.name: site.kind for site in self.sites}
@@ -168,6 +166,10 @@ class Measure:
         for (node, part, index), by_path in self.states.items():
             if node in ran:
                 parts[node][part][index] = self._whole(part, list(by_path.values())).cpu()
+        for (node, part, _), by_path in self.states.items():
+            if not all(bool(state.isfinite().all()) for state in by_path.values()):
+                reason = "no scale can be made of that; calibrate in bfloat16 or float32, and look at the checkpoint"
+                raise UnsupportedError(f"{node}: its {part} were not finite", [reason])
         nodes = {node: node_of(held) for node, held in parts.items()}
         nodes |= self._lists(nodes)
         ordered = {name: nodes[name] for name in self.modules if name in nodes}

@@ -28,6 +28,7 @@ from fewbit.inc.weights import Weights
 from fewbit.models import hf
 from fewbit.models.arrival import Arrival
 from fewbit.models.build import module_path
+from fewbit.models.kv import FROM
 from fewbit.models.verify import building, plausible
 from fewbit.modules.attention import INSIDE
 from fewbit.quant.spec import Format
@@ -147,6 +148,8 @@ class Session:
         """The model is there: attention rounds what its nodes say."""
         for path, rounds in self.becomes.inside.items():
             setattr(model.get_submodule(path), INSIDE, rounds)
+        if self.becomes.kv:
+            setattr(model, FROM, "INC's")
 
     def watch(self, model: nn.Module) -> None:
         """From here on what runs is measured; earlier files of this name make room."""

@@ -2,6 +2,9 @@
 
 Logits are kept in powers of two. `top` starts at a finite lowest, so that rows that have seen nothing yet need no care.
 A sink is where `top` and `total` start: a logit that takes weight and brings no value.
+
+Scales of each token join scores and weights on the way. Those measured for a whole head cost nothing: that of keys
+joins the scaling of scores before the walk, that of values what was gathered after it.
 """
 
 from functools import cache as once
@@ -27,6 +30,14 @@ def opening(sinks, head, inside, ROWS: tl.constexpr):
         top = tl.maximum(sink, LOWEST)
         total = tl.where(sink > LOWEST, 1.0, 0.0)
     return top, total
+
+
+@triton.jit
+def scaled(x, measured, kin):
+    """x times the measured scale of a head."""
+    if measured is not None:
+        x = x * tl.load(measured + kin)
+    return x
 
 
 @triton.jit

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from fewbit import codecs
-from fewbit.errors import CheckpointError, SpecError, UnsupportedError
+from fewbit.errors import SpecError, UnsupportedError
 from fewbit.kernels.select import known_or_raise
 from fewbit.models import fuse as fusing
 from fewbit.models import hf, twin
+from fewbit.models import kv as caching
 from fewbit.models.account import finish
 from fewbit.models.arrival import Arrival, Online
 from fewbit.models.fill import Filler, is_stack, prepare, settle
@@ -52,6 +53,7 @@ def load(
     attend: Callable[[Any], str] = twin.require,
     ranks: Ranks | None = None,
     fuse: bool = False,
+    cached: caching.Asked | None = None,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> nn.Module:
     """A folder or a .gguf file -> the model in eval mode: model(input_ids).logits, model.generate(...).
@@ -64,11 +66,13 @@ def load(
     kv: attention module -> how its keys and values are rounded, and the static planes of both; or its Sides.
     attend: config -> the attention that the architecture is built with, or an error. ranks: hold one rank's part only.
     fuse: with fused modules where the twin agrees; what became of each is model.fewbit_fused.
+    cached: what keys and values are rounded to; None: as the checkpoint declares.
     tell: called with how many tensors are in their places, of how many.
     """
     if activations not in ACTIVATIONS:
         raise SpecError(f"activations={activations!r}: known are {', '.join(ACTIVATIONS)}")
     known_or_raise(kernels)
+    unsafe_skip_verify = (*unsafe_skip_verify, *(cached.skipped if cached is not None else ()))
     with codecs.open(path) as source:
         if format is not None and source.modules:
             told = f"format={format!r}" if isinstance(format, str | Format | Plan) else "to quantize it on arrival"
@@ -91,7 +95,7 @@ def load(
         if isinstance(format, Mapping):
             all_came(format, filler.filled)
         finish(filler, places, source, unsafe_skip_verify)
-        round_cache(model, source, filler)
+        caching.apply(model, source, filler, cached)
         if kv and activations != "off":
             round_caches(model, kv)
         if shards is not None:
@@ -181,19 +185,6 @@ def default_plan(model: Any, format: Format) -> Plan:
     return Plan((*rules, Rule("", "any", format, "format=")))
 
 
-def round_cache(model: nn.Module, source: codecs.Source, filler: Filler) -> None:
-    """Give attention modules the spec and scales of the KV cache that the checkpoint declares."""
-    spec = source.plan.kv
-    if spec is None or not source.kv or filler.options.activations == "off":
-        return
-    if (used := hf.attention_of(model)) not in (attention.NAME, paged.NAME):
-        reason = f"the model runs on transformers' own {used} attention, where ours is not exact"
-        raise UnsupportedError("the checkpoint declares a quantized KV cache", [reason])
-    for name in source.kv:
-        path = attention_path(name, filler)
-        setattr(model.get_submodule(path), attention.KV, (spec, *kv_planes(source, name, spec)))
-
-
 def round_caches(model: nn.Module, kv: Mapping[str, Cached]) -> None:
     """Give attention modules specs and scales that are no part of the checkpoint."""
     if (used := hf.attention_of(model)) not in (attention.NAME, paged.NAME):
@@ -218,33 +209,3 @@ def move_caches(model: nn.Module, device: str | torch.device) -> None:
             setattr(module, attention.KV, (spec, *there))
         if hasattr(module, SIDES):
             setattr(module, SIDES, mapped(getattr(module, SIDES), lambda t: t.to(device)))
-
-
-def attention_path(name: str, filler: Filler) -> str:
-    """An attention module's path in the model, by way of a projection in it."""
-    asked = [f"{name}.{leaf}.weight" for leaf in ("k_proj", "qkv_proj", "kv_b_proj", "o_proj")]
-    places = [p for p in filler.rules.place(asked).values() if p is not None]
-    if not places:
-        raise CheckpointError(f"{name}: has KV scales, and no attention of the model has that name")
-    return places[0].target.rsplit(".", 2)[0]
-
-
-def kv_planes(source: codecs.Source, name: str, spec: QuantSpec) -> tuple[Planes, Planes]:
-    """The static scales of keys and of values, as planes of the spec."""
-    static = [i for i, scale in enumerate(spec.scales) if not scale.dynamic]
-    if not static:
-        return {}, {}
-    level = static[-1]
-    held = source.kv[name]
-    out = []
-    for of in ("k", "v"):
-        tensor = held.get(of, held.get("kv"))
-        if tensor is None:
-            raise CheckpointError(f"{name}: no {of} scale of the KV cache; found {', '.join(held.values())}")
-        scale = torch.as_tensor(source.checkpoint.read(tensor)).to(spec.scales[level].element.dtype)
-        if not bool((scale.isfinite() & (scale > 0)).all()):
-            raise CheckpointError(
-                f"{tensor}: a KV scale must be finite and above 0, found {scale.flatten()[:4].tolist()}"
-            )
-        out.append({f"scale{level}": scale.reshape(1, 1) if scale.numel() == 1 else scale.reshape(-1, 1, 1)})
-    return out[0], out[1]

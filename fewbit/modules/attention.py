@@ -1,10 +1,12 @@
 """Attention in plain torch, registered with transformers as "fewbit": the oracle for every later attention kernel.
 
 It sees queries and keys after rotary, and the additive mask of transformers' eager path, so padding, sliding windows
-and caches are what they are there. Keys and values may be rounded first: `module.fewbit_kv`, `module.fewbit_sides`;
-what attention makes of them on the way may be rounded too, or looked at: `module.fewbit_inside`.
+and caches are what they are there. Keys and values may be rounded first: `module.fewbit_kv`, `module.fewbit_sides`; and
+before that turned by a Hadamard matrix, queries with keys, which changes no score: `module.fewbit_kv_turn`. What
+attention makes of them on the way may be rounded too, or looked at: `module.fewbit_inside`.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -18,8 +20,10 @@ from fewbit.quant.spec import QuantSpec
 
 NAME = "fewbit"
 ROOM = 1 << 26  # scores worked on at a time where they are written out
+Turn = Callable[..., Tensor]  # x [..., D] -> x Q; with back=True, x Q^T
 HARMLESS = ("position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k")  # what the mask says already
 KV = "fewbit_kv"  # attribute of an attention module: (spec, planes of k, planes of v)
+KV_TURN = "fewbit_kv_turn"  # attribute of an attention module: a Turn
 WATCH_KV = "fewbit_watch_kv"  # attribute of an attention module: called with (key, value) as they would be cached
 INSIDE = "fewbit_inside"  # attribute of an attention module: an Inside
 
@@ -55,6 +59,8 @@ def forward(
     known_or_raise(module, others)
     if (watch := getattr(module, WATCH_KV, None)) is not None:
         watch(key, value)
+    if (turn := getattr(module, KV_TURN, None)) is not None:
+        query, key, value = turn(query), turn(key), turn(value)
     if (kv := getattr(module, KV, None)) is not None:
         key, value = rounded(key, value, *kv)
     sides = of(module) if sides is None else sides
@@ -69,6 +75,7 @@ def forward(
     else:
         how = scaling or query.shape[-1] ** -0.5, softcap, s_aux, sides.p
         out = in_runs(query, key, value, mask, *how, inside)
+    out = out if turn is None else turn(out, back=True)
     return out.transpose(1, 2).contiguous(), None
 
 

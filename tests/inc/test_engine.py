@@ -18,6 +18,8 @@ from fewbit.compat import inc
 from fewbit.engine import gaudi
 from fewbit.engine.config import EngineConfig
 from fewbit.errors import FewbitError, RequestError, UnsupportedError
+from fewbit.inc import config as configs
+from fewbit.inc.measure import Measure
 from fewbit.inc.session import Session
 from fewbit.models import fill
 from fewbit.models.build import load
@@ -110,10 +112,6 @@ def test_shapes_and_tensors(path: Path, tmp_path: Path) -> None:
     assert load_file(file)["x"].shape == (1, sum(map(len, PROMPTS)), 64)
 
 
-EXCLUDED = {"NONE": {"inputs", "outputs", "params"}, "OUTPUT": {"inputs", "params"}, "PARAMS": {"inputs"},
-            "INPUT": {"inputs", "outputs", "params"}, "ALL": {"inputs"}}  # fmt: skip
-
-
 def test_what_is_excluded(path: Path, tmp_path: Path) -> None:
     run(path, config(tmp_path, mode="MEASURE", measure_exclude="NONE"), tokens=1)
     assert set(nodes(tmp_path)[QKV]) == {"inputs", "outputs", "params"}
@@ -129,6 +127,15 @@ def test_dumps_in_between(path: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         llm.generate(PROMPTS, SamplingParams(max_tokens=3, **GREEDY))
         assert json.loads((tmp_path / "out" / "inc_hooks_maxabs.json").read_text())["NumSamples"] == 2
     assert json.loads((tmp_path / "out" / "inc_hooks_maxabs.json").read_text())["NumSamples"] == 3
+
+
+def test_what_is_not_finite(path: Path, tmp_path: Path) -> None:
+    model = load(path)
+    measure = Measure(model, configs.read(config(tmp_path, mode="MEASURE")))
+    with torch.no_grad():
+        model(inputs_embeds=torch.full((1, 3, 64), torch.inf))
+    with pytest.raises(UnsupportedError, match=r"qkv_proj: its inputs were not finite"):
+        measure.write()
 
 
 def planned(path: Path, quant: Path, cached: bool = True) -> Session:
@@ -286,7 +293,7 @@ def test_environment(
 
 WRONG: list[tuple[dict[str, Any], type[FewbitError], str]] = [
     ({"quantization": "inc"}, RequestError, "QUANT_CONFIG is not set"),
-    ({"kv_cache_dtype": "fp8_inc"}, RequestError, "its scales come from INC"),
+    ({"kv_cache_dtype": "fp8_inc"}, RequestError, "holds no scales for it"),
     ({"quantization": "inc", "quant_config": "/none.json"}, RequestError, "no such file"),
     ({"weights_load_device": "cuda"}, RequestError, "cpu is the one value"),
 ]
@@ -317,9 +324,12 @@ def test_what_was_decided_is_said(path: Path, stats: Path) -> None:
     with LLM(str(path), quantization="inc", quant_config=str(config(stats, device_for_scales="GAUDI2")),
              kv_cache_dtype="fp8_inc", weights_load_device="cpu") as llm:  # fmt: skip
         facts = llm.llm_engine.facts()
+        llm.generate(PROMPTS, SamplingParams(max_tokens=1))
+        bytes_of_a_token = llm.llm_engine.runner.slot_bytes
     assert facts["inc"]["element"] == "e4m3-240" and facts["inc"]["nodes"]["row_parallel_linear"] == 4
     assert facts["attention"] == "queries, probabilities rounded to e4m3-240 x f32[tensor] (exactly, in plain torch)"
-    assert "e4m3-240" in facts["kv"]
+    assert "e4m3-240" in facts["kv"] and (facts["kv_scales"], facts["kv_held"]) == ("INC's", "codes")
+    assert bytes_of_a_token == 2 * 2 * 2 * 16  # of two layers' keys and values, two heads of 16 each, a byte
 
 
 def test_the_verb(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -329,8 +339,8 @@ def test_the_verb(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     folder = model(tmp_path / "llama")
     (tmp_path / "text.txt").write_text("The fog came in from the sea before noon.\n" * 40)
     options = {"calib": str(tmp_path / "text.txt"), "calib_samples": 3, "calib_len": 16, "as_json": True}
-    calibrate(str(folder), config(tmp_path, mode="MEASURE"), **options)
+    calibrate(str(folder), inc=config(tmp_path, mode="MEASURE"), **options)
     said = json.loads(capsys.readouterr().out)
     assert said["samples"] == 3 and said["tokens"] == 48 and said["nodes"] == len(nodes(tmp_path)) == 11
     with pytest.raises(RequestError, match="set it to MEASURE"):
-        calibrate(str(folder), config(tmp_path), **options)
+        calibrate(str(folder), inc=config(tmp_path), **options)

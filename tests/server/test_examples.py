@@ -64,9 +64,12 @@ def test_the_page(block: Block, shell: Shell) -> None:
     if block.kind == "python":
         shell.program(block.text)
         return
-    rest = []
+    rest: list[str] = []
     for command in commands(block.text):
         if "fewbit serve" in command:
+            if rest:  # what it is to serve with
+                assert shell.script("\n".join(rest)).strip()
+                rest = []
             with shell.server(command) as url:
                 answers(url)
         else:
