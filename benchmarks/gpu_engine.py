@@ -24,11 +24,17 @@ from fewbit import LLM, SamplingParams
 COLUMNS = ("1", "8", "64", "256", "serve", "prefill")
 ROWS = {  # name: (options of LLM, vLLM's tokens a second by column)
     "bf16": ({}, (205, 1550, 8786, 15604, 10157, 42759)),
-    "bf16-kv8": ({"kv_cache_dtype": "fp8"}, (200, 1519, 8702, 15813, 10529, 43041)),
+    "bf16-kv8": ({"kv_cache_dtype": "fp8", "kv_scale": 1.0}, (200, 1519, 8702, 15813, 10529, 43041)),
     "fp8": ({"quantization": "fp8"}, (283, 2152, 11727, 20602, 13084, 65861)),
-    "fp8-kv8": ({"quantization": "fp8", "kv_cache_dtype": "fp8"}, (276, 2118, 11640, 20372, 13547, 65595)),
+    "fp8-kv8": (
+        {"quantization": "fp8", "kv_cache_dtype": "fp8", "kv_scale": 1.0},
+        (276, 2118, 11640, 20372, 13547, 65595),
+    ),
     "w4a16": ({"quantization": "int4-g128"}, (298, 2145, 8734, 15335, 9944, 43085)),  # the better of its two kernels
-    "w4a16-kv8": ({"quantization": "int4-g128", "kv_cache_dtype": "fp8"}, (254, 1909, 8729, 15385, 10247, 42812)),
+    "w4a16-kv8": (
+        {"quantization": "int4-g128", "kv_cache_dtype": "fp8", "kv_scale": 1.0},
+        (254, 1909, 8729, 15385, 10247, 42812),
+    ),
     "nvfp4": ({"quantization": "nvfp4-a16"}, None),
     "mxfp4": ({"quantization": "mxfp4-a16"}, None),
     "q4_k": ({"quantization": "q4_k"}, None),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from fewbit.engine.config import EngineConfig
+from fewbit.compat import fakequant
 from fewbit.engine.engine import Engine
 from fewbit.engine.outputs import CompletionOutput, RequestOutput
 from fewbit.engine.params import SamplingParams
@@ -20,10 +20,11 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 class LLM:
-    """model: a folder or a .gguf file; the other keywords are EngineConfig's."""
+    """model: a folder or a .gguf file; the other keywords are EngineConfig's, and compat.fakequant's."""
 
     def __init__(self, model: str | Path, **options: Any):
-        self.llm_engine = Engine(EngineConfig.of(model=str(model), **options))
+        with fakequant.prepared({"model": str(model), **options}) as config:
+            self.llm_engine = Engine(config)
         self._numbers = itertools.count()
 
     def __enter__(self) -> Self:

@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from fewbit.cli import checkpoints, quality, quantizing, serving, serving_demo, speaking
+from fewbit.cli import calibrating, checkpoints, quality, quantizing, serving, serving_demo, speaking
 from fewbit.errors import FewbitError
 
 app = typer.Typer(
@@ -39,7 +39,7 @@ def main() -> None:
         sys.exit(2)
 
 
-for home in (checkpoints, quantizing, quality, serving, speaking, serving_demo):
+for home in (checkpoints, quantizing, calibrating, quality, serving, speaking, serving_demo):
     for verb in home.VERBS:
         settings = serving.SETTINGS.get(verb)
         app.command(verb.__name__.rstrip("_").replace("_", "-"), context_settings=settings)(verb)

@@ -18,13 +18,14 @@ def inspect(
     device: Annotated[str, typer.Option(help="Choose kernels for this device.")] = "cpu",
     activations: Annotated[str, typer.Option(help="As a server is asked: hardware, declared, fast, off.")] = "hardware",
     fusion: Annotated[bool, typer.Option("--fusion", help="Show what is fused, as its twin proves it.")] = False,
+    kv_scales: Annotated[Path | None, typer.Option(help="As a server is given: a file of fewbit calibrate.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show what a checkpoint is: dialect, formats, sizes, what is left dense and which rule says so."""
     from fewbit.workflows.inspect import inspect as run
     from fewbit.workflows.inspect import size, summary
 
-    info = run(model, device, activations)
+    info = run(model, device, activations, kv_scales)
     fused = None
     if fusion:
         from fewbit.workflows.inspect_fusion import fusion as fusing
@@ -37,7 +38,7 @@ def inspect(
     print(f"dialect {info.dialect}  [{info.evidence}]")
     print(f"{size(info.bytes)}, {info.bits_per_weight:.2f} bits per weight over everything"
           f", {info.quantized_bits_per_weight:.2f} over the quantized modules")  # fmt: skip
-    print(f"KV cache: {info.kv}" + (f", scales for {info.kv_modules} attention modules" if info.kv_modules else ""))
+    print(f"KV cache: {info.kv}, scales: {info.kv_scales}")
     table("Formats", ["format", "activations", "modules", "bytes"], summary(info))
     if all:
         rows = [(m.name, m.format, m.activations, "x".join(map(str, m.shape)), f"{m.bits_per_weight:.3f}", m.kernel)

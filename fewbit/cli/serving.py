@@ -35,7 +35,14 @@ Count = int | None
 Config = Annotated[Path | None, typer.Option("--config", help="A YAML file of flags.", is_eager=True,
                                                 callback=configured)]  # fmt: skip
 Quantization = Annotated[Name, flag("--quantization", "-q", help=(
-    "The dialect to insist on, or for a dense model a format to quantize to on arrival."))]  # fmt: skip
+    "The dialect to insist on, a format to quantize a dense model to on arrival, or inc (QUANT_CONFIG)."))]  # fmt: skip
+KvDtype = Annotated[Name, flag("--kv-cache-dtype", help=(
+    "auto (as the checkpoint declares), bfloat16, fp8, fp8_e5m2, fp8_inc, int8, int4, nvfp4, mxfp4 ..."))]  # fmt: skip
+KvScales = Annotated[Name, flag("--kv-scales", help="A file of scales from fewbit calibrate --kv.")]
+KvScale = Annotated[float | None, flag("--kv-scale", help=(
+    "One scale for every layer instead of measured ones: 1.0."))]  # fmt: skip
+KvRotate = Annotated[bool | None, flag("--kv-rotate", help=(
+    "Turn keys and values by a Hadamard matrix before they are rounded."))]  # fmt: skip
 Prefixes = Annotated[bool | None, flag("--enable-prefix-caching/--no-enable-prefix-caching", help=(
     "Keep the KV cache of prompts that begin alike."))]  # fmt: skip
 Strict = Annotated[bool | None, flag("--strict-activations", help=(
@@ -48,6 +55,16 @@ Quiet = Annotated[bool, flag("--disable-access-log", "--disable-uvicorn-access-l
     "No line for each request."))]  # fmt: skip
 
 
+Emulated = Annotated[Name, flag("--fakequant", help=(
+    "Serve a float model rounded as if quantized: a preset of ModelOpt (NVFP4_DEFAULT_CFG ...), its config as .json or "
+    ".yaml, a format, a scheme, or a recipe."))]  # fmt: skip
+Cached = Annotated[Name, flag("--kv-fakequant", help="The same for keys and values: NVFP4_KV_CFG, nvfp4, fp8 ...")]
+Amax = Annotated[Name, flag("--amax-file", help=(
+    "Magnitudes that calibrate or ModelOpt wrote (.safetensors, .pth), instead of calibrating."))]  # fmt: skip
+Dataset = Annotated[Name, flag("--calib-dataset", help="To calibrate on: a data set, a file, a folder; or what ships.")]
+Math = Annotated[Name, flag("--kv-attn-math", help="fp8: attention multiplies FP8, with --kv-cache-dtype fp8.")]
+
+
 def serve(
     model: Model,
     config: Config = None,
@@ -57,9 +74,25 @@ def serve(
     served_model_name: Annotated[Words, flag("--served-model-name", help="What clients call it.")] = None,
     tokenizer: Annotated[Name, flag("--tokenizer", help="A folder with a tokenizer, instead of the model's.")] = None,
     quantization: Quantization = None,
+    quant_config: Annotated[
+        Name, flag("--quant-config", help="INC's JSON, instead of what QUANT_CONFIG names.")
+    ] = None,
+    weights_load_device: Annotated[
+        Name, flag("--weights-load-device", help="cpu: where weights are quantized.")
+    ] = None,
     dtype: Annotated[Name, flag("--dtype", help="auto, float32, bfloat16 or float16.")] = None,
     device: Annotated[Name, flag("--device", help="auto, cpu, cuda ...")] = None,
-    kv_cache_dtype: Annotated[Name, flag("--kv-cache-dtype", help="auto, bfloat16, fp8 ...")] = None,
+    fakequant: Emulated = None,
+    kv_fakequant: Cached = None,
+    amax_file: Amax = None,
+    calib_dataset: Dataset = None,
+    calib_size: Annotated[Count, flag("--calib-size", help="Samples to calibrate on; 512.")] = None,
+    calib_batch_size: Annotated[Count, flag("--calib-batch-size", help="Run at once; 1.")] = None,
+    kv_attn_math: Math = None,
+    kv_cache_dtype: KvDtype = None,
+    kv_scales: KvScales = None,
+    kv_scale: KvScale = None,
+    kv_rotate: KvRotate = None,
     max_model_len: Annotated[Name, flag("--max-model-len", help="Longest context in tokens; 8k, 32K.")] = None,
     gpu_memory_utilization: Annotated[float | None, flag("--gpu-memory-utilization", help="A share.")] = None,
     kv_cache_memory_bytes: Annotated[Name, flag("--kv-cache-memory-bytes", help="Size of the KV cache: 2GB.")] = None,
@@ -143,4 +176,13 @@ def text_of(path: Path) -> str:
 
 
 VERBS = (serve,)
-SETTINGS = {serve: {"token_normalize_func": lambda name: name.replace("_", "-")}}  # vLLM takes both spellings
+SPELT = {"tensor-paralel-size": "tensor-parallel-size"}  # as vLLM's page on INC has it
+
+
+def spelling(name: str) -> str:
+    """Of a flag: vLLM takes dashes and underscores."""
+    name = name.replace("_", "-")
+    return SPELT.get(name, name)
+
+
+SETTINGS = {serve: {"token_normalize_func": spelling}}

@@ -16,11 +16,13 @@ from fewbit.cli.serving import text_of
 from fewbit.errors import FewbitError, RequestError
 
 ENGINE = (  # flags that EngineConfig takes under the same name; unset ones are left to it
-    "model", "tokenizer", "served_model_name", "quantization", "dtype", "device", "kv_cache_dtype", "max_model_len",
-    "gpu_memory_utilization", "kv_cache_memory_bytes", "tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens",
-    "max_queue", "block_size", "enable_prefix_caching", "enforce_eager", "trust_remote_code", "seed", "kernels",
-    "activations", "strict_activations", "emulate_activations", "enable_lora",
+    "model", "tokenizer", "served_model_name", "quantization", "quant_config", "weights_load_device", "dtype", "device",
+    "kv_cache_dtype", "kv_scales", "kv_scale", "kv_rotate", "kv_attn_math", "max_model_len", "gpu_memory_utilization",
+    "kv_cache_memory_bytes", "tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens", "max_queue",
+    "block_size", "enable_prefix_caching", "enforce_eager", "trust_remote_code", "seed", "kernels", "activations",
+    "strict_activations", "emulate_activations", "enable_lora",
 )  # fmt: skip
+EMULATED = ("fakequant", "kv_fakequant", "amax_file", "calib_dataset", "calib_size", "calib_batch_size")
 SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "repetition_penalty": float}
 TIMES = {"k": 1000, "K": 1024, "m": 10**6, "M": 2**20}
 
@@ -41,10 +43,21 @@ def run(given: dict[str, Any], up: Callable[[str], None] = lambda url: None) -> 
     start = time.monotonic()
     print(f"fewbit: loading {config.model}", file=sys.stderr, flush=True)
 
+    emulated = {name: given[name] for name in EMULATED if given.get(name) is not None}
+    if emulated:
+        from fewbit.compat.fakequant import check
+
+        check(config, emulated)
+
     def make() -> Any:
         from fewbit.engine.engine import Engine
 
-        return Engine(config)
+        if not emulated:
+            return Engine(config)
+        from fewbit.compat.fakequant import prepared
+
+        with prepared({**asked, **emulated}) as told:
+            return Engine(told)
 
     def ready(url: str) -> None:
         print(f"fewbit: {', '.join(config.served_names)} at {url} after {time.monotonic() - start:.1f} s",

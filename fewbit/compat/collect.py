@@ -142,7 +142,11 @@ def caches(
             continue
         pair = [getattr(module, leaf, None) for leaf in CACHE]
         if any(getattr(getattr(module, leaf, None), "enabled", False) for leaf in OTHERS):
-            raise UnsupportedError(f"{path}: queries are rounded too", ["a checkpoint has no place for their scale"])
+            reasons = ["a checkpoint has no place for their scales"]
+            raise UnsupportedError(f"{path}: queries or probabilities are rounded too", reasons)
+        if any(q is not None and q.enabled and (q.affine or q.turned) for q in pair):
+            reasons = ["a cache with a bias, or one in another basis, has no place in a checkpoint that engines read"]
+            raise UnsupportedError(f"{path}: its cache cannot be written", reasons)
         specs.add(tuple(q.spec if q is not None and q.enabled else None for q in pair))
         if any(q is not None and q.enabled for q in pair):
             held[disk_name(path, places)] = pair

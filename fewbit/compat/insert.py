@@ -17,6 +17,9 @@ from fewbit.errors import UnsupportedError
 from fewbit.models import hf, twin
 from fewbit.models.fill import is_stack
 from fewbit.modules import attention, experts
+from fewbit.modules.attention import is_attention
+from fewbit.modules.attention_sides import Sides
+from fewbit.quant.elements import E4M3
 
 ATTENTION = "fewbit_quantizers"  # our name among transformers' attention functions
 CACHE = ("k_bmm_quantizer", "v_bmm_quantizer")
@@ -131,10 +134,6 @@ def _aliases(path: str, leaf: str, disk: dict[str, list[str]]) -> tuple[str, ...
     return tuple(f"{name}.{quantizer}" for name in names if name != path)
 
 
-def is_attention(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("Attention") and hasattr(module, "layer_idx") and hasattr(module, "config")
-
-
 def insert(model: nn.Module, place: Place, quantizer: Quantizer) -> None:
     """Put a quantizer in its place; the module takes our class when it gets its first."""
     module: Any = model.get_submodule(place.owner)
@@ -184,7 +183,9 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
         quantizer = getattr(module, leaf, None)
         rounded.append(x if quantizer is None else quantizer(x))
     query, key, value = rounded
-    return attention.forward(module, query, key, value, mask, **others)
+    softmax = getattr(module, OTHERS[1], None)
+    sides = Sides(p=E4M3.max if softmax is not None and softmax.enabled else 0.0)
+    return attention.forward(module, query, key, value, mask, sides=sides, **others)
 
 
 def quantizers(model: nn.Module) -> dict[str, Quantizer]:

@@ -10,7 +10,7 @@ from fewbit.algos import get
 from fewbit.algos.algo import Stats, options
 from fewbit.compat.group import Group, Weight, share_weights
 from fewbit.compat.insert import assign_matrix, matrix
-from fewbit.compat.quantizer import Quantizer, block_amax, inner_plane
+from fewbit.compat.quantizer import Quantizer, block_amax, by_rule, inner_plane
 from fewbit.errors import RequestError, UnsupportedError
 from fewbit.quant import elements
 from fewbit.quant.blocks import blocked
@@ -128,6 +128,7 @@ def encoded(group: Group, stats: Stats | None, method: str, told: Mapping[str, A
 def take(w: Weight, q: QTensor, values: bool) -> None:
     w.quantizer.planes = {n: plane for n, plane in q.planes.items() if n.startswith("scale")}
     if values:
+        w.quantizer.chosen = q
         assign_matrix(w.module, w.name, decode(q))
 
 
@@ -136,7 +137,7 @@ def search(group: Group, stats: Stats | None, told: Mapping[str, Any], plain: bo
     for w in group:
         spec, m = w.quantizer.spec, matrix(w.module, w.name).detach().float()
         assert spec is not None
-        if spec.rule == "mx-ceil" or m.dim() == 3:
+        if by_rule(spec) or m.dim() == 3:
             continue
         metric = None if plain or stats is None else _diagonal(stats.hessian, spec.scales[0].block[1])  # type: ignore[arg-type]
         w.quantizer.planes = best_planes(m, w.quantizer, candidates(w.quantizer, m, told), metric)

@@ -39,14 +39,19 @@ from fewbit.quant.elements import E2M1, E4M3
 from fewbit.workflows.export import export
 
 Found = dict[Place, Rounding]
+SERVED = ("export_hf_vllm_fq_checkpoint", "export_mcore_gpt_to_hf_vllm_fq")
 
 
 def __getattr__(name: str) -> Any:
+    if name in SERVED:
+        from fewbit.compat import modelopt_vllm
+
+        return getattr(modelopt_vllm, name)
     return preset(name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *PRESETS])
+    return sorted([*globals(), *PRESETS, *SERVED])
 
 
 def quantize(model: Any, config: Any, forward_loop: Loop | None = None) -> Any:
@@ -61,7 +66,7 @@ def quantize(model: Any, config: Any, forward_loop: Loop | None = None) -> Any:
     method, _ = method_of(config.get("algorithm"))
     found = resolve(told, list(places(model)))
     check_data(found, method, forward_loop)
-    if any(role(place) == "cache" for place in found):
+    if any(role(place) in ("cache", "softmax") for place in found):
         check_attention(model)
     for place, what in found.items():
         insert(model, place, made(place, what, found))
@@ -72,9 +77,8 @@ def quantize(model: Any, config: Any, forward_loop: Loop | None = None) -> Any:
 
 def check_data(found: Found, method: str | None, loop: Loop | None) -> None:
     """What is static and what algorithms look at must see data; without an algorithm inputs are scaled at each call."""
-    waiting = [
-        p.names[0] for p, w in found.items() if role(p) != "weight" and not w.constant and not w.spec.scales[-1].dynamic
-    ]
+    waiting = [p.names[0] for p, w in found.items()
+               if role(p) in ("input", "cache") and not w.constant and not w.spec.scales[-1].dynamic]  # fmt: skip
     if loop is None and (method in NEED_STATS or (waiting and (method or "bmm" in waiting[0]))):
         what = f"algorithm {method}" if method in NEED_STATS else f"the static scale of {waiting[0]}"
         raise RequestError(f"{what} needs data: give forward_loop, a function that runs the model on some of it")
@@ -109,7 +113,7 @@ def apply(rule: Rule, place: Place, found: Found, off: Found) -> None:
 def described(rule: Rule, place: Place) -> Rounding:
     kind = role(place)
     if kind is None:
-        reasons = ["weights, inputs, queries, keys and values are rounded here"]
+        reasons = ["weights, inputs, queries, keys, values and probabilities are rounded here"]
         raise UnsupportedError(f"{rule.where}: {rule.pattern!r} switches on {place.names[0]}", reasons)
     return rounding(rule, kind)
 
@@ -118,7 +122,7 @@ def role(place: Place) -> Role | None:
     leaf = place.leaf.rpartition(".")[2]
     if leaf in CACHE or leaf == OTHERS[0]:
         return "cache"
-    roles: dict[str, Role] = {"weight_quantizer": "weight", "input_quantizer": "input"}
+    roles: dict[str, Role] = {"weight_quantizer": "weight", "input_quantizer": "input", OTHERS[1]: "softmax"}
     return roles.get(leaf)
 
 
@@ -126,11 +130,13 @@ def made(place: Place, what: Rounding, found: Found) -> Quantizer:
     """The quantizer. The outer scale of two brings 448, not 6 * 448, to 1 where ModelOpt's exporter writes it so."""
     kind = role(place)
     quantizer = Quantizer(what.spec, weight=kind == "weight")
-    quantizer.pass_through = what.pass_through
+    quantizer.pass_through, quantizer.affine, quantizer.turned = what.pass_through, what.affine, what.turned
     if len(what.spec.scales) == 2 and (kind == "cache" or (kind == "weight" and _beside_fp8(place, found))):
         quantizer.outer = E4M3.max
     if what.constant:
         quantizer.hold(torch.full((1, 1), what.spec.element.max))
+    elif kind == "softmax":
+        quantizer.hold(torch.ones(1, 1))  # the largest of a row, before division by the sum
     return quantizer
 
 

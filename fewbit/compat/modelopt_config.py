@@ -12,9 +12,10 @@ from typing import Any, Literal
 from fewbit.compat.modelopt_presets import ELSEWHERE, MAMBA_OFF, MIXER_OFF, OFF, PRESETS
 from fewbit.errors import RequestError, UnsupportedError
 from fewbit.quant.elements import E2M1, E2M3, E3M2, E4M3, E5M2, E8M0, ELEMENTS, F32, Element
-from fewbit.quant.spec import QuantSpec, Scale
+from fewbit.quant.formats import TENSOR_FP8
+from fewbit.quant.spec import QuantSpec, Scale, describe
 
-Role = Literal["weight", "input", "cache"]
+Role = Literal["weight", "input", "cache", "softmax"]
 Attributes = Mapping[str, Any]
 
 FLOATS: dict[tuple[int, int], Element] = {(4, 3): E4M3, (5, 2): E5M2, (2, 1): E2M1, (3, 2): E3M2, (2, 3): E2M3}
@@ -26,13 +27,10 @@ ATTRIBUTES = {
 BLOCK_KEYS = {"type", "scale_bits", "scale_block_sizes", "four_over_six"}
 PLAIN = {  # attributes that may be named, with the one value that is done here
     "fake_quant": (True,), "unsigned": (False,), "narrow_range": (False,), "calibrator": ("max", None),
-    "bias": (None,), "rotate": (False, None), "learn_amax": (False,), "backend": (None,),
+    "learn_amax": (False,), "backend": (None,),
     "trt_high_precision_dtype": ("Float", None),
 }  # fmt: skip
-WHY = {
-    "bias": "a cache with a bias has no place in a checkpoint that engines read",
-    "rotate": "no checkpoint says that keys were rotated, so no engine would rotate its queries",
-}
+MEANS = {-2: None, -4: None}  # of a bias: one for each head and channel
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +64,19 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """What one quantizer does. constant: scales of 1, not calibrated. static: the blocks of a two-level weight too."""
+    """What one quantizer does. constant: scales of 1, not calibrated. static: the blocks of a two-level weight too.
+
+    affine: of a cache, the mean of each channel is taken out first. turned: it is rounded in another basis.
+    outer: what the outer scale of two brings to 1; 0 = the reach of the element and the inner scale.
+    """
 
     spec: QuantSpec
     constant: bool = False
     static: bool = False
     pass_through: bool = False
+    affine: bool = False
+    turned: bool = False
+    outer: float = 0.0
     second: QuantSpec | None = None  # of a kernel's later stage (W4A8): named in configs, no part of the weight
 
 
@@ -148,7 +153,7 @@ def rounding(rule: Rule, role: Role) -> Rounding:
 def _one(part: Attributes, role: Role, where: str) -> Rounding:
     for key, allowed in PLAIN.items():
         if key in part and part[key] not in allowed:
-            reasons = [WHY[key]] if key in WHY else [f"done here: {' or '.join(map(str, allowed))}"]
+            reasons = [f"done here: {' or '.join(map(str, allowed))}"]
             raise UnsupportedError(f"{where}: {key} = {part[key]!r}", reasons)
     element = _element(part.get("num_bits", 8), where)
     blocks = part.get("block_sizes")
@@ -159,7 +164,23 @@ def _one(part: Attributes, role: Role, where: str) -> Rounding:
         spec, static = _blocked(element, blocks, role, dynamic, where)
     else:
         spec, static = QuantSpec(element, (Scale(F32, _axis(part.get("axis"), role, where), dynamic=dynamic),)), False
-    return Rounding(spec, bool(part.get("use_constant_amax")), static, bool(part.get("pass_through_bwd")))
+    if role == "softmax" and spec != TENSOR_FP8:
+        raise UnsupportedError(f"{where}: probabilities as {describe(spec)}", ["e4m3 with one scale is done here"])
+    constant = bool(part.get("use_constant_amax"))
+    return Rounding(spec, constant, static, bool(part.get("pass_through_bwd")), *_cache_only(part, role, where))
+
+
+def _cache_only(part: Attributes, role: Role, where: str) -> tuple[bool, bool]:
+    """bias and rotate."""
+    bias, rotate = part.get("bias"), part.get("rotate")
+    if (bias or rotate) and role != "cache":
+        raise UnsupportedError(f"{where}: {'bias' if bias else 'rotate'}", ["of queries, keys and values alone"])
+    if bias:
+        axes = {int(k): v for k, v in bias.items() if str(k).lstrip("-").isdigit()}
+        more = {k: v for k, v in bias.items() if not str(k).lstrip("-").isdigit()}
+        if axes != MEANS or more.pop("type", "static") != "static" or more.pop("method", "mean") != "mean" or more:
+            raise UnsupportedError(f"{where}: bias = {bias!r}", [f"done here: {MEANS}, the static mean"])
+    return bool(bias), bool(rotate)
 
 
 def _element(num_bits: Any, where: str) -> Element:

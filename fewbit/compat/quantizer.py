@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.errors import SpecError
+from fewbit.modules.attention_sides import Side, hadamard
 from fewbit.quant import elements
 from fewbit.quant.blocks import blocked, over, per_block, unblocked
 from fewbit.quant.qtensor import Planes, QTensor
-from fewbit.quant.reference import assign, choose, decode, fake_quant
+from fewbit.quant.reference import assign, decode, encode, fake_quant
 from fewbit.quant.spec import QuantSpec, describe
 
 Watch = Literal["", "plain", "rounded"]  # not watching; what comes in goes on as it is; or rounded as far as is known
@@ -27,16 +28,22 @@ class Quantizer(nn.Module):
     _scale0: Tensor | None
     _scale1: Tensor | None
     _pre_quant_scale: Tensor | None
+    _bias_value: Tensor | None
 
     def __init__(self, spec: QuantSpec | None = None, *, weight: bool = False, outer: float = 0.0):
         super().__init__()
         self.spec, self.weight, self.enabled = spec, weight, spec is not None
         self.outer = outer  # what the outer scale of two brings to 1; 0 = the reach of the element and the inner scale
         self.pass_through = False
+        self.affine = False  # of a cache: the mean of each channel is taken out first
+        self.turned = False  # of a cache: rounded in the basis of a Hadamard matrix
+        self.extremes: Tensor | None = None  # [3, G, 1, D] of an affine one: lowest, highest, sum
+        self.tokens = 0  # that the sum is of
+        self.chosen: QTensor | None = None  # by an algorithm that chooses codes, while the weight is what it gave
         self.watch: Watch = ""
         self.amax: Tensor | None = None  # of everything seen while watching
         self.stats: Any = None  # takes what comes in, while calibrating
-        for name in (*PLANES, "_pre_quant_scale"):
+        for name in (*PLANES, "_pre_quant_scale", "_bias_value"):
             self.register_buffer(name, None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,11 +58,28 @@ class Quantizer(nn.Module):
         if not self.enabled or self.spec is None:
             return x
         if self.watch and x.numel():
-            top = x.detach().abs().amax().float().view(1, 1)
-            self.amax = top if self.amax is None else torch.maximum(self.amax, top)
+            self.look(x.detach())
             if self.watch == "rounded":
                 self.hold(self.amax)
         return x if self.watch == "plain" else _Straight.apply(x, self)  # type: ignore[no-untyped-call]
+
+    def look(self, x: Tensor) -> None:
+        """What is seen while watching. An affine one's mean, and what remains without it, are of all seen so far."""
+        if self.turned:
+            x = x @ hadamard(x.shape[-1], x.device, x.dtype)
+        if self.affine:
+            wide = x.float()
+            found = torch.stack([wide.amin((0, 2)), wide.amax((0, 2)), wide.sum((0, 2))])[:, :, None]
+            low, high, total = found if self.extremes is None else (
+                torch.minimum(self.extremes[0], found[0]), torch.maximum(self.extremes[1], found[1]),
+                self.extremes[2] + found[2],
+            )  # fmt: skip
+            self.extremes, self.tokens = torch.stack([low, high, total]), self.tokens + x.shape[0] * x.shape[2]
+            self._bias_value = total / self.tokens
+            self.amax = torch.maximum(high - self._bias_value, self._bias_value - low).amax().view(1, 1)
+            return
+        top = x.abs().amax().float().view(1, 1)
+        self.amax = top if self.amax is None else torch.maximum(self.amax, top)
 
     @property
     def planes(self) -> Planes:
@@ -70,7 +94,7 @@ class Quantizer(nn.Module):
 
     def hold(self, amax: Tensor) -> None:
         """Static scales from the largest magnitudes: of each block, or of the whole if blocks choose their own."""
-        if self.spec is None or self.spec.scales[-1].dynamic or self.spec.rule == "mx-ceil":
+        if self.spec is None or self.spec.scales[-1].dynamic or by_rule(self.spec):
             return
         self.planes = (
             outer_plane(self.spec, amax, self.outer) if len(self.spec.scales) == 2 else inner_plane(self.spec, amax)
@@ -91,20 +115,28 @@ class Quantizer(nn.Module):
         if not bool(torch.isfinite(w).all()):
             raise SpecError("cannot encode: a weight holds NaN or infinity")
         w, held = w.detach().float(), self.planes
-        return assign(w, self.spec, held if len(held) == len(self.spec.scales) else choose(w, self.spec, held))
+        return assign(w, self.spec, held) if len(held) == len(self.spec.scales) else encode(w, self.spec, held)
 
     def value(self, x: Tensor) -> Tensor:
         """x rounded, no gradient."""
         assert self.spec is not None
         if self.weight:
             return decode(self.encode(x)).to(x.dtype)
+        if self.affine or self.turned:
+            return self._side(x)
         return fake_quant(x, self.spec, self.planes)
+
+    def _side(self, x: Tensor) -> Tensor:
+        """x: [B, G, T, D] as engines round it."""
+        assert self.spec is not None
+        return Side(self.spec, self.planes, self._bias_value, self.turned)(x)
 
     def inside(self, x: Tensor) -> Tensor | None:
         """Where static scales leave x within their range (half a step beyond it too); None: nothing is ever clipped."""
         spec, planes = self.spec, self.planes
-        if spec is None or self.pass_through or not planes:
+        if spec is None or self.pass_through or not planes or self.turned:
             return None
+        x = x if self._bias_value is None else x - self._bias_value
         inner, blocks = torch.tensor(spec.scales[0].element.max), (0, 0)
         if "scale0" in planes:
             inner, blocks = elements.decode(planes["scale0"], spec.scales[0].element).abs(), spec.scales[0].block
@@ -139,6 +171,13 @@ class _Straight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         return (grad if ctx.everywhere else grad * ctx.saved_tensors[0]), None
+
+
+def by_rule(spec: QuantSpec) -> bool:
+    """True where nothing but the rule of the spec chooses scales."""
+    return (
+        spec.rule not in ("amax", "four-over-six") or bool(spec.zeros) or not spec.scales or spec.scales[0].block[0] < 0
+    )
 
 
 def inner_plane(spec: QuantSpec, amax: Tensor) -> Planes:

@@ -22,8 +22,8 @@ def resolved(config: EngineConfig, online: str | None, device: torch.device, dty
         raise RequestError(f"activations={config.activations!r}: known are {', '.join(ACTIVATIONS)}")
     if config.strict_activations and config.emulate_activations:
         raise RequestError("strict_activations and emulate_activations: an error, or software; not both")
-    if config.emulate_activations:
-        return "declared"
+    if config.emulate_activations or config.emulation:
+        return "off" if config.activations == "off" else "declared"
     if config.activations in ("declared", "off"):
         return config.activations
     with codecs.open(config.model) as source:

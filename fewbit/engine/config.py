@@ -14,12 +14,19 @@ class EngineConfig:
     served_model_name: tuple[str, ...] = ()
     device: str = "auto"
     dtype: str = "auto"
-    quantization: str | None = None  # the checkpoint's dialect, or a format to quantize to on arrival
+    quantization: str | None = None  # the checkpoint's dialect, a format to quantize to on arrival, or inc
+    quant_config: str | None = None  # INC's JSON; None: the one that QUANT_CONFIG names
+    weights_load_device: str | None = None  # where float weights are when they are quantized: cpu
     kernels: str = "auto"
     activations: str = "hardware"
     strict_activations: bool = False  # an error where the device lacks what the checkpoint rounds activations to
     emulate_activations: bool = False  # rounded in software there
+    emulation: str | None = None  # a file of models.emulation: how a float model is rounded as it is served
     kv_cache_dtype: str = "auto"
+    kv_attn_math: str | None = None  # "fp8": attention multiplies e4m3, cast without scales
+    kv_scales: str | None = None  # a file of scales that fewbit calibrate measured
+    kv_scale: float | None = None  # one number for every layer, instead of what the checkpoint holds
+    kv_rotate: bool = False  # keys and values are turned by a Hadamard matrix before they are rounded
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
     block_size: int = 16  # tokens of a page
@@ -39,6 +46,16 @@ class EngineConfig:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes"):
             if getattr(self, name) is not None:
                 self._at_least(name, 1)
+        if self.weights_load_device not in (None, "cpu"):
+            raise RequestError(
+                f"weights_load_device={self.weights_load_device!r}: cpu is the one value; weights are read and "
+                "quantized there one at a time, and go to the device as they are then"
+            )
+        if self.kv_attn_math not in (None, "fp8"):
+            raise RequestError(f"kv_attn_math={self.kv_attn_math!r}: known is fp8")
+        if self.kv_attn_math and self.kv_cache_dtype not in ("fp8", "fp8_e4m3"):
+            why = "attention would read keys and values that were never cast to what it is to multiply"
+            raise RequestError(f"kv_attn_math=fp8 wants kv_cache_dtype=fp8, not {self.kv_cache_dtype}: {why}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise RequestError(f"gpu_memory_utilization={self.gpu_memory_utilization}: want a share, above 0 up to 1")
 

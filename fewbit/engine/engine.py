@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fewbit.engine.batch import Flight
 from fewbit.engine.config import EngineConfig
-from fewbit.engine.facts import facts, said
+from fewbit.engine.facts import cache_said, facts, said
 from fewbit.engine.guided import Grammars
 from fewbit.engine.limits import Limits, limits_of
 from fewbit.engine.outputs import Logprob
@@ -78,7 +78,8 @@ class Engine:
             self.limits: Limits = limits_of(config, self.loaded)
             self.runner = self.loaded.runner(self.limits)
             self.loaded.record(self.runner, config.enforce_eager)
-            for line in said(self.facts()["kernels"]):
+            found = self.facts()
+            for line in (*said(found["kernels"]), cache_said(found, self.limits.token)):
                 LOG.info("%s", line)
         except BaseException:
             self.loaded.free()
@@ -269,7 +270,8 @@ class Engine:
         return delta
 
     def facts(self) -> dict[str, Any]:
-        return facts(self.loaded.model, self.loaded.cache_dtype)
+        found = facts(self.loaded.model, self.loaded.cache_dtype)
+        return found if self.loaded.session is None else found | {"inc": self.loaded.session.facts()}
 
     def stats(self) -> Stats:
         now = self.counters
@@ -281,9 +283,12 @@ class Engine:
         return now
 
     def shutdown(self) -> None:
-        """Free the model and the cache."""
+        """Free the model and the cache. What INC's MEASURE has seen is written first."""
         for request_id in list(self._streams):
             self.abort(request_id)
         self._begun = None
-        self.runner.free()
-        self.loaded.free()
+        try:
+            self.loaded.finish()
+        finally:
+            self.runner.free()
+            self.loaded.free()

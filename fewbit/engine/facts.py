@@ -8,9 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from fewbit.kernels.cache import held_as
 from fewbit.kernels.registry import kernels
-from fewbit.modules.attention import KV
+from fewbit.models import hf
+from fewbit.models.kv import FROM
+from fewbit.modules.attention import INSIDE, KV, KV_TURN
+from fewbit.modules.attention_sides import CAST, SIDES, of
 from fewbit.modules.linear import Linear, Part
+from fewbit.modules.paged import NAME as PAGED
 from fewbit.quant.formats import name_of
 from fewbit.quant.spec import describe
 
@@ -24,7 +29,9 @@ def facts(model: nn.Module, cache: torch.dtype | None) -> dict[str, Any]:
         if type(module) is Linear and not module.parts and module.weight is not None:
             counts["dense", _short(module.weight.dtype)] += 1  # slices of a merged one are counted with the whole
     rows = [{"kernel": k, "format": f, "modules": n} for (k, f), n in sorted(counts.items())]
-    return {"kernels": rows, **_cache(model, cache)}
+    inside = sorted({str(held) for module in model.modules() if (held := getattr(module, INSIDE, None)) is not None})
+    attention = {"attention": f"{'; '.join(inside)} (exactly, in plain torch)"} if inside else {}
+    return {"kernels": rows, **_cache(model, cache), **attention}
 
 
 def said(rows: Iterable[dict[str, Any]]) -> list[str]:
@@ -34,19 +41,34 @@ def said(rows: Iterable[dict[str, Any]]) -> list[str]:
             for row in rows if row["kernel"] != "dense"]  # fmt: skip
 
 
+def cache_said(found: dict[str, Any], token: int) -> str:
+    """The KV cache in a line. token: the bytes that one takes, 0 where no pages are kept."""
+    held = {"emulated": ", rounded to that and held as values", "packed": ", packed"}.get(found["kv_held"], "")
+    size = f", {token} bytes a token" if token else ""
+    return f"KV cache: {found['kv']}{held}; scales: {found['kv_scales']}{size}"
+
+
 def _parts(module: nn.Module) -> Iterable[Part]:
     held = getattr(module, "parts", ())
     return chain.from_iterable(held.values()) if isinstance(held, dict) else held
 
 
 def _cache(model: nn.Module, cache: torch.dtype | None) -> dict[str, str]:
-    held = [kv for module in model.modules() if (kv := getattr(module, KV, None)) is not None]
-    if not held:
-        return {"kv": _short(cache) if cache else "as computed", "kv_scales": "1.0" if cache else "none"}
-    stored = sum(bool(key) for _, key, _ in held)
+    """kv: to what keys and values are rounded; kv_scales: where its scales come from; kv_held: what is in memory."""
+    specs = Counter(kv[0] for module in model.modules() if (kv := getattr(module, KV, None)) is not None)
+    sides = [of(module) for module in model.modules() if hasattr(module, SIDES)]
+    also = sorted({describe(side.spec) for each in sides for side in (each.k, each.v) if side is not None})[:1]
+    if not specs:
+        held = _short(cache) if cache else "as computed"
+        return {"kv": ", rounded through ".join([held, *also]), "kv_scales": "none", "kv_held": "values"}
+    spec, device = specs.most_common(1)[0][0], next(model.parameters()).device
+    turned = any(getattr(module, KV_TURN, None) is not None for module in model.modules())
+    paged, scales = hf.attention_of(model) == PAGED, str(getattr(model, FROM))
+    locked = any(each.q is not None and each.q.spec == CAST for each in sides)
     return {
-        "kv": describe(held[0][0]),
-        "kv_scales": f"{stored} modules of the checkpoint" if stored else "at each call",
+        "kv": ", rounded through ".join([describe(spec) + (", turned" if turned else ""), *also]),
+        "kv_scales": f"{scales}, locked" if locked else scales,
+        "kv_held": held_as(spec, device) if paged else "emulated",
     }
 
 

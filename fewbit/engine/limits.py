@@ -26,6 +26,7 @@ class Limits:
     pages: int
     most_running: int
     budget: int  # tokens of a step
+    token: int = 0  # bytes of KV cache that one takes on this rank; 0: no pages are kept
 
 
 def running(config: EngineConfig, device: torch.device) -> int:
@@ -55,7 +56,7 @@ def limits_of(config: EngineConfig, loaded: Loaded) -> Limits:
             raise CapacityError(f"max_model_len={asked} needs {need} bytes of KV cache, and there is room for {room}: "
                                 f"{got} tokens. Give a smaller max_model_len, or more memory")  # fmt: skip
         asked = pages * size
-    return Limits(asked, pages, most_running, most)
+    return Limits(asked, pages, most_running, most, token)
 
 
 def measured(config: EngineConfig, loaded: Loaded) -> tuple[int, int]:

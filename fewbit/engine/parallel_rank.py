@@ -74,3 +74,6 @@ def serve(wire: Wire, told: dict[str, Any]) -> None:
             wire.tell(measured=measured(config, loaded))
         elif command["command"] == "runner":
             runner = loaded.own_runner(Limits(**command["limits"]))
+        elif command["command"] == "finish":
+            loaded.finish()
+            wire.tell(finished=True)

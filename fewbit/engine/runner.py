@@ -18,7 +18,7 @@ from fewbit.engine.graph import Graphs, fed
 from fewbit.engine.scheduler import Work
 from fewbit.engine.tables import Tables
 from fewbit.engine.transfer import sent
-from fewbit.modules.paged import Cache, Span, Step, Table, stepping
+from fewbit.modules.paged import AnyCache, Span, Step, Table, stepping
 
 
 def rounder(count: int) -> int:
@@ -70,12 +70,13 @@ class Paged:
         """
         self.model, self.size, self.capacity, self.cache_dtype = model, size, pages * size, cache_dtype
         self.apart, self.reach = apart, reach or self.capacity
-        self.caches: dict[int, Cache] = {}
+        self.caches: dict[int, AnyCache] = {}
         self.device = device_of(model)
         self.ahead = self.device.type == "cuda" and not apart
         self.keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.tables = Tables(streams, -(-self.reach // size), self.device) if self.device.type == "cuda" else None
         self.graphs: Graphs | None = None
+        self.exact = False  # no rows beyond the last text, which somebody who watches would take for text
 
     def capture(self, tell: Callable[[int, int], None]) -> None:
         """Record a CUDA graph for each of some counts of decoding streams. tell: (how many are done, of how many)."""
@@ -101,7 +102,7 @@ class Paged:
     def _eager(self, batch: Batch, flight: Flight | None) -> Tensor:
         """Rows beyond the last text make the count a rounder one; what they write goes to a slot that nobody reads."""
         whole, asked = len(batch.ids), len(batch.asked)
-        cpu = self.device.type == "cpu"
+        cpu = self.device.type == "cpu" and not self.exact
         extra, more = (rounder(whole) - whole, rounder(asked) - asked) if cpu else (0, 0)
         there = partial(sent, dtype=torch.int64, device=self.device)
         ids = there(batch.ids + [0] * extra)

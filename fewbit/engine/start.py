@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,16 +14,22 @@ from rich.progress import Progress
 from torch import nn
 
 from fewbit import codecs
-from fewbit.engine import activations, proof
+from fewbit.engine import activations, gaudi, proof
 from fewbit.engine.config import EngineConfig
 from fewbit.engine.parallel import Lockstep, Team, digest
 from fewbit.engine.parallel_group import Group
 from fewbit.engine.runner import Alone, Paged, Runner
 from fewbit.errors import CheckpointError, RequestError, UnsupportedError
-from fewbit.models import build, hf
+from fewbit.inc.session import Session
+from fewbit.kernels.registry import EMULATED
+from fewbit.models import build, hf, kv
+from fewbit.models.emulation import read as read_emulation
 from fewbit.models.text import tokenizer as read_tokenizer
 from fewbit.models.twin import first_line
 from fewbit.modules import paged
+from fewbit.modules.attention import INSIDE, is_attention
+from fewbit.modules.attention_sides import CAST, SIDES, Side, of
+from fewbit.modules.paged import PLAIN
 from fewbit.quant.formats import FORMATS
 
 if TYPE_CHECKING:
@@ -32,14 +38,10 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("fewbit.engine")
 NAMES = {  # vLLM's names of a checkpoint's dialect, beside our own
     "modelopt-fp4": "modelopt", "modelopt-mxfp8": "modelopt", "awq-marlin": "awq", "gptq-marlin": "gptq",
-    "auto-awq": "awq", "mxfp4-marlin": "mxfp4",
+    "auto-awq": "awq", "mxfp4-marlin": "mxfp4", "inc": "auto-round",
 }  # fmt: skip
 ONLINE = {"fp8": "fp8-tensor", "int8": "int8-channel-a8"}  # vLLM's names of what is quantized on arrival
-CACHES: dict[str, torch.dtype | None] = {
-    "auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
-    "fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2,
-    "int8": torch.int8,
-}  # fmt: skip
+CACHES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}  # of caches that hold values
 DTYPES = {"half": "float16", "float": "float32"}
 CHANGING = ("dynamic", "longrope")  # kinds of rotary tables that depend on the longest text of a batch
 
@@ -57,6 +59,7 @@ class Loaded:
     vocab: int
     longest: int  # tokens that its positions reach
     team: Team | None = None  # the other ranks
+    session: Session | None = None  # of INC
 
     @property
     def paged(self) -> bool:
@@ -71,13 +74,39 @@ class Loaded:
     def own_runner(self, limits: "Limits") -> Runner:
         """Of this rank."""
         if not self.paged:
+            self.watch()
             return Alone(self.model, proof.cache_of(self.model.config))
-        return Paged(self.model, limits.pages, self.page, self.cache_dtype, apart(self.model), limits.most_running,
+        made = Paged(self.model, limits.pages, self.page, self.cache_dtype, apart(self.model), limits.most_running,
                      limits.max_len)  # fmt: skip
+        made.exact = self.watch()
+        return made
+
+    def watch(self) -> bool:
+        """Begin to measure, where INC's config says so: what ran until now was no text."""
+        if self.session is None or not self.session.measures:
+            return False
+        self.session.watch(self.model)
+        return True
+
+    def finish(self) -> None:
+        """Every rank writes what it has measured."""
+        if self.session is None or self.session.measure is None:
+            return
+        if self.team is not None:
+            self.team.command("finish")
+        self.session.finish()
+        for rank in self.team.ranks if self.team is not None else ():
+            self.team.answer(rank)
 
     def record(self, runner: Any, eager: bool) -> None:
         """CUDA graphs of decoding, where they can be had. One that cannot be recorded is said, and runs without."""
         if eager or self.team is not None or not runner.ahead:
+            return
+        if self.session is not None and self.session.measures:
+            return  # a graph does not call who watches
+        if any(hasattr(module, INSIDE) for module in self.model.modules()):
+            LOG.warning("attention computes in plain torch, and decoding without CUDA graphs: %s; blocking the types "
+                        "Matmul, Softmax and ModuleFusedSDPA leaves it to kernels", PLAIN)  # fmt: skip
             return
         try:
             with progress("recording graphs") as tell:
@@ -112,14 +141,14 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
 
 def load(config: EngineConfig, group: Group | None = None) -> Loaded:
     """group: of a rank beside rank 0; rank 0 starts the others itself."""
-    if config.kv_cache_dtype not in CACHES:
-        raise RequestError(f"kv_cache_dtype={config.kv_cache_dtype!r}: known are {', '.join(CACHES)}")
-    device, format = torch.device(device_named(config.device)), online(config)
+    session = gaudi.session(config, group)
+    cached(config, session)
+    device, format = torch.device(device_named(config.device)), online(config) if session is None else None
     if config.tensor_parallel_size == 1 or group is not None:
-        return loaded(config, device, format, group)
+        return loaded(config, device, format, group, session)
     team = Team(config, device.type)
     try:
-        found = loaded(config, device, format, team.group)
+        found = loaded(config, device, format, team.group, session)
         found.team = team
         team.connect(digest(found.model))
     except BaseException:
@@ -128,19 +157,26 @@ def load(config: EngineConfig, group: Group | None = None) -> Loaded:
     return found
 
 
-def loaded(config: EngineConfig, device: torch.device, format: str | None, group: Group | None) -> Loaded:
+def loaded(
+    config: EngineConfig, device: torch.device, format: str | None, group: Group | None, session: Session | None
+) -> Loaded:
     if group is not None and device.type == "cuda":
         device = torch.device("cuda", group.rank)
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # Triton launches on the current one
-    dtype = dtype_of(config, device)
+    dtype = dtype_of(config, device) if session is None else gaudi.dtype(config, session) or dtype_of(config, device)
+    given = given_to(config, device, dtype, format, session)
     with progress("loading") as tell:
         model: Any = build.load(
-            config.model, device=device, dtype=dtype, kernels=config.kernels,
-            activations=activations.resolved(config, format, device, dtype), format=format,
+            config.model, device=device, dtype=dtype, kernels=kernels_of(config),
             trust_remote_code=config.trust_remote_code, attend=proof.attention, ranks=group,
-            fuse=device.type == "cuda", tell=tell,
+            fuse=device.type == "cuda" and (session is None or not session.measures), cached=cached(config, session),
+            tell=tell, **given,
         )  # fmt: skip
+    if session is not None and given["activations"] != "off":
+        session.loaded(model)
+    if config.kv_attn_math:
+        multiply_in_fp8(model)
     try:
         tokenizer = read_tokenizer(config.tokenizer or config.model)
     except CheckpointError:
@@ -148,8 +184,48 @@ def loaded(config: EngineConfig, device: torch.device, format: str | None, group
             raise
         tokenizer = None  # token ids in, token ids out
     text = model.config.get_text_config()
-    return Loaded(model, tokenizer, device, CACHES[config.kv_cache_dtype], config.block_size, ends(model, tokenizer),
-                  text.vocab_size, int(getattr(text, "max_position_embeddings", None) or 1 << 20))  # fmt: skip
+    held, longest = CACHES.get(config.kv_cache_dtype), getattr(text, "max_position_embeddings", None)
+    return Loaded(model, tokenizer, device, held, config.block_size, ends(model, tokenizer), text.vocab_size,
+                  int(longest or 1 << 20), session=session)  # fmt: skip
+
+
+def cached(config: EngineConfig, session: Session | None) -> kv.Asked:
+    """What was asked of the KV cache, if it makes sense. INC has scales of its own for it, FP8 arithmetic locks 1."""
+    if session is not None and config.kv_cache_dtype == gaudi.CACHE:
+        return kv.Asked(scales=config.kv_scales, scale=config.kv_scale, turn=config.kv_rotate)
+    locked = config.kv_attn_math is not None and config.kv_scales is None and config.kv_scale is None
+    return kv.Asked(config.kv_cache_dtype, config.kv_scales, 1.0 if locked else config.kv_scale, config.kv_rotate)
+
+
+def given_to(
+    config: EngineConfig, device: torch.device, dtype: str | None, format: str | None, session: Session | None
+) -> dict[str, Any]:
+    """What becomes of weights, inputs, keys and values as models.build.load brings them."""
+    if session is not None and session.quantizes:
+        return gaudi.given(config, session, device)
+    emulated = read_emulation(config.emulation) if config.emulation else None
+    how = activations.resolved(config, format, device, dtype)
+    if emulated is None:
+        return {"format": format, "activations": how}
+    return {"format": emulated.arrivals, "kv": emulated.sides, "activations": how}
+
+
+def kernels_of(config: EngineConfig) -> str:
+    return EMULATED if config.emulation and config.kernels == "auto" else config.kernels
+
+
+def multiply_in_fp8(model: Any) -> None:
+    """Queries and probabilities of attention become e4m3 by a cast, as keys and values do in the cache: no scales."""
+    if hf.attention_of(model) != paged.NAME:
+        reason = "the cache of this architecture is transformers' own, and holds no FP8"
+        raise UnsupportedError("kv_attn_math=fp8 cannot be", [reason])
+    held = [module for module in model.modules() if is_attention(module)]
+    for module in held:
+        setattr(module, SIDES, replace(of(module), q=Side(CAST), p=1.0))
+    told = ("attention of %d modules computes as in FP8: keys and values in the cache, queries and probabilities are "
+            "rounded to e4m3 by a cast (scales locked at 1.0); emulated, for products of e4m3 are exact in what "
+            "multiplies them here, and sums are in float32")  # fmt: skip
+    LOG.warning(told, len(held))
 
 
 def dtype_of(config: EngineConfig, device: torch.device) -> str | None:

@@ -73,9 +73,9 @@ def lay_out(
     return len(raw).to_bytes(8, "little") + raw, {name: (shift + at, size) for name, (at, size) in places.items()}
 
 
-def write_shard(path: Path, parts: Mapping[str, Part]) -> Entry:
+def write_shard(path: Path, parts: Mapping[str, Part], metadata: Mapping[str, str] | None = None) -> Entry:
     """Write a file, one tensor in memory at a time; on disk for good when it returns. -> digest and size."""
-    header, places = lay_out(path, {name: (part.dtype, part.shape) for name, part in parts.items()})
+    header, places = lay_out(path, {name: (part.dtype, part.shape) for name, part in parts.items()}, metadata)
     partial = path.with_name(f"{path.name}.partial")
     digest = hashlib.sha256(header)
     try:

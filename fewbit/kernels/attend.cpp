@@ -1,7 +1,8 @@
 // Attention of single queries over cached keys and values that lie anywhere: a list of slots for each query.
 //
 // A task is one query's heads that share a key head: every key and value is read once for all of them. Scores are kept
-// for a whole text, so that softmax is the plain one: highest first, then the sum.
+// for a whole text, so that softmax is the plain one: highest first, then the sum. A cache may hold codes of a byte each:
+// they are looked up, and their scales join the scores and the weights.
 
 #include <cmath>
 #include <cstdint>
@@ -22,9 +23,13 @@ struct Attend {
     const int64_t* const* slots;  // [count] where the text of each lies
     const int64_t* lengths;       // [count] how much of it is seen
     const float* sinks;           // [heads] or null
+    const float* codes;           // [256] what a code of the cache means, or null: it holds values
+    const float* key_scale;       // of codes: [slots, key_heads], or [key_heads] for all slots
+    const float* value_scale;     // the same
     int64_t count, heads, key_heads, size, value_size, window;  // window 0: none
+    int64_t scale_step;           // from one slot's scales to the next one's: key_heads or 0
     float scaling, softcap;       // softcap 0: none
-    int32_t narrow;               // 0: float32, 1: bfloat16, everywhere
+    int32_t narrow;               // 0: float32, 1: bfloat16: queries, results, and a cache of values
 };
 
 static inline float of_bf16(uint16_t h) { uint32_t u = uint32_t(h) << 16; float f; memcpy(&f, &u, 4); return f; }
@@ -33,22 +38,34 @@ static inline uint16_t to_bf16(float f) {
     if ((u & 0x7fffffff) > 0x7f800000) return uint16_t((u >> 16) | 64);
     return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
+// What a cache holds, as it is read: a pointer, or one to codes with what they mean
+struct Coded {
+    const uint8_t* at;
+    const float* codes;
+    inline Coded operator+(int64_t i) const { return {at + i, codes}; }
+};
 static inline float load(const float* p) { return *p; }
 static inline float load(const uint16_t* p) { return of_bf16(*p); }
+static inline float load(Coded p) { return p.codes[*p.at]; }
 static inline void store(float* p, float v) { *p = v; }
 static inline void store(uint16_t* p, float v) { *p = to_bf16(v); }
 
 #ifdef WIDE
 static inline __m512 sixteen(const float* p) { return _mm512_loadu_ps(p); }
 static inline __m512 sixteen(const uint16_t* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16)); }
+static inline __m512 sixteen(Coded p) { return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p.at)), p.codes, 4); }
 static inline __m512 part(const float* p, int64_t left) { return _mm512_maskz_loadu_ps(left >= 16 ? 0xffff : (1u << left) - 1, p); }
 static inline __m512 part(const uint16_t* p, int64_t left) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(left >= 16 ? 0xffff : (1u << left) - 1, p)), 16));
 }
+static inline __m512 part(Coded p, int64_t left) {
+    const __mmask16 there = left >= 16 ? 0xffff : (1u << left) - 1;
+    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), there, _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, p.at)), p.codes, 4);
+}
 #endif
 
-template <typename T>
-static inline float dot(const T* a, const float* b, int64_t n) {
+template <typename P>
+static inline float dot(P a, const float* b, int64_t n) {
 #ifdef WIDE
     __m512 total = _mm512_setzero_ps();
     int64_t i = 0;
@@ -63,8 +80,8 @@ static inline float dot(const T* a, const float* b, int64_t n) {
 }
 
 // out += weight * v
-template <typename T>
-static inline void add(float* out, const T* v, float weight, int64_t n) {
+template <typename P>
+static inline void add(float* out, P v, float weight, int64_t n) {
     int64_t i = 0;
 #ifdef WIDE
     const __m512 w = _mm512_set1_ps(weight);
@@ -73,8 +90,9 @@ static inline void add(float* out, const T* v, float weight, int64_t n) {
     for (; i < n; i++) out[i] += weight * load(v + i);
 }
 
-template <typename T>
-static void task(const Attend& a, int64_t row, int64_t g, std::vector<float>& scratch) {
+// T: of queries and results; P: how keys and values are read
+template <typename T, typename P>
+static void task(const Attend& a, P keys, P values, int64_t row, int64_t g, std::vector<float>& scratch) {
     const int64_t shared = a.heads / a.key_heads, token = a.rows[row], stop = a.lengths[row];
     const int64_t start = a.window && stop > a.window ? stop - a.window : 0, length = stop - start;
     const int64_t* slots = a.slots[row] + start;
@@ -83,8 +101,9 @@ static void task(const Attend& a, int64_t row, int64_t g, std::vector<float>& sc
     const T* asked = (const T*)a.query + (token * a.heads + g * shared) * a.size;
     for (int64_t i = 0; i < shared * a.size; i++) query[i] = load(asked + i);
     for (int64_t t = 0; t < length; t++) {
-        const T* key = (const T*)a.key + (slots[t] * a.key_heads + g) * a.size;
-        for (int64_t h = 0; h < shared; h++) scores[h * length + t] = dot(key, query + h * a.size, a.size) * a.scaling;
+        const P key = keys + (slots[t] * a.key_heads + g) * a.size;
+        const float scaling = a.scaling * (a.codes ? a.key_scale[slots[t] * a.scale_step + g] : 1.0f);
+        for (int64_t h = 0; h < shared; h++) scores[h * length + t] = dot(key, query + h * a.size, a.size) * scaling;
     }
     for (int64_t h = 0; h < shared; h++) {
         float* mine = scores + h * length;
@@ -97,24 +116,31 @@ static void task(const Attend& a, int64_t row, int64_t g, std::vector<float>& sc
         for (int64_t t = 0; t < length; t++) mine[t] /= total;
     }
     for (int64_t t = 0; t < length; t++) {
-        const T* value = (const T*)a.value + (slots[t] * a.key_heads + g) * a.value_size;
-        for (int64_t h = 0; h < shared; h++) add(sums + h * a.value_size, value, scores[h * length + t], a.value_size);
+        const P value = values + (slots[t] * a.key_heads + g) * a.value_size;
+        const float scale = a.codes ? a.value_scale[slots[t] * a.scale_step + g] : 1.0f;
+        for (int64_t h = 0; h < shared; h++) add(sums + h * a.value_size, value, scores[h * length + t] * scale, a.value_size);
     }
     T* out = (T*)a.out + (token * a.heads + g * shared) * a.value_size;
     for (int64_t i = 0; i < shared * a.value_size; i++) store(out + i, sums[i]);
 }
 
-template <typename T>
-static void tasks(const Attend& a) {
+template <typename T, typename P>
+static void tasks(const Attend& a, P keys, P values) {
 #pragma omp parallel
     {
         std::vector<float> scratch;
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < a.count * a.key_heads; i++) task<T>(a, i / a.key_heads, i % a.key_heads, scratch);
+        for (int64_t i = 0; i < a.count * a.key_heads; i++) task<T>(a, keys, values, i / a.key_heads, i % a.key_heads, scratch);
     }
 }
 
+template <typename T>
+static void chosen(const Attend& a) {
+    if (a.codes) tasks<T>(a, Coded{(const uint8_t*)a.key, a.codes}, Coded{(const uint8_t*)a.value, a.codes});
+    else tasks<T>(a, (const T*)a.key, (const T*)a.value);
+}
+
 extern "C" void attend(const Attend* a) {
-    if (a->narrow) tasks<uint16_t>(*a);
-    else tasks<float>(*a);
+    if (a->narrow) chosen<uint16_t>(*a);
+    else chosen<float>(*a);
 }

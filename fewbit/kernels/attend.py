@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbit.kernels.cache import Cache
+from fewbit.kernels.cache_packed import PackedCache
 from fewbit.kernels.compiled import library
+from fewbit.quant import elements
 
 FEW = 4  # queries of one request up to which each reads the cache for itself
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -19,8 +22,23 @@ class Attend(ctypes.Structure):
     """attend.cpp's Attend."""
 
     _fields_ = (
-        *((n, ctypes.c_void_p) for n in ("query", "key", "value", "out", "rows", "slots", "lengths", "sinks")),
-        *((n, ctypes.c_int64) for n in ("count", "heads", "key_heads", "size", "value_size", "window")),
+        *(
+            (n, ctypes.c_void_p)
+            for n in (
+                "query",
+                "key",
+                "value",
+                "out",
+                "rows",
+                "slots",
+                "lengths",
+                "sinks",
+                "codes",
+                "key_scale",
+                "value_scale",
+            )
+        ),
+        *((n, ctypes.c_int64) for n in ("count", "heads", "key_heads", "size", "value_size", "window", "scale_step")),
         *((n, ctypes.c_float) for n in ("scaling", "softcap")),
         ("narrow", ctypes.c_int32),
     )
@@ -44,18 +62,20 @@ class Queries:
         return cls(rows, slots, lengths, [text for *_, text in spans])
 
 
-def refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    """Why these tensors cannot be attended to here."""
-    if query.device.type != "cpu" or query.dtype not in DTYPES or not query.dtype == key.dtype == value.dtype:
-        return "takes float32 or bfloat16 on a CPU, the cache in the type of the queries"
+def refusal(query: Tensor, cache: Cache | PackedCache) -> str | None:
+    """Why these cannot be attended to here."""
+    if isinstance(cache, PackedCache):
+        return "takes caches of values, or of codes of a byte each"
+    alike = cache.element is not None or query.dtype == cache.key.dtype == cache.value.dtype
+    if query.device.type != "cpu" or query.dtype not in DTYPES or not alike:
+        return "takes float32 or bfloat16 on a CPU, a cache of values in the type of the queries"
     found = library("attend")
     return found if isinstance(found, str) else None
 
 
 def attend(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    cache: Cache,
     out: Tensor,
     queries: Queries,
     scaling: float,
@@ -63,14 +83,22 @@ def attend(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> None:
-    """query: [T, H, D], key: [slots, G, D], value: [slots, G, Dv], all contiguous -> rows of out: [T, H, Dv]."""
+    """query: [T, H, D], contiguous as the cache is -> rows of out: [T, H, Dv]."""
+    key, value = cache.key, cache.value
     held = None if sinks is None else sinks.detach().float().contiguous()
+    codes = None if cache.element is None else elements.values(cache.element)
+    scales = (cache.key_measured, cache.value_measured) if cache.key_scale is None else (
+        cache.key_scale, cache.value_scale)  # fmt: skip
     _native().attend(ctypes.byref(Attend(
         query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), queries.rows.data_ptr(),
-        queries.slots.data_ptr(), queries.lengths.data_ptr(), None if held is None else held.data_ptr(),
-        len(queries.rows), query.shape[1], key.shape[1], query.shape[2], value.shape[2], window or 0, scaling,
-        softcap or 0.0, DTYPES[query.dtype],
+        queries.slots.data_ptr(), queries.lengths.data_ptr(), _at(held), _at(codes), _at(scales[0]), _at(scales[1]),
+        len(queries.rows), query.shape[1], key.shape[1], query.shape[2], value.shape[2], window or 0,
+        0 if cache.key_scale is None else key.shape[1], scaling, softcap or 0.0, DTYPES[query.dtype],
     )))  # fmt: skip
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 @cache

@@ -22,6 +22,7 @@ from fewbit.kernels import (
     scaled_linear,
     torch_decoded,
     torch_dequant,
+    torch_emulated,
     triton_experts,
     triton_linear,
 )
@@ -69,7 +70,7 @@ def _anything(format: Format, device: torch.device, dtype: torch.dtype) -> None:
 
 HALVES = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, *HALVES)
-REFERENCE, DECODED = "reference", "decoded"
+REFERENCE, DECODED, EMULATED = "reference", "decoded", "emulated"
 
 KERNELS: tuple[Kernel, ...] = (
     Kernel(
@@ -110,6 +111,14 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel(
         DECODED, "experts", (), FLOATS, _anything, torch_decoded.prepack_experts, torch_decoded.run_experts, asked=True,
         note="the same, one expert at a time",
+    ),
+    Kernel(
+        EMULATED, "linear", (), FLOATS, _anything, torch_emulated.prepack, torch_emulated.run_linear, asked=True,
+        owns=True, note="weights rounded once and kept as floats, inputs rounded at each call: fakequant",
+    ),
+    Kernel(
+        EMULATED, "experts", (), FLOATS, _anything, torch_emulated.prepack_experts, torch_emulated.run_experts,
+        asked=True, owns=True, note="the same, for inputs alike in one launch on a GPU",
     ),
     Kernel(
         REFERENCE, "linear", (), FLOATS, _anything, torch_dequant.prepack_linear, torch_dequant.run_linear,

@@ -4,12 +4,11 @@ Requests with one row go to triton_attention_decode, which splits long texts amo
 triton_attention_prefill. Nothing here waits for the device or reads from it, so that a CUDA graph can hold all of it.
 """
 
-from functools import cache as once
-
 import torch
 from torch import Tensor
 
-from fewbit.kernels.cache import FP8, Cache
+from fewbit.kernels.cache import HELD, Cache
+from fewbit.kernels.cache_packed import PackedCache
 from fewbit.kernels.table import Table
 from fewbit.kernels.triton_runtime import lacking
 
@@ -18,19 +17,19 @@ WIDEST = 512  # head size: beyond it a tile of keys does not fit beside one of v
 E4M3_SINCE = (8, 9)  # compute capability that converts e4m3
 
 
-def refusal(query: Tensor, cache: Cache) -> str | None:
-    """Why these cannot be attended to here."""
+def refusal(query: Tensor, cache: Cache | PackedCache, p: float = 0.0) -> str | None:
+    """Why these cannot be attended to here. p: see modules.attention_sides.Sides."""
     if (why := lacking(query.device)) is not None:
         return why
+    if isinstance(cache, PackedCache):
+        return "takes caches of values, or of codes of a byte each"
     held = cache.key.dtype
-    if query.dtype not in FLOATS or held not in (*FLOATS, *FP8, torch.int8):
+    if query.dtype not in FLOATS or held not in (*FLOATS, *HELD.values()):
         return f"takes queries of 16 or 32 bits and caches of 8 to 32, not {query.dtype} over {held}"
     if (widest := max(cache.key.shape[2], cache.value.shape[2])) > WIDEST:
         return f"takes heads of up to {WIDEST}, not of {widest}"
-    if held == torch.float8_e4m3fn and query.is_cuda and _capability(query.device) < E4M3_SINCE:
-        return (
-            f"e4m3 wants compute capability {E4M3_SINCE[0]}.{E4M3_SINCE[1]}: kv_cache_dtype fp8_e5m2 or int8 would run"
-        )
+    if p and query.is_cuda and torch.cuda.get_device_capability(query.device) < E4M3_SINCE:
+        return f"probabilities in e4m3 want compute capability {E4M3_SINCE[0]}.{E4M3_SINCE[1]}"
     return None
 
 
@@ -50,22 +49,18 @@ def attend(
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
+    p: float = 0.0,
 ) -> None:
     """query: [1, H, T, D], as it lies -> out: [T, H, Dv]: the rows of all requests, 0 for those of length 0."""
     from fewbit.kernels import triton_attention_decode, triton_attention_prefill
 
     query = _dense_heads(query)
     if table.ones:
-        triton_attention_decode.run(query, cache, out, table, scaling, window, softcap, sinks)
+        triton_attention_decode.run(query, cache, out, table, scaling, window, softcap, sinks, p)
     if len(table.lengths) > table.ones:
-        triton_attention_prefill.run(query, cache, out, table, scaling, window, softcap, sinks)
+        triton_attention_prefill.run(query, cache, out, table, scaling, window, softcap, sinks, p)
 
 
 def _dense_heads(x: Tensor) -> Tensor:
     """The kernels take any strides but that of the numbers of one head."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-@once
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)

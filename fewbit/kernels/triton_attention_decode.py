@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewbit.kernels.cache import Cache
 from fewbit.kernels.table import Table
-from fewbit.kernels.triton_attention_parts import LOWEST, opening, padded, precision, processors, sizes, walk
+from fewbit.kernels.triton_attention_parts import LOWEST, opening, padded, precision, processors, scaled, sizes, walk
 
 PROGRAMS = 4  # that are aimed at, per multiprocessor
 FEW_PARTS, MOST_PARTS = 8, 64
@@ -57,6 +57,7 @@ def run(
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
+    p: float = 0.0,
 ) -> None:
     """The first table.ones requests; see triton_attention.attend."""
     cut, (heads, key_heads) = shape(query, cache, table, window), (query.shape[1], cache.key.shape[1])
@@ -65,11 +66,12 @@ def run(
     weights = torch.empty(*split, 2, dtype=torch.float32, device=query.device)
     dims = sizes(cache)
     _part[(table.ones, key_heads * cut.blocks, cut.parts)](
-        query, cache.key, cache.value, cache.key_scale, cache.value_scale, out, found, weights, table.pages,
-        table.lengths, table.starts, sinks, scaling, window, softcap, heads, query.stride(2), query.stride(1),
-        *cache.key.stride()[:2], *cache.value.stride()[:2], *out.stride()[:2], table.pages.stride(0), key_heads,
-        cut.parts, SPLIT=cut.parts > 1, TOKENS=cut.tokens, GROUP=heads // key_heads, BLOCKS=cut.blocks,
-        HEADS=cut.heads, SIZE=table.size, PRECISION=precision(query.dtype), num_warps=WARPS, num_stages=STAGES, **dims,
+        query, cache.key, cache.value, cache.key_scale, cache.value_scale, cache.key_measured, cache.value_measured,
+        out, found, weights, table.pages, table.lengths, table.starts, sinks, scaling, window, softcap, heads,
+        query.stride(2), query.stride(1), *cache.key.stride()[:2], *cache.value.stride()[:2], *out.stride()[:2],
+        table.pages.stride(0), key_heads, cut.parts, SPLIT=cut.parts > 1, TOKENS=cut.tokens, GROUP=heads // key_heads,
+        BLOCKS=cut.blocks, HEADS=cut.heads, SIZE=table.size, PRECISION=precision(query.dtype), P=p, num_warps=WARPS,
+        num_stages=STAGES, **dims,
     )  # fmt: skip
     if cut.parts > 1:
         many = FEW_PARTS if cut.parts <= FEW_PARTS else MOST_PARTS
@@ -90,10 +92,12 @@ def _stretch(length, window, parts, TOKENS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["parts", "p_row"], do_not_specialize_on_alignment=["pages", "lengths", "starts"])
 def _part(
-    query, key, value, key_scale, value_scale, out, found, weights, pages, lengths, starts, sinks, scaling, window,
-    softcap, heads, q_row, q_head, k_slot, k_head, v_slot, v_head, o_row, o_head, p_row, key_heads, parts,
+    query, key, value, key_scale, value_scale, key_measured, value_measured, out, found, weights, pages, lengths,
+    starts, sinks, scaling, window, softcap, heads, q_row, q_head, k_slot, k_head, v_slot, v_head, o_row, o_head, p_row,
+    key_heads, parts,
     GROUP: tl.constexpr, BLOCKS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr,
     SPLIT: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    P: tl.constexpr,
 ):  # fmt: skip
     request = tl.program_id(0)
     kin = tl.program_id(1) // BLOCKS
@@ -120,8 +124,12 @@ def _part(
     acc, total, top = walk(
         q, tl.zeros([HEADS, DVP], tl.float32), total, top, first, last, last, tl.zeros([HEADS], tl.int32) + last, None,
         pages + request.to(tl.int64) * p_row, key + kin * k_head, value + kin * v_head, key_scale, value_scale, k_slot,
-        v_slot, key_heads, scaling, softcap, True, SIZE, TOKENS, D, DV, DP, DVP, PRECISION,
+        v_slot, key_heads, scaled(scaling, key_measured, kin), softcap, True, SIZE, TOKENS, D, DV, DP, DVP, PRECISION,
+        P,
     )  # fmt: skip
+    if P > 0.0:
+        acc = acc / P
+    acc = scaled(acc, value_measured, kin)
     wanted = inside[:, None] & (e < DV)[None, :]
     if not SPLIT:
         acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]

@@ -2,6 +2,9 @@
 
 Logits are kept in powers of two. `top` starts at a finite lowest, so that rows that have seen nothing yet need no care.
 A sink is where `top` and `total` start: a logit that takes weight and brings no value.
+
+Scales of each token join scores and weights on the way. Those measured for a whole head cost nothing: that of keys
+joins the scaling of scores before the walk, that of values what was gathered after it.
 """
 
 from functools import cache as once
@@ -30,12 +33,24 @@ def opening(sinks, head, inside, ROWS: tl.constexpr):
 
 
 @triton.jit
+def scaled(x, measured, kin):
+    """x times the measured scale of a head."""
+    if measured is not None:
+        x = x * tl.load(measured + kin)
+    return x
+
+
+@triton.jit
 def walk(
     query, acc, total, top, first, last, length, at, window, pages, key, value, key_scale, value_scale, k_slot, v_slot,
     s_slot, scaling, softcap, MASKED: tl.constexpr, SIZE: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr,
-    DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, PRECISION: tl.constexpr,
+    DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Tokens first to last for rows that stand at places `at`; MASKED where a row may not see all of them."""
+    """Tokens first to last for rows that stand at places `at`; MASKED where a row may not see all of them.
+
+    P above 0: weights, as far as the largest seen so far is 1, are rounded to e4m3 after this factor. Products of e4m3
+    are what they are in 16 bits.
+    """
     d = tl.arange(0, DP)
     e = tl.arange(0, DVP)
     for start in range(first, last, TOKENS):
@@ -68,6 +83,8 @@ def walk(
         fade = tl.exp2(top - peak)
         total = total * fade + tl.sum(weights, 1)
         top = peak
+        if P > 0.0:
+            weights = (weights * P).to(tl.float8e4nv).to(tl.float32)
         if value_scale is not None:
             weights *= tl.load(value_scale + slot * s_slot, mask=inside, other=0.0)[None, :]
         v_at = value + slot[:, None] * v_slot + e[None, :]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewbit.kernels.cache import Cache
 from fewbit.kernels.table import Table
-from fewbit.kernels.triton_attention_parts import opening, padded, precision, shared_bytes, sizes, walk
+from fewbit.kernels.triton_attention_parts import opening, padded, precision, scaled, shared_bytes, sizes, walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,24 +52,25 @@ def run(
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
+    p: float = 0.0,
 ) -> None:
     """The requests behind the first table.ones; see triton_attention.attend."""
     cut, heads, requests = tile(query, cache, table.longest), query.shape[1], len(table.lengths) - table.ones
     _block[(-(-table.longest // cut.rows), heads, requests)](
-        query, cache.key, cache.value, cache.key_scale, cache.value_scale, out, table.pages, table.lengths,
-        table.starts, sinks, table.ones, scaling, window, softcap, query.stride(2), query.stride(1),
-        *cache.key.stride()[:2], *cache.value.stride()[:2], *out.stride()[:2], table.pages.stride(0),
+        query, cache.key, cache.value, cache.key_scale, cache.value_scale, cache.key_measured, cache.value_measured,
+        out, table.pages, table.lengths, table.starts, sinks, table.ones, scaling, window, softcap, query.stride(2),
+        query.stride(1), *cache.key.stride()[:2], *cache.value.stride()[:2], *out.stride()[:2], table.pages.stride(0),
         cache.key.shape[1], GROUP=heads // cache.key.shape[1], ROWS=cut.rows, TOKENS=cut.tokens, SIZE=table.size,
-        PRECISION=precision(query.dtype), **sizes(cache), num_warps=cut.warps, num_stages=cut.stages,
+        PRECISION=precision(query.dtype), P=p, **sizes(cache), num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["ones", "p_row"], do_not_specialize_on_alignment=["pages", "lengths", "starts"])
 def _block(
-    query, key, value, key_scale, value_scale, out, pages, lengths, starts, sinks, ones, scaling, window, softcap,
-    q_row, q_head, k_slot, k_head, v_slot, v_head, o_row, o_head, p_row, key_heads, GROUP: tl.constexpr,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr,
-    DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    query, key, value, key_scale, value_scale, key_measured, value_measured, out, pages, lengths, starts, sinks, ones,
+    scaling, window, softcap, q_row, q_head, k_slot, k_head, v_slot, v_head, o_row, o_head, p_row, key_heads,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     request = ones + tl.program_id(2)
     head = tl.program_id(1)
@@ -101,22 +102,23 @@ def _block(
     if key_scale is not None:
         key_scale += kin
         value_scale += kin
+    scaling = scaled(scaling, key_measured, kin)
     pages += request.to(tl.int64) * p_row
     key += kin * k_head
     value += kin * v_head
     if window is not None:
         acc, total, top = walk(
             q, acc, total, top, first, middle, length, at, window, pages, key, value, key_scale, value_scale, k_slot,
-            v_slot, key_heads, scaling, softcap, True, SIZE, TOKENS, D, DV, DP, DVP, PRECISION,
+            v_slot, key_heads, scaling, softcap, True, SIZE, TOKENS, D, DV, DP, DVP, PRECISION, P,
         )  # fmt: skip
     acc, total, top = walk(
         q, acc, total, top, middle, common, length, at, window, pages, key, value, key_scale, value_scale, k_slot,
-        v_slot, key_heads, scaling, softcap, False, SIZE, TOKENS, D, DV, DP, DVP, PRECISION,
+        v_slot, key_heads, scaling, softcap, False, SIZE, TOKENS, D, DV, DP, DVP, PRECISION, P,
     )  # fmt: skip
     acc, total, top = walk(
         q, acc, total, top, common, highest, length, at, window, pages, key, value, key_scale, value_scale, k_slot,
-        v_slot, key_heads, scaling, softcap, True, SIZE, TOKENS, D, DV, DP, DVP, PRECISION,
+        v_slot, key_heads, scaling, softcap, True, SIZE, TOKENS, D, DV, DP, DVP, PRECISION, P,
     )  # fmt: skip
-    acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+    acc = scaled(acc, value_measured, kin) / (tl.where(total > 0.0, total, 1.0) * (P if P > 0.0 else 1.0))[:, None]
     tl.store(out + far[:, None] * o_row + head * o_head + e[None, :], acc.to(out.dtype.element_ty),
              mask=inside[:, None] & (e < DV)[None, :])  # fmt: skip

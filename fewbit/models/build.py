@@ -4,7 +4,7 @@ Peak memory is the final model plus the largest tensor: each tensor goes to its 
 the way when `format` asks for it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from fewbit import codecs
-from fewbit.errors import CheckpointError, SpecError, UnsupportedError
+from fewbit.errors import SpecError, UnsupportedError
 from fewbit.kernels.select import known_or_raise
 from fewbit.models import fuse as fusing
 from fewbit.models import hf, twin
+from fewbit.models import kv as caching
 from fewbit.models.account import finish
+from fewbit.models.arrival import Arrival, Online
 from fewbit.models.fill import Filler, is_stack, prepare, settle
 from fewbit.models.finding import refuse_on_errors
 from fewbit.models.shard_source import sharded
@@ -24,12 +26,15 @@ from fewbit.models.shard_values import Ranks
 from fewbit.models.values import Watch
 from fewbit.models.verify import building, plausible, verify_source
 from fewbit.modules import attention, paged
+from fewbit.modules.attention_sides import SIDES, Sides, mapped
 from fewbit.modules.linear import Linear, Options
 from fewbit.quant.formats import FORMATS
 from fewbit.quant.plan import Plan, Rule
 from fewbit.quant.qtensor import Planes
 from fewbit.quant.spec import Format, QuantSpec
 
+Asked = str | Format | Plan | Mapping[str, Arrival] | Online | None
+Cached = tuple[QuantSpec, Planes, Planes] | Sides  # keys and values, static planes of k, of v; or each for itself
 ACTIVATIONS = ("declared", "hardware", "fast", "off")
 ROUTERS = ("gate", "router", "shared_expert_gate", "classifier", "wg")  # small, and their choices are discrete
 
@@ -41,12 +46,14 @@ def load(
     dtype: torch.dtype | str | None = None,
     kernels: str = "auto",
     activations: str = "declared",
-    format: str | Format | Plan | None = None,
+    format: Asked = None,
+    kv: Mapping[str, Cached] | None = None,
     trust_remote_code: bool = False,
     unsafe_skip_verify: Sequence[str] = (),
     attend: Callable[[Any], str] = twin.require,
     ranks: Ranks | None = None,
     fuse: bool = False,
+    cached: caching.Asked | None = None,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> nn.Module:
     """A folder or a .gguf file -> the model in eval mode: model(input_ids).logits, model.generate(...).
@@ -54,19 +61,22 @@ def load(
     dtype: of everything that is not quantized; None = as the config says. kernels: "auto" or a kernel's name.
     activations: "declared", "hardware" to leave them in dtype where the device lacks theirs, "fast" to round them to
     int8 besides where weights alone are quantized and that is faster, "off" to leave all.
-    format: quantize every linear and expert on arrival.
+    format: quantize every linear and expert on arrival; or what each becomes: Arrivals by the path of its module (of a
+    stack of experts with the projection), or a function of a parameter's path and its module.
+    kv: attention module -> how its keys and values are rounded, and the static planes of both; or its Sides.
     attend: config -> the attention that the architecture is built with, or an error. ranks: hold one rank's part only.
     fuse: with fused modules where the twin agrees; what became of each is model.fewbit_fused.
+    cached: what keys and values are rounded to; None: as the checkpoint declares.
     tell: called with how many tensors are in their places, of how many.
     """
     if activations not in ACTIVATIONS:
         raise SpecError(f"activations={activations!r}: known are {', '.join(ACTIVATIONS)}")
     known_or_raise(kernels)
+    unsafe_skip_verify = (*unsafe_skip_verify, *(cached.skipped if cached is not None else ()))
     with codecs.open(path) as source:
         if format is not None and source.modules:
-            raise UnsupportedError(
-                f"{path}: already quantized ({source.dialect}); format={format!r} needs float weights"
-            )
+            told = f"format={format!r}" if isinstance(format, str | Format | Plan) else "to quantize it on arrival"
+            raise UnsupportedError(f"{path}: already quantized ({source.dialect}); {told} needs float weights")
         with building(source):
             config = hf.read_config(path if trust_remote_code else source.config, trust_remote_code)
             plausible(source, config)
@@ -74,19 +84,24 @@ def load(
             model = hf.build(config, options.dtype, attend(config))
         refuse_on_errors(source.path, verify_source(source, model), unsafe_skip_verify)
         prepare(model)
-        formats = online(model, format)
-        shards = sharded(model, config, source, formats, options, ranks) if ranks is not None else None
+        arrivals = online(model, format)
+        shards = sharded(model, config, source, arrivals, options, ranks) if ranks is not None else None
         make = shards.filler if shards is not None else Filler
-        filler = make(model, hf.rules(model), options, torch.device(device), formats)
+        filler = make(model, hf.rules(model), options, torch.device(device), arrivals)
         watch = Watch(source)
         filler.watch, filler.tell = watch.see, tell
         places = filler.fill(source)
         refuse_on_errors(source.path, watch.finish(), unsafe_skip_verify)
+        if isinstance(format, Mapping):
+            all_came(format, filler.filled)
         finish(filler, places, source, unsafe_skip_verify)
-        round_cache(model, source, filler)
+        caching.apply(model, source, filler, cached)
+        if kv and activations != "off":
+            round_caches(model, kv)
         if shards is not None:
             shards.finish()
     model.to(device)
+    move_caches(model, device)
     if fuse:
         setattr(model, fusing.ATTRIBUTE, fusing.apply(model, fusing.plan(config)))
     settle(model)
@@ -106,23 +121,50 @@ def resolve_dtype(dtype: torch.dtype | str | None, config: Any) -> torch.dtype:
     return found
 
 
-def online(model: Any, format: str | Format | Plan | None) -> Any:
-    """Which format a parameter takes as it arrives."""
+def online(model: Any, format: Asked) -> Online:
+    """What a parameter becomes as it arrives."""
     if format is None:
         return lambda path, module: None
+    if isinstance(format, Mapping):
+        return by_path(model, format)
+    if callable(format):
+        return format
     plan = format if isinstance(format, Plan) else default_plan(model, named(format))
 
-    def chosen(path: str, module: nn.Module) -> Format | None:
-        if not is_stack(module) and not (isinstance(module, Linear) and path.endswith(".weight")):
+    def chosen(path: str, module: nn.Module) -> Arrival | None:
+        if not quantizable(path, module):
             return None
-        if is_stack(module) and path.endswith("_bias"):
-            return None
-        found, _ = plan.for_module(path if is_stack(module) else path.removesuffix(".weight"))
-        if found is not None and found.act is not None and not all(scale.dynamic for scale in found.act.scales):
-            raise UnsupportedError(f"{path}: static activation scales need calibration, and load has none")
-        return found
+        found, _ = plan.for_module(module_path(path, module))
+        try:
+            return None if found is None else Arrival(found)
+        except SpecError as error:
+            raise UnsupportedError(f"{path}: {error}") from error
 
     return chosen
+
+
+def quantizable(path: str, module: nn.Module) -> bool:
+    return not path.endswith("_bias") if is_stack(module) else isinstance(module, Linear) and path.endswith(".weight")
+
+
+def module_path(path: str, module: nn.Module) -> str:
+    """What arrivals are called by: a linear, or a projection of a stack."""
+    return path if is_stack(module) else path.removesuffix(".weight")
+
+
+def by_path(model: nn.Module, arrivals: Mapping[str, Arrival]) -> Online:
+    """A name that the model lacks is an error."""
+    held = ((f"{path}.{leaf}", module) for path, module in model.named_modules() for leaf in module._parameters)
+    known = [module_path(path, module) for path, module in held if quantizable(path, module)]
+    if unknown := sorted(arrivals.keys() - set(known)):
+        raise SpecError(f"format=: the model has no {', '.join(unknown[:3])}; it has {', '.join(known[:3])} ...")
+    return lambda path, module: arrivals.get(module_path(path, module)) if quantizable(path, module) else None
+
+
+def all_came(arrivals: Mapping[str, Arrival], filled: Mapping[str, int]) -> None:
+    if left := [name for name in arrivals if not filled.get(name) and not filled.get(f"{name}.weight")]:
+        reason = f"its weight comes under another name (tied), and cannot be quantized alone: {', '.join(left[:3])}"
+        raise UnsupportedError("a module does not become what it is to", [reason])
 
 
 def named(format: str | Format) -> Format:
@@ -143,44 +185,27 @@ def default_plan(model: Any, format: Format) -> Plan:
     return Plan((*rules, Rule("", "any", format, "format=")))
 
 
-def round_cache(model: nn.Module, source: codecs.Source, filler: Filler) -> None:
-    """Give attention modules the spec and scales of the KV cache that the checkpoint declares."""
-    spec = source.plan.kv
-    if spec is None or not source.kv or filler.options.activations == "off":
-        return
+def round_caches(model: nn.Module, kv: Mapping[str, Cached]) -> None:
+    """Give attention modules specs and scales that are no part of the checkpoint."""
     if (used := hf.attention_of(model)) not in (attention.NAME, paged.NAME):
         reason = f"the model runs on transformers' own {used} attention, where ours is not exact"
-        raise UnsupportedError("the checkpoint declares a quantized KV cache", [reason])
-    for name in source.kv:
-        path = attention_path(name, filler)
-        setattr(model.get_submodule(path), attention.KV, (spec, *kv_planes(source, name, spec)))
+        raise UnsupportedError("keys and values cannot be rounded", [reason])
+    for path, held in kv.items():
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            raise SpecError(f"kv=: the model has no attention module {path}") from None
+        if hasattr(module, attention.KV):
+            raise UnsupportedError(f"{path}: the checkpoint says already how its keys and values are rounded")
+        setattr(module, SIDES if isinstance(held, Sides) else attention.KV, held)
 
 
-def attention_path(name: str, filler: Filler) -> str:
-    """An attention module's path in the model, by way of a projection in it."""
-    asked = [f"{name}.{leaf}.weight" for leaf in ("k_proj", "qkv_proj", "kv_b_proj", "o_proj")]
-    places = [p for p in filler.rules.place(asked).values() if p is not None]
-    if not places:
-        raise CheckpointError(f"{name}: has KV scales, and no attention of the model has that name")
-    return places[0].target.rsplit(".", 2)[0]
-
-
-def kv_planes(source: codecs.Source, name: str, spec: QuantSpec) -> tuple[Planes, Planes]:
-    """The static scales of keys and of values, as planes of the spec."""
-    static = [i for i, scale in enumerate(spec.scales) if not scale.dynamic]
-    if not static:
-        return {}, {}
-    level = static[-1]
-    held = source.kv[name]
-    out = []
-    for of in ("k", "v"):
-        tensor = held.get(of, held.get("kv"))
-        if tensor is None:
-            raise CheckpointError(f"{name}: no {of} scale of the KV cache; found {', '.join(held.values())}")
-        scale = torch.as_tensor(source.checkpoint.read(tensor)).to(spec.scales[level].element.dtype)
-        if not bool((scale.isfinite() & (scale > 0)).all()):
-            raise CheckpointError(
-                f"{tensor}: a KV scale must be finite and above 0, found {scale.flatten()[:4].tolist()}"
-            )
-        out.append({f"scale{level}": scale.reshape(1, 1) if scale.numel() == 1 else scale.reshape(-1, 1, 1)})
-    return out[0], out[1]
+def move_caches(model: nn.Module, device: str | torch.device) -> None:
+    """What is rounded to lies on the device: nothing is copied to it in a step."""
+    for module in model.modules():
+        if (kv := getattr(module, attention.KV, None)) is not None:
+            spec, *planes = kv
+            there = ({name: plane.to(device) for name, plane in of.items()} for of in planes)
+            setattr(module, attention.KV, (spec, *there))
+        if hasattr(module, SIDES):
+            setattr(module, SIDES, mapped(getattr(module, SIDES), lambda t: t.to(device)))

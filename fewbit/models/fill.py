@@ -1,7 +1,7 @@
 """Filling: tensors arrive one at a time and go straight into their place; nothing waits but what must be joined.
 
 A plain tensor becomes the parameter itself, or is copied into its slot of one. A quantized one is bound to its Linear,
-Embedding or stack of experts. `online` may name a format for a parameter: then it is encoded as it arrives.
+Embedding or stack of experts. `online` may name an Arrival for a parameter: then it is encoded as it arrives.
 """
 
 from collections import defaultdict
@@ -14,16 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.errors import CheckpointError, FewbitError, UnsupportedError
+from fewbit.models.arrival import Arrival, Online, online
 from fewbit.models.placement import Group, Placement, Rules, cut, natural
 from fewbit.modules.embedding import Embedding
 from fewbit.modules.experts import ATTRIBUTE, Experts, empty_stack, put
 from fewbit.modules.linear import Linear, Options, on_device
 from fewbit.quant.qtensor import Quantized, slice
-from fewbit.quant.reference import decode, encode
-from fewbit.quant.spec import Format
+from fewbit.quant.reference import decode
 
 MIXED = "part of what it belongs to is quantized on disk, and part is not"
-Online = Callable[[str, nn.Module], Format | None]
 
 
 class Tensors(Protocol):
@@ -118,17 +117,25 @@ class Filler:
 
     def _one(self, place: Placement, tensor: Tensor) -> None:
         module, leaf = owner(self.model, place.target)
-        format = self.online(place.target, module) if tensor.is_floating_point() else None
-        if format is None:
+        arrival = self.online(place.target, module) if tensor.is_floating_point() else None
+        if arrival is None:
             if place.target in self.parts:
                 raise UnsupportedError(MIXED)
             self.filled[place.target] += tensor.numel()
             self._write(module, leaf, place, tensor)
         elif is_stack(module) and place.expert is None:
             for e, matrix in enumerate(tensor):
-                self._stack(place.target, 0, e, online(matrix.mT if module.is_transposed else matrix, format))
+                oriented = matrix.mT if module.is_transposed else matrix
+                self._stack(place.target, 0, e, online(oriented, arrival.expert(e), self.options.dtype))
         else:
-            self._quantized(place.target, place, online(tensor, format))
+            own = self.part(place, arrival, len(tensor))
+            self._quantized(place.target, place, online(tensor, own, self.options.dtype))
+
+    def part(self, place: Placement, arrival: Arrival, rows: int) -> Arrival:
+        """Of the tensor that fills a place."""
+        start = self.offsets.get((place.target, place.part), 0)
+        own = arrival if place.expert is None else arrival.expert(place.expert)
+        return own.rows(start, start + rows) if place.parts > 1 else own
 
     def _write(self, module: nn.Module, leaf: str, place: Placement, tensor: Tensor) -> None:
         held = module._parameters.get(leaf)
@@ -241,10 +248,6 @@ def dense(value: Quantized | Tensor, dtype: torch.dtype) -> Tensor:
     if beside:
         raise UnsupportedError(f"its module takes plain tensors only, and this one has {', '.join(beside)}")
     return decode(value.weight).to(dtype)
-
-
-def online(tensor: Tensor, format: Format) -> Quantized:
-    return Quantized(format, encode(tensor, format.weight))
 
 
 def is_stack(module: nn.Module) -> bool:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.errors import CheckpointError
-from fewbit.models import hf, twin
+from fewbit.models import hf, kv, twin
 from fewbit.models.account import matches
-from fewbit.models.build import resolve_dtype, round_cache
+from fewbit.models.build import resolve_dtype
 from fewbit.models.fill import Filler, ask, assign, owner, prepare
 from fewbit.models.hidden import Hidden
 from fewbit.models.placement import Placement, natural
@@ -78,16 +78,20 @@ class Layers:
         config: Any = None,
         attention: str | None = None,
         path: str | None = None,
+        plain: bool = False,
+        cached: kv.Asked | None = None,
     ):
+        """plain: linears stay transformers' own."""
         self.source, self.device = source, torch.device(device)
         self.config = hf.read_config(source.config) if config is None else config
         self.options = Options("decoded", activations, resolve_dtype(dtype, self.config))
         self.model = hf.build(self.config, self.options.dtype, attention or twin.require(self.config))
-        prepare(self.model)
+        if not plain:
+            prepare(self.model)
         self.rules = hf.rules(self.model)
         self.path = layer_list(self.config) if path is None else path
-        if getattr(source, "kv", None):
-            round_cache(self.model, source, self._filler())
+        if getattr(source, "plan", None) is not None:
+            kv.apply(self.model, source, self._filler(), cached)
         self.places = self._place()
         self.units, self.outer = self._units()
         self._held: set[str] = set()

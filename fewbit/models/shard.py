@@ -7,6 +7,7 @@ logits are put side by side. Everything else is the model's own code, on fewer h
 import copy
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -21,6 +22,8 @@ from fewbit.models.shard_plan import Heads, Lookup, Share, head_cuts, plan
 from fewbit.models.shard_round import Rounding, taken_out
 from fewbit.models.shard_values import Block, Cut, Looked, Ranks, Stack
 from fewbit.modules.attention import KV
+from fewbit.modules.attention_sides import SIDES, mapped
+from fewbit.modules.attention_sides import of as sides_of
 from fewbit.modules.experts import ATTRIBUTE, Experts
 from fewbit.modules.linear import Linear, Options, as_run
 from fewbit.quant.qtensor import Quantized
@@ -183,6 +186,8 @@ class Shards:
                 spec, *planes = kv
                 setattr(module, KV, (spec, *({n: cache_scale(p, heads, reader) for n, p in of.items()}
                                              for of in planes)))  # fmt: skip
+            if hasattr(module, SIDES):
+                setattr(module, SIDES, mapped(sides_of(module), partial(cache_scale, heads=heads, reader=reader)))
 
     def filler(self, *args: Any) -> "ShardFiller":
         made = ShardFiller(*args)

@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from fewbit.models import hf, twin
-from fewbit.models.fill import Online, Tensors, ask, is_stack, owner
+from fewbit.models.arrival import Online
+from fewbit.models.fill import Tensors, ask, is_stack, owner
 from fewbit.models.placement import Placement
 from fewbit.models.shard import Shards
 from fewbit.models.shard_look import look
@@ -63,9 +64,9 @@ def encoded(found: Formats, place: Placement, model: nn.Module, online: Online) 
         module, leaf = owner(model, target)
         if target in found or not (is_stack(module) or isinstance(module, Linear)):
             continue
-        format = online(target, module)
-        if format is not None:
-            n, k = module._parameters[leaf].shape[-2:]
+        arrival = online(target, module)
+        if arrival is not None:
+            format, (n, k) = arrival.format, module._parameters[leaf].shape[-2:]
             found[target][0] = (k, n, format) if getattr(module, "is_transposed", False) else (n, k, format)
 
 

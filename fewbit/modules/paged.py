@@ -4,6 +4,8 @@ What a step works on travels beside the model's own arguments, as the thread's c
 slots first; then each request reads its own slots back, and nothing else. A step with a Table goes to the kernels of a
 GPU whole. Elsewhere few queries go to a kernel where one takes them; the others, and the oracle, are plain torch.
 Registered with transformers without a mask.
+
+What a module's keys and values are rounded to (modules.attention.KV) is how its cache holds them, where it can.
 """
 
 import threading
@@ -19,13 +21,17 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fewbit.errors import UnsupportedError
 from fewbit.kernels import attend, triton_attention
-from fewbit.kernels.cache import Cache
+from fewbit.kernels.cache import Cache, Rounding
+from fewbit.kernels.cache_packed import PackedCache, room
 from fewbit.kernels.table import Table
-from fewbit.modules.attention import KV, explicit, known_or_raise, rounded
+from fewbit.modules.attention import INSIDE, KV, KV_TURN, WATCH_KV, Inside, in_runs, known_or_raise, rounded
+from fewbit.modules.attention_sides import of
 
-__all__ = ["NAME", "Cache", "Span", "Step", "Table", "forward", "stepping"]
+__all__ = ["NAME", "AnyCache", "Cache", "Span", "Step", "Table", "forward", "stepping"]
+AnyCache = Cache | PackedCache
 NAME = "fewbit-paged"
-How = tuple[float, int | None, float | None, Tensor | None]  # scaling, window, softcap, sinks
+How = tuple[float, int | None, float | None, Tensor | None, float]  # scaling, window, softcap, sinks, p of Sides
+PLAIN = "what attention makes on the way is rounded or watched, which no kernel does"
 
 
 @dataclass(slots=True)
@@ -44,9 +50,9 @@ class Step:
 
     slots: Tensor  # [T] int64: where each token goes
     make_spans: Callable[[], list[Span]]  # called only where no kernel on a GPU takes the step
-    caches: dict[int, Cache]
+    caches: dict[int, AnyCache]
     capacity: int  # slots of a new cache
-    dtype: torch.dtype | None = None  # of a new cache; None: the model's
+    dtype: torch.dtype | None = None  # of a new cache that holds values; None: the model's
     table: Table | None = None  # what the spans say, for kernels on a GPU
     refused: str | None = None  # why those do not take the step: there before make_spans is called
     masks: dict[tuple[int, int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
@@ -65,9 +71,9 @@ class Step:
     def rest(self) -> list[Span]:
         return [s for s in self.spans if s.stop - s.start > attend.FEW]
 
-    def cache(self, layer: int, key: Tensor, value: Tensor) -> Cache:
+    def cache(self, layer: int, key: Tensor, value: Tensor, kv: Rounding | None = None) -> AnyCache:
         if layer not in self.caches:
-            self.caches[layer] = Cache.like(self.capacity, key, value, self.dtype)
+            self.caches[layer] = room(self.capacity, key, value, self.dtype, kv)
         return self.caches[layer]
 
     def mask(self, queries: int, length: int, window: int | None, like: Tensor) -> Tensor:
@@ -112,16 +118,31 @@ def forward(
     if step is None or attention_mask is not None or query.shape[0] != 1:
         raise UnsupportedError(f"{type(module).__name__}: its attention does not run on a paged cache")
     known_or_raise(module, others)
-    if (kv := getattr(module, KV, None)) is not None:
+    if (watch := getattr(module, WATCH_KV, None)) is not None:
+        watch(key, value)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    how = scaling, sliding_window, softcap, s_aux, of(module).p
+    if (turn := getattr(module, KV_TURN, None)) is None:
+        return _attended(module, query, key, value, step, how)[None], None
+    out = _attended(module, turn(query), turn(key), turn(value), step, how)
+    return turn(out, back=True)[None], None
+
+
+def _attended(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, step: Step, how: How) -> Tensor:
+    """-> [T, H, Dv]"""
+    kv: Rounding | None = getattr(module, KV, None)
+    inside: Inside | None = getattr(module, INSIDE, None)
+    query, key, value = of(module)(query, key, value)
+    cache = step.cache(int(getattr(module, "layer_idx")), key, value, kv)  # noqa: B009
+    if kv is not None and not cache.rounds:
         key, value = rounded(key, value, *kv)
-    cache = step.cache(int(getattr(module, "layer_idx")), key, value)  # noqa: B009
-    how = (query.shape[-1] ** -0.5 if scaling is None else scaling), sliding_window, softcap, s_aux
     if step.table is not None:
-        step.refused = triton_attention.refusal(query, cache)
+        step.refused = triton_attention.refusal(query, cache, how[-1]) if inside is None else PLAIN
         if step.refused is None:
-            return _by_table(query, key, value, cache, step.slots, step.table, how)[None], None
+            assert isinstance(cache, Cache)
+            return _by_table(query, key, value, cache, step.slots, step.table, how)
     cache.write(step.slots, key, value)
-    return _by_spans(query, cache, step, how)[None], None
+    return _by_spans(query, cache, value.shape[3], step, how, inside)
 
 
 def _by_table(query: Tensor, key: Tensor, value: Tensor, cache: Cache, slots: Tensor, table: Table, how: How) -> Tensor:
@@ -133,26 +154,31 @@ def _by_table(query: Tensor, key: Tensor, value: Tensor, cache: Cache, slots: Te
     return out
 
 
-def _by_spans(query: Tensor, cache: Cache, step: Step, how: How) -> Tensor:
-    out = query.new_zeros(query.shape[2], query.shape[1], cache.value.shape[2])  # rows of no request stay finite
+def _by_spans(query: Tensor, cache: AnyCache, value_size: int, step: Step, how: How, inside: Inside | None) -> Tensor:
+    out = query.new_zeros(query.shape[2], query.shape[1], value_size)  # rows of no request stay finite
     spans = step.spans
-    if step.few is not None and attend.refusal(query, cache.key, cache.value) is None:
-        attend.attend(query[0].transpose(0, 1).contiguous(), cache.key, cache.value, out, step.few, *how)
+    *plain, p = how
+    alone = not p and inside is None
+    if alone and step.few is not None and attend.refusal(query, cache) is None:
+        assert isinstance(cache, Cache)
+        attend.attend(query[0].transpose(0, 1).contiguous(), cache, out, step.few, *plain)
         spans = step.rest
     for span in spans:
-        out[span.start : span.stop] = _attend(query[:, :, span.start : span.stop], cache, span, step, *how)
+        out[span.start : span.stop] = _attend(query[:, :, span.start : span.stop], cache, span, step, *how, inside)
     return out
 
 
 def _attend(
     query: Tensor,
-    cache: Cache,
+    cache: AnyCache,
     span: Span,
     step: Step,
     scaling: float,
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
+    p: float,
+    inside: Inside | None,
 ) -> Tensor:
     """One request: [1, H, Q, D] -> [Q, H, Dv]."""
     count, length, slots = query.shape[2], span.length, span.slots
@@ -162,9 +188,9 @@ def _attend(
     window = window if window is not None and length > window else None
     key, value = cache.read(slots, query.dtype)
     plain = count == 1 and window is None
-    if softcap is not None or sinks is not None:
+    if softcap is not None or sinks is not None or p or inside is not None:
         mask = None if plain else step.mask(count, length, window, query)
-        return explicit(query, key, value, mask, scaling, softcap, sinks)[0].transpose(0, 1)
+        return in_runs(query, key, value, mask, scaling, softcap, sinks, p, inside)[0].transpose(0, 1)
     gqa = key.shape[1] != query.shape[1]
     whole = count == length and window is None
     mask = None if plain or whole else step.mask(count, length, window, query)

@@ -81,7 +81,7 @@ def plane_shape(shape: Sequence[int], element: Element, block: tuple[int, int]) 
 
 def planes_of(spec: QuantSpec, shape: Sequence[int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Name -> stored (shape, dtype) of every plane a QTensor of this spec and shape has."""
-    out = {"codes": (code_shape(spec.element, shape), torch.uint8)}
+    out = {"codes": (code_shape(spec.element, shape), spec.element.dtype)}
     for stem, chain in (("scale", spec.scales), ("zero", spec.zeros)):
         for i, scale in enumerate(chain):
             out[f"{stem}{i}"] = plane_shape(shape, scale.element, scale.block), scale.element.dtype
@@ -90,6 +90,8 @@ def planes_of(spec: QuantSpec, shape: Sequence[int]) -> dict[str, tuple[tuple[in
 
 def code_shape(element: Element, shape: Sequence[int]) -> tuple[int, ...]:
     n, k = shape[-2:]
+    if element.kind == "native":
+        return tuple(shape)
     if element.kind == "run":
         if k % element.run:
             raise SpecError(f"{element.name} holds rows in runs of {element.run}; a row of {k} does not divide")

@@ -101,7 +101,8 @@ class Metrics:
         found: list[str] = []
         rows = [line("fewbit_kernel_modules", row, n) for *_, row, n in self._kernels()]
         _head(found, "fewbit_kernel_modules", "gauge", "Modules by the kernel that runs them.", rows)
-        kv = {"kv": str(self.facts.get("kv", "auto")), "scales": str(self.facts.get("kv_scales", "1.0"))}
+        kv = {"kv": str(self.facts.get("kv", "auto")), "scales": str(self.facts.get("kv_scales", "none")),
+              "held": str(self.facts.get("kv_held", "values"))}  # fmt: skip
         _head(found, "fewbit_cache_info", "gauge", "Type of the KV cache and where its scales come from.",
               [line("fewbit_cache_info", kv, 1)])  # fmt: skip
         return found

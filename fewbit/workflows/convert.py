@@ -121,7 +121,7 @@ def _to_codec(
     kv = kv_tensors(source, codec)
     layout |= {name: (source.dense[name].dtype, tuple(source.dense[name].shape)) for name in dense}
     layout |= {name: (ON_DISK[tensor.dtype], tuple(tensor.shape)) for name, tensor in kv.items()}
-    files = _small_files(source, codec.config(formats, _dense_linears(source, dense), source.plan.kv))
+    files = small_files(source, codec.config(formats, _dense_linears(source, dense), source.plan.kv))
     with SafetensorsWriter(out, layout, max_shard=max_shard, overwrite=overwrite) as writer:
         for file, data in files.items():
             writer.add_file(file, data)
@@ -165,7 +165,7 @@ def _to_dense(
     proofs = []
     with SafetensorsWriter(out, layout, max_shard=max_shard, overwrite=overwrite) as writer:
         config = {"dtype": str(target).removeprefix("torch.")}
-        files = _small_files(source, {}, config)
+        files = small_files(source, {}, config)
         for file, data in files.items():
             writer.add_file(file, data)
         for name in progress([*source.modules, *source.dense], "decoding"):
@@ -251,7 +251,7 @@ def tokenizer_files(source: Source) -> dict[str, bytes]:
 SMALL = (".json", ".jinja", ".model", ".txt")
 
 
-def _small_files(
+def small_files(
     source: Source, extra: Mapping[str, dict[str, Any]], more: dict[str, Any] | None = None
 ) -> dict[str, bytes]:
     config = {k: v for k, v in source.config.items() if k not in ("quantization_config", "compression_config")}

@@ -74,5 +74,6 @@ def rounded(source: Source, format: str | Format | Plan) -> Rounded:
         shape = tuple(source.dense[name].shape)
         transposed = is_stack(module) and place.expert is None and module.is_transposed
         key = name if len(shape) > 2 else name.removesuffix(".weight")
-        made[key] = Rounding(name, (*shape[:-2], shape[-1], shape[-2]) if transposed else shape, found, transposed)
+        turned = (*shape[:-2], shape[-1], shape[-2]) if transposed else shape
+        made[key] = Rounding(name, turned, found.format, transposed)
     return Rounded(source, made)

@@ -13,8 +13,10 @@ from fewbit.codecs.source import Source
 from fewbit.errors import RequestError
 from fewbit.kernels.capability import lacking, not_fast, run_as
 from fewbit.kernels.select import select
+from fewbit.models import hf, kv_file
 from fewbit.models.build import ACTIVATIONS
 from fewbit.quant.formats import name_of
+from fewbit.quant.kv import KV_FORMATS, measured
 from fewbit.quant.spec import Format, describe
 
 
@@ -64,6 +66,7 @@ class Info:
     modules: tuple[ModuleInfo, ...]
     dense: tuple[DenseInfo, ...]
     kv: str
+    kv_scales: str  # where those of the KV cache come from
     kv_modules: int
     surplus: dict[str, str]
     files: tuple[str, ...]
@@ -73,10 +76,12 @@ class Info:
         return asdict(self)
 
 
-def inspect(path: str | Path, device: str = "cpu", activations: str = "hardware") -> Info:
+def inspect(
+    path: str | Path, device: str = "cpu", activations: str = "hardware", kv_scales: str | Path | None = None
+) -> Info:
     """Dialect, architecture, per-module format, sizes, ignored modules and why, kernels and why not others.
 
-    activations: as a server would be asked; "fast" says of each module what that comes to.
+    activations, kv_scales: as a server would be asked; "fast" says of each module what that comes to.
     """
     if activations not in ACTIVATIONS:
         raise RequestError(f"activations={activations!r}: known are {', '.join(ACTIVATIONS)}")
@@ -87,10 +92,10 @@ def inspect(path: str | Path, device: str = "cpu", activations: str = "hardware"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise RequestError(f"device {device!r}: no CUDA device is here, and what a kernel takes depends on which it is")
     with codecs.open(path) as source:
-        return _info(source, device, activations)
+        return _info(source, device, activations, kv_scales)
 
 
-def _info(source: Source, device: str, activations: str) -> Info:
+def _info(source: Source, device: str, activations: str, kv_scales: str | Path | None) -> Info:
     modules = tuple(_module(source, name, torch.device(device), activations) for name in source.modules)
     dense = tuple(_dense(source, name) for name, info in source.dense.items() if len(info.shape) >= 2)
     vectors = [info for info in source.dense.values() if len(info.shape) < 2]
@@ -98,6 +103,7 @@ def _info(source: Source, device: str, activations: str) -> Info:
     weights = sum(prod(m.shape) for m in modules)
     parameters = weights + sum(prod(d.shape) for d in dense) + sum(prod(v.shape) for v in vectors)
     architectures = source.config.get("architectures") or ["unknown"]
+    cache, origin = _cache(source, kv_scales)
     return Info(
         path=str(source.path),
         dialect=source.dialect,
@@ -110,12 +116,26 @@ def _info(source: Source, device: str, activations: str) -> Info:
         quantized_bits_per_weight=round(8 * sum(m.bytes for m in modules) / max(weights, 1), 4),
         modules=modules,
         dense=dense,
-        kv=describe(source.plan.kv) if source.plan.kv else "as computed",
+        kv=cache,
+        kv_scales=origin,
         kv_modules=len(source.kv),
         surplus=source.surplus,
         files=tuple(str(file.name) for file in source.checkpoint.files),
         remote_code=tuple(source.checkpoint.remote_code),
     )
+
+
+def _cache(source: Source, kv_scales: str | Path | None) -> tuple[str, str]:
+    """What a server would cache by itself, and where its scales come from."""
+    if kv_scales is not None:
+        found = kv_file.read(kv_scales, hf.read_config(source.config))
+        how = f"measured on {found.measured.get('text')}, {found.measured.get('tokens')} tokens"
+        return describe(measured(KV_FORMATS[found.format], found.per_head)), f"file {kv_scales}, {how}"
+    spec = source.plan.kv
+    held = f"checkpoint, {len(source.kv)} attention modules" if source.kv else "none"
+    if spec is None:
+        return "as computed", f"{held}, which --kv-cache-dtype fp8 would use" if source.kv else held
+    return describe(spec), "at each call" if spec.dynamic else held
 
 
 def _module(source: Source, name: str, device: torch.device, activations: str) -> ModuleInfo:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fewbit
 from fewbit import codecs
@@ -22,8 +22,8 @@ from fewbit.models.layers import Layers, State, Unit, layer_of
 from fewbit.models.text import tokenizer
 from fewbit.models.verify import verify_source
 from fewbit.modules.linear import Linear
-from fewbit.quant.elements import E4M3, F32
-from fewbit.quant.spec import QuantSpec, spec
+from fewbit.quant.kv import FP8, measured
+from fewbit.quant.spec import QuantSpec
 from fewbit.workflows import recipe as recipes
 from fewbit.workflows.assemble import dialect
 from fewbit.workflows.calibration import Samples, calibration
@@ -33,8 +33,8 @@ from fewbit.workflows.schemes import Place
 
 KV: dict[str, QuantSpec | None] = {
     "none": None,
-    "fp8": spec(E4M3, (F32, 0, 0)),
-    "fp8-head": spec(E4M3, (F32, 1, 0)),
+    "fp8": FP8,
+    "fp8-head": measured(FP8, per_head=True),
 }
 ROTATE = "rotate"
 
@@ -203,7 +203,7 @@ def _kind(module: Any, name: str, expert: int | None, head: Any, embedding: Any)
         return "embedding"
     if module is head:
         return "head"
-    if not isinstance(module, Linear):
+    if not isinstance(module, Linear | nn.Linear):
         return ""
     return "router" if name.removesuffix(".weight").rpartition(".")[2] in ROUTERS else "linear"
 
@@ -211,16 +211,18 @@ def _kind(module: Any, name: str, expert: int | None, head: Any, embedding: Any)
 def gather(job: Job) -> Samples:
     """The calibration samples, tokenized."""
     if job.samples is None:
-        c = job.calibrate
-        words = tokenizer(job.source.path) if not _ids(c.data) else None
-        job.samples = calibration(
-            words, c.data, samples=c.samples, length=c.length, seed=c.seed, chat=c.chat, order=c.order
-        )
-        top = max(int(row.max()) for row in job.samples.ids)
-        size = int(job.layers.config.get_text_config().vocab_size)
-        if top >= size:
-            raise RequestError(f"token id {top} of the calibration data: the model has {size} tokens")
+        job.samples = samples_of(job.calibrate, job.source.path, job.layers.config)
     return job.samples
+
+
+def samples_of(c: Calibration, path: Path, config: Any) -> Samples:
+    """The same for a checkpoint, checked against the tokens that its model has."""
+    words = tokenizer(path) if not _ids(c.data) else None
+    found = calibration(words, c.data, samples=c.samples, length=c.length, seed=c.seed, chat=c.chat, order=c.order)
+    top, size = max(int(row.max()) for row in found.ids), int(config.get_text_config().vocab_size)
+    if top >= size:
+        raise RequestError(f"token id {top} of the calibration data: the model has {size} tokens")
+    return found
 
 
 def begin(job: Job, folder: Path | None = None) -> State | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fewbit.algos.algo import Algo, Encoded, Stats
 from fewbit.errors import UnsupportedError
 from fewbit.models.fill import owner
-from fewbit.models.layers import WHOLE, State, Unit
+from fewbit.models.layers import WHOLE, Layers, State, Unit
 from fewbit.models.values import sibling_groups
 from fewbit.quant.qtensor import Quantized, bits_per_weight
 from fewbit.quant.reference import decode
@@ -137,7 +137,7 @@ def watch(
     if job.kv is not None:
         per = "head" if job.recipe.kv.endswith("head") else "tensor"
         scales = kv_scales(watcher.kv, per, job.kv.element)
-        done.kv = {attention_name(job, unit, path): kv for path, kv in scales.items()}
+        done.kv = {attention_name(job.layers, unit, path): kv for path, kv in scales.items()}
     return groups_of(found, paths, targets, starved), outputs
 
 
@@ -186,10 +186,10 @@ def groups_of(
     return groups + by_name({name: targets[name] for name in targets if name not in seen})
 
 
-def attention_name(job: Job, unit: Unit, path: str) -> str:
+def attention_name(layers: Layers, unit: Unit, path: str) -> str:
     """The name on disk of an attention module, by way of its key projection."""
     full = path if unit.name == WHOLE else f"{unit.name}.{path}"
-    for name, place in job.layers.places.items():
+    for name, place in layers.places.items():
         if place.target.rpartition(".")[0].rpartition(".")[0] == full and "." in name:
             return name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[0]
     raise UnsupportedError(f"{full}: no tensor on disk belongs to this attention module")

@@ -29,8 +29,8 @@ REFUSED = {
     "MXINT8_DEFAULT_CFG": "no algorithm has these weights",
     "FP8_AFFINE_KV_CFG": "a cache with a bias",
     "NVFP4_AFFINE_KV_CFG": "a cache with a bias",
-    "NVFP4_KV_ROTATE_CFG": "no checkpoint says that keys were rotated",
-    "NVFP4_FP8_MHA_CONFIG": "softmax_quantizer",
+    "NVFP4_KV_ROTATE_CFG": "one in another basis",
+    "NVFP4_FP8_MHA_CONFIG": "queries or probabilities are rounded too",
 }
 ALGORITHMS = {
     "FP8_DEFAULT_CFG": "FP8", "NVFP4_DEFAULT_CFG": "NVFP4", "INT4_AWQ_CFG": "W4A16_AWQ", "MXFP8_DEFAULT_CFG": "MXFP8",

@@ -303,7 +303,7 @@ def test_configs_are_checked(make: Any, options: dict[str, Any], error: type[Exc
         make(**options)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "fp8", "fp8_e5m2", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "fp8_e5m2", "int8", "nvfp4"])
 def test_a_narrower_cache(make: Any, truth: Any, dtype: str) -> None:
     """Rounded keys and values move the logits a little; the text of a random model may differ, its start does not."""
     prompt = prompts(1, seed=2)[0]

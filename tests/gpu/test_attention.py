@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewbit.kernels import triton_attention
+from fewbit.kernels import saturation, triton_attention
 from fewbit.kernels.cache import Cache
 from fewbit.kernels.triton_runtime import lacking
+from tests.kernels.caches import WHOLE, rounding
 from tests.kernels.test_triton_attention import Case, Made, by_kernels, copied, make, plainly, planes, same
 
 CUDA = torch.device("cuda")
@@ -19,25 +20,32 @@ pytestmark = [
     pytest.mark.skipif(lacking(CUDA) is not None, reason=str(lacking(CUDA))),
 ]
 
-BF16, F16, F32, E4M3, E5M2, INT8 = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn,
-                                    torch.float8_e5m2, torch.int8)  # fmt: skip
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+E4M3, HEADS, E5M2, INT8 = "fp8 measured", "fp8-head measured", "fp8_e5m2 measured", "int8"
 MANY = tuple((1, 37 * i % 301 + 1) for i in range(200))
 MIXED = ((1, 1), (1, 0), (1, 17), (1, 4000), (1, 2048), (1, 129), (700, 700), (130, 3000), (64, 64), (3, 1000), (40, 0))
 SHORT = ((1, 1), (1, 64), (1, 700), (33, 50), (5, 300))
 CASES: dict[str, Case] = {
     "llama": Case((32, 8), 128, dtype=BF16, requests=MIXED),
     "llama e4m3": Case((32, 8), 128, dtype=BF16, held=E4M3, requests=MIXED),
+    "llama e4m3 of each token": Case((32, 8), 128, dtype=BF16, held="fp8_per_token_head", requests=MIXED),
     "llama e5m2": Case((32, 8), 128, dtype=BF16, held=E5M2, requests=MIXED),
     "llama int8": Case((32, 8), 128, dtype=BF16, held=INT8, requests=MIXED, page=32),
     "llama float16": Case((32, 8), 128, dtype=F16, requests=SHORT),
     "llama float32": Case((32, 8), 128, dtype=F32, requests=SHORT),
     "many": Case((32, 8), 128, dtype=BF16, requests=MANY),
     "many int8": Case((32, 8), 128, dtype=BF16, held=INT8, requests=MANY),
+    "many e4m3 by head": Case((32, 8), 128, dtype=BF16, held=HEADS, requests=MANY),
+    "one long e4m3": Case((32, 8), 128, dtype=BF16, held=E4M3, requests=((1, 20000),)),
     "one long": Case((32, 8), 128, dtype=BF16, requests=((1, 20000),)),
     "a chunk of a long text": Case((32, 8), 128, dtype=BF16, requests=((512, 9000),)),
     "qwen 0.5": Case((14, 2), 64, dtype=BF16, requests=MIXED),
     "gemma 2": Case((8, 4), 256, dtype=BF16, requests=MIXED, how={"sliding_window": 512, "softcap": 50.0}),
+    "gemma 2 e4m3 by head": Case(
+        (8, 4), 256, dtype=BF16, held=HEADS, requests=MIXED, how={"sliding_window": 512, "softcap": 50.0}
+    ),
     "gpt-oss": Case((64, 8), 64, dtype=BF16, requests=MIXED, how={"sliding_window": 128}, sinks=True),
+    "gpt-oss e4m3": Case((64, 8), 64, dtype=BF16, held=E4M3, requests=SHORT, sinks=True),
     "gpt-oss int8": Case((64, 8), 64, dtype=BF16, held=INT8, requests=SHORT, sinks=True),
     "falcon": Case((71, 1), 64, dtype=BF16, requests=SHORT),
     "phi": Case((32, 32), 80, dtype=BF16, requests=SHORT),
@@ -46,6 +54,7 @@ CASES: dict[str, Case] = {
     "windows in float32": Case((4, 2), 64, dtype=F32, requests=MIXED, how={"sliding_window": 100}),
     "softcap and sinks in float32": Case((4, 2), 32, dtype=F32, requests=SHORT, how={"softcap": 5.0}, sinks=True),
     "e4m3 in float32": Case((4, 2), 32, dtype=F32, held=E4M3, requests=SHORT),
+    "int8 measured by head in float32": Case((4, 2), 32, dtype=F32, held="int8-head measured", requests=SHORT),
     "int8 in float32": Case((4, 2), 32, dtype=F32, held=INT8, requests=SHORT),
     "256 in float32": Case((4, 2), 256, dtype=F32, requests=SHORT),
 }
@@ -76,28 +85,37 @@ def test_equals_plain_torch(name: str) -> None:
     same(written, plainly(made, case)[1])
 
 
-@pytest.mark.parametrize("held", [BF16, F16, E4M3, E5M2, INT8])
-def test_writes_the_same_bits(held: torch.dtype) -> None:
-    """Of ordinary numbers, and of those that 8 bits cannot hold."""
+@pytest.mark.parametrize("held", [BF16, F16, *WHOLE])
+def test_writes_the_same_bits(held: torch.dtype | str) -> None:
+    """Of ordinary numbers, of those that 8 bits cannot hold, and of NaN where a format has one."""
     draw = torch.Generator("cuda").manual_seed(0)
     key, value = (
         torch.randn(1, 300, 8, d, generator=draw, device="cuda", dtype=BF16).transpose(1, 2) for d in (128, 80)
     )
     key = key * 10.0 ** torch.randint(-6, 6, (300, 1), generator=draw, device="cuda").to(BF16)
     key[:, :, 7] = 0
+    coded = rounding(held, 8) if isinstance(held, str) else None
+    if coded is None or coded[0].element.kind == "float":
+        key[:, :, 9, 3] = torch.nan
     slots = torch.randperm(500, device="cuda")[:300]
-    caches = [Cache.like(500, key, value, held) for _ in range(2)]
+    caches = [Cache.like(500, key, value, None if coded else held, coded) for _ in range(2)]  # type: ignore[arg-type]
+    cut = []
     for cache, write in zip(caches, (Cache.write, triton_attention.write), strict=True):
         for plane in planes(cache):
             if plane is not None:
                 plane.zero_()
+        count = saturation.count_of(key.device)
+        before = int(count)
         write(cache, slots, key, value)
+        cut.append(int(count) - before)
+    assert cut[0] == cut[1] and (cut[0] > 0) == (coded is not None and not coded[0].dynamic)
     for got, want in zip(planes(caches[1]), planes(caches[0]), strict=True):
         if want is not None and got is not None:
-            assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
+            got, want = got.float(), want.float()
+            assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.nan_to_num(), want.nan_to_num())
 
 
-@pytest.mark.parametrize("name", ["llama", "llama int8", "gpt-oss"])
+@pytest.mark.parametrize("name", ["llama", "llama e4m3", "llama int8", "gpt-oss"])
 def test_inside_a_graph(name: str) -> None:
     """Captured for one set of texts, replayed for others that are copied over it: also with fewer of them."""
     bound = {"reach": 5000, "longest": 800}
@@ -140,8 +158,8 @@ def renew(held: Made, fresh: Made) -> None:
         old.copy_(new)
 
 
-@pytest.mark.parametrize("held", [None, INT8])
-def test_the_same_bits_beside_others(held: torch.dtype | None) -> None:
+@pytest.mark.parametrize("held", [None, E4M3, INT8])
+def test_the_same_bits_beside_others(held: str | None) -> None:
     """Where a text is cut into as many parts: of 132 requests and of 150 there is one part each."""
     case = Case((32, 8), 128, dtype=BF16, held=held, requests=tuple((1, 7 * i + 1) for i in range(150)))
     made = make(case, "cuda")

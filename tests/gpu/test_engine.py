@@ -79,18 +79,44 @@ def test_types(model_type: str, tmp_path: Path) -> None:
 GREEDY_ONLY = {"temperature": GREEDY["temperature"]}
 
 
-@pytest.mark.parametrize("cache", ["auto", "fp8", "int8"])
+CACHES: dict[str, dict[str, Any]] = {
+    "auto": {},
+    "fp8": {"kv_cache_dtype": "fp8", "kv_scale": 0.05},
+    "int8": {"kv_cache_dtype": "int8"},
+    "nvfp4": {"kv_cache_dtype": "nvfp4", "kv_rotate": True},  # emulated, within graphs
+}
+
+
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("quantization", [None, "fp8", "int4-g128", "nvfp4-a16", "q4_k"])
 def test_bfloat16_answers(cache: str, quantization: str | None, tmp_path: Path) -> None:
     """First tokens are mostly those of float32 on a CPU; a random model has near ties."""
     path = llama(tmp_path / "m", hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2)
     want = answers(started(path, "cpu", dtype="float32", quantization=quantization), temperature=0.0)
-    engine = started(path, "cuda", dtype="bfloat16", kv_cache_dtype=cache, quantization=quantization)
+    engine = started(path, "cuda", dtype="bfloat16", quantization=quantization, **CACHES[cache])
     assert engine.runner.graphs is not None
+    assert engine.facts()["kv_held"] == {"auto": "values", "nvfp4": "emulated"}.get(cache, "codes")
     found = answers(engine, temperature=0.0)
     alike = sum(a[0] == b[0] for a, b in zip(found, want, strict=True))
     print(f"\n{quantization} with a cache in {cache}: {alike} of {len(want)} first tokens alike")
     assert alike >= (len(want) * 2) // 3
+
+
+@pytest.mark.parametrize("cache", ["fp8_e4m3", "fp8_e5m2", "fp8_per_token_head", "int8", "nvfp4", "mxfp4", "int4"])
+def test_caches_hold_what_a_cpu_holds(folder: Path, cache: str) -> None:
+    """In float32: log-probabilities of prompts, whose keys and values are rounded alike but for ties."""
+    options = {"dtype": "float32", "kv_cache_dtype": cache} | ({"kv_scale": 0.02} if cache == "fp8_e4m3" else {})
+    found = []
+    for device in ("cuda", "cpu"):
+        engine = started(folder, device, **options)
+        asked = [Request(str(i), p, SamplingParams(max_tokens=4, ignore_eos=True, prompt_logprobs=0, temperature=0.0))
+                 for i, p in enumerate(prompts(12, shared=20))]  # fmt: skip
+        told = drain(engine, asked)
+        held = {r.id: next(d.prompt_logprobs for d in told[r.id] if d.prompt_logprobs) for r in asked}
+        found.append(torch.tensor([row[t].logprob for r in asked
+                                   for row, t in zip(held[r.id][1:], r.prompt[1:], strict=True)]))  # fmt: skip
+        engine.shutdown()
+    assert float((found[0] - found[1]).abs().mean()) < 0.002
 
 
 def test_memory_comes_back(folder: Path) -> None:

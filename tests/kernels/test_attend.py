@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from fewbit.kernels import attend
+from fewbit.kernels.cache import Cache
+from fewbit.kernels.cache_packed import room
 from fewbit.kernels.compiled import library
 from fewbit.modules.attention import explicit
+from tests.kernels.caches import FORMATS, WHOLE, rounding
 
 pytestmark = pytest.mark.skipif(isinstance(library("attend"), str), reason=str(library("attend")))
 SHAPES = [(4, 4, 64, 64), (8, 2, 64, 64), (6, 2, 128, 128), (4, 1, 256, 256), (4, 2, 40, 24), (3, 3, 7, 7)]
@@ -27,7 +30,7 @@ def test_equals_plain_attention(
     order = torch.randperm(100, generator=draw)
     spans = [(0, 1, 1, order[:1]), (1, 2, 37, order[3:40]), (2, 5, 30, order[40:70])]  # token 5 belongs to nobody
     out = torch.full((6, heads, value_size), torch.nan, dtype=dtype)
-    attend.attend(query, key, value, out, attend.Queries.of(spans), size**-0.5, window, softcap, sinks)
+    attend.attend(query, Cache(key, value), out, attend.Queries.of(spans), size**-0.5, window, softcap, sinks)
     for start, stop, length, slots in spans:
         for row in range(start, stop):
             seen = slots[: length - stop + row + 1]
@@ -39,8 +42,50 @@ def test_equals_plain_attention(
     assert bool(out[5].isnan().all())
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", WHOLE)
+@pytest.mark.parametrize(("window", "softcap", "sink"), [(None, None, False), (9, 2.0, True)])
+def test_codes_of_a_byte(
+    form: str,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    window: int | None,
+    softcap: float | None,
+    sink: bool,
+) -> None:
+    """Against plain attention over the same cache, read; slots that nobody has are NaN where codes or scales can be."""
+    heads, key_heads, size, value_size = shape
+    draw = torch.Generator().manual_seed(2)
+    key = torch.randn(1, key_heads, 50, size, generator=draw).to(dtype)
+    value = torch.randn(1, key_heads, 50, value_size, generator=draw).to(dtype)
+    query = torch.randn(4, heads, size, generator=draw).to(dtype)
+    sinks = torch.randn(heads, generator=draw) if sink else None
+    cache = room(100, key, value, None, rounding(form, key_heads))
+    assert isinstance(cache, Cache) and cache.key.element_size() == 1
+    for plane in (cache.key, cache.value, cache.key_scale, cache.value_scale):
+        if plane is not None and plane.is_floating_point():
+            plane.fill_(torch.nan)
+    order = torch.randperm(100, generator=draw)[:50]
+    cache.write(order, key, value)
+    spans = [(0, 1, 1, order[:1]), (1, 4, 37, order[3:40])]
+    out = torch.full((4, heads, value_size), torch.nan, dtype=dtype)
+    assert attend.refusal(query, cache) is None
+    attend.attend(query, cache, out, attend.Queries.of(spans), size**-0.5, window, softcap, sinks)
+    for start, stop, length, slots in spans:
+        for row in range(start, stop):
+            seen = slots[: length - stop + row + 1]
+            seen = seen if window is None else seen[-window:]
+            k, v = cache.read(seen, torch.float32)
+            want = explicit(query[row].float()[None, :, None], k, v, None, size**-0.5, softcap, sinks)[0, :, 0]
+            bound = {"rtol": 1e-5, "atol": 2e-6} if dtype == torch.float32 else {"rtol": 2.0**-8, "atol": 2e-6}
+            torch.testing.assert_close(out[row].float(), want, **bound)
+
+
 def test_says_why_not() -> None:
-    half = torch.zeros(1, 1, 8, dtype=torch.float16)
-    assert "float32 or bfloat16" in (attend.refusal(half, half, half) or "")
-    full = torch.zeros(1, 1, 8)
-    assert attend.refusal(full, full.bfloat16(), full) is not None and attend.refusal(full, full, full) is None
+    half, full = torch.zeros(1, 1, 8, dtype=torch.float16), torch.zeros(1, 1, 8)
+    assert "float32 or bfloat16" in (attend.refusal(half, Cache(half, half)) or "")
+    assert attend.refusal(full, Cache(full.bfloat16(), full)) is not None
+    assert attend.refusal(full, Cache(full, full)) is None
+    packed = room(1, full[None], full[None], None, (FORMATS["nvfp4"], {}, {}))
+    assert "codes of a byte" in (attend.refusal(full, packed) or "")

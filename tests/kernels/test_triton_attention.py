@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewbit.kernels import triton_attention
-from fewbit.kernels.cache import FP8, Cache
+from fewbit.kernels import saturation, triton_attention
+from fewbit.kernels.cache import HELD, Cache
+from fewbit.kernels.cache_packed import room
 from fewbit.kernels.table import Table
 from fewbit.kernels.triton_runtime import lacking
 from fewbit.modules import paged
 from fewbit.modules.paged import Span, Step, stepping
+from tests.kernels.caches import FORMATS, WHOLE, rounding
 
 LACKING = lacking(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(LACKING is not None or torch.cuda.is_available(), reason=str(LACKING))
@@ -32,7 +34,13 @@ class Case:
     how: dict[str, Any] | None = None  # sliding_window, softcap
     sinks: bool = False
     dtype: torch.dtype = torch.float32
-    held: torch.dtype | None = None
+    held: torch.dtype | str | None = None  # a format by its name in tests.kernels.caches
+
+    @property
+    def grid(self) -> torch.dtype:
+        """Where values are drawn, so that writing them rounds nothing: the interpreter does not round to nearest."""
+        element = FORMATS[self.held].element if isinstance(self.held, str) else None
+        return HELD[element] if element in HELD and HELD[element].is_floating_point else self.dtype
 
 
 BOTH = ((1, 50), (1, 0), (1, 16), (21, 70))
@@ -60,9 +68,16 @@ CASES = {
     "chunk behind a long text": Case(requests=((40, 120),)),
     "nobody's rows": Case(requests=((1, 9), (3, 10), (5, 0))),
     "float16": Case(dtype=torch.float16),
-    "e4m3": Case(held=torch.float8_e4m3fn),
-    "e5m2": Case(held=torch.float8_e5m2),
-    "int8": Case(held=torch.int8, requests=BOTH, sinks=True),
+    "e4m3": Case(held="fp8 measured"),
+    "e4m3, all": Case(
+        (6, 2), 40, 24, held="fp8-head measured", requests=BOTH, how={"sliding_window": 30, "softcap": 3.0}, sinks=True
+    ),
+    "e4m3, one on one": Case((2, 2), 64, held="fp8-head measured", requests=BOTH),
+    "e4m3 of Gaudi": Case(held="fp8_inc measured", requests=BOTH, how={"softcap": 2.0}),
+    "e4m3 of each token": Case(held="fp8_per_token_head", requests=BOTH, how={"sliding_window": 20}),
+    "e5m2": Case(held="fp8_e5m2 measured"),
+    "int8": Case(held="int8", requests=BOTH, sinks=True),
+    "int8 measured": Case(held="int8-head measured", requests=BOTH, how={"sliding_window": 20}),
     "float16 cache": Case(held=torch.float16),
 }
 
@@ -79,11 +94,8 @@ class Made:
     table: Table
 
 
-def make(case: Case, device: str = "cpu", held: torch.dtype | None = None) -> Made:
-    """Texts on pages in random order; all but each request's own rows are in the cache.
-
-    With a cache of 8 bits they are drawn among what it can hold: the interpreter does not round to nearest.
-    """
+def make(case: Case, device: str = "cpu", held: torch.dtype | str | None = None) -> Made:
+    """Texts on pages in random order; all but each request's own rows are in the cache."""
     draw = torch.Generator().manual_seed(0)
     (heads, groups), wide = case.heads, case.value_size or case.size
     rows, lengths = zip(*case.requests, strict=True)
@@ -91,10 +103,13 @@ def make(case: Case, device: str = "cpu", held: torch.dtype | None = None) -> Ma
     order = torch.randperm(sum(needs) + 2, generator=draw)
     pages = torch.full((len(rows), max(needs) + 1), 1 << 30, dtype=torch.int32)
     total = sum(rows)
-    grid = case.held if case.held in FP8 else case.dtype
 
     def drawn(*shape: int) -> Tensor:
-        return torch.randn(1, *shape, generator=draw).to(grid).to(case.dtype).transpose(1, 2)
+        found = torch.randn(1, *shape, generator=draw).to(case.grid).to(case.dtype)
+        if case.held == "fp8_per_token_head":  # the largest is 448 x a power of two
+            found = found.clamp(-3.5, 3.5)
+            found[..., 0] = 3.5
+        return found.transpose(1, 2)
 
     query = drawn(total, heads, case.size)
     key, value = drawn(total, groups, case.size), drawn(total, groups, wide)
@@ -117,9 +132,10 @@ def make(case: Case, device: str = "cpu", held: torch.dtype | None = None) -> Ma
     return on(Made(query, key, value, sinks, cache, torch.cat(slots), spans, table), device)
 
 
-def empty(capacity: int, key: Tensor, value: Tensor, held: torch.dtype | None) -> Cache:
+def empty(capacity: int, key: Tensor, value: Tensor, held: torch.dtype | str | None) -> Cache:
     """NaN wherever the type has one, else the largest code."""
-    cache = Cache.like(capacity, key, value, held)
+    coded = rounding(held, key.shape[1], even=True) if isinstance(held, str) else None
+    cache = Cache.like(capacity, key, value, None if isinstance(held, str) else held, coded)
     for plane in planes(cache):
         if plane is not None:
             plane.copy_(torch.tensor(127 if plane.dtype == torch.int8 else torch.nan))
@@ -138,7 +154,8 @@ def on(made: Any, device: str) -> Any:
 
 
 def copied(cache: Cache) -> Cache:
-    return Cache(*(None if t is None else t.clone() for t in planes(cache)))  # type: ignore[arg-type]
+    fields = {"key", "value", "key_scale", "value_scale"}
+    return replace(cache, **{n: t.clone() for n in fields if (t := getattr(cache, n)) is not None})
 
 
 def planes(cache: Cache) -> list[Tensor | None]:
@@ -229,45 +246,56 @@ def test_the_same_bits_beside_others(window: int | None, monkeypatch: pytest.Mon
         assert torch.equal(by_kernels(one, case)[0][0], together[i])
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_eight_bits_saturate(dtype: torch.dtype) -> None:
-    key = torch.tensor([1e6, -1e6, 2.0, -0.5]).repeat(4).view(1, 1, 1, 16)
+@pytest.mark.parametrize("form", [name for name in WHOLE if name.endswith("measured")])
+def test_what_a_measured_scale_cuts_off_is_counted(form: str) -> None:
+    """Both ways to write count alike. NaN stays NaN where there is one, but for the interpreter's own casts."""
+    spec, key_scale, value_scale = rounding(form, 2, even=True)
+    one = float(key_scale["scale0"].flatten()[0])
+    top, least = one * spec.element.max, one * spec.element.min
+    key = torch.tensor([1e6, -1e6, 1.0, -0.5]).repeat(2, 4).view(1, 2, 1, 16)
+    key[0, 1, 0, 2:] = 0.0
     for write in (Cache.write, triton_attention.write):
-        cache = Cache.like(3, key, key, dtype)
+        cache = Cache.like(3, key, key, None, (spec, key_scale, value_scale))
+        before = saturation.total()
         write(cache, torch.tensor([1]), key, -key)
-        most = torch.finfo(dtype).max
-        assert cache.key[1, 0, :4].tolist() == [most, -most, 2.0, -0.5]
-        assert cache.value[1, 0, :4].tolist() == [-most, most, -2.0, 0.5]
+        assert saturation.total() - before == 2 * (8 + 2)
+        got, _ = cache.read(torch.tensor([1]), torch.float32)
+        assert got[0, 0, 0, :4].tolist() == [top, least, 1.0, -0.5]
+        if cache.key.is_floating_point() and write is Cache.write:
+            write(cache, torch.tensor([1]), key * torch.nan, key)
+            assert bool(cache.read(torch.tensor([1]), torch.float32)[0].isnan().all())
 
 
-def test_int8_is_as_close_as_its_step() -> None:
+@pytest.mark.parametrize("form", ["int8", "fp8_per_token_head"])
+def test_a_scale_of_each_row_is_as_close_as_its_step(form: str) -> None:
     draw = torch.Generator().manual_seed(0)
     key, value = (torch.randn(1, 2, 9, 20, generator=draw) * 10.0 ** torch.arange(9)[:, None] for _ in range(2))
     key[:, :, 3] = 0
-    cache = Cache.like(9, key, value, torch.int8)
+    cache = room(9, key, value, None, rounding(form, 2))
     assert cache.slot_bytes == 2 * 2 * (20 + 4)
     slots = torch.randperm(9, generator=draw)
     cache.write(slots, key, value)
+    step = 1 / 127 / 2 if form == "int8" else 1 / 28
     for got, want in zip(cache.read(slots, torch.float32), (key, value), strict=True):
-        assert bool(((got - want).abs() <= want.abs().amax(-1, keepdim=True) / 127 / 2 * 1.001).all())
+        assert bool(((got - want).abs() <= want.abs().amax(-1, keepdim=True) * step * 1.001).all())
 
 
 def test_int8_answers_nearly_as_bfloat16() -> None:
     """Against float32 of the same texts: within a few times what a cache of bfloat16 loses, better than e4m3."""
-    errors = {}
+    errors: dict[Any, float] = {}
     truth = None
-    for held in (torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn):
+    for held in (torch.float32, torch.bfloat16, "int8", "fp8 measured"):
         case = Case(size=64, held=held, requests=((1, 150), (20, 100)))
         out, _ = plainly(make(replace(case, held=None), held=held), case)
         truth = out if truth is None else truth
         errors[held] = float((out - truth).norm() / truth.norm())
-    assert errors[torch.bfloat16] < errors[torch.int8] < 0.01 < errors[torch.float8_e4m3fn]
+    assert errors[torch.bfloat16] < errors["int8"] < 0.01 < errors["fp8 measured"]
 
 
 def test_says_why_not() -> None:
     query = torch.zeros(1, 1, 1, 16)
-    cache = Cache.like(1, query, query, None)
+    cache = Cache.like(1, query, query)
     assert triton_attention.refusal(query, cache) is None
     assert "not torch.float64" in (triton_attention.refusal(query.double(), cache) or "")
     wide = torch.zeros(1, 1, 1, 576)
-    assert "up to 512, not of 576" in (triton_attention.refusal(wide, Cache.like(1, wide, wide, None)) or "")
+    assert "up to 512, not of 576" in (triton_attention.refusal(wide, Cache.like(1, wide, wide)) or "")

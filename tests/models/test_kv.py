@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from fewbit.errors import CheckpointError, UnsupportedError
-from fewbit.models import hf
-from fewbit.models.build import round_cache
+from fewbit.models import hf, kv
 from fewbit.models.fill import Filler
 from fewbit.modules.attention import KV
 from fewbit.modules.linear import Options
@@ -21,13 +20,13 @@ from tests.models import saved
 FP8 = spec(E4M3, (F32, 0, 0))
 
 
-def source(tensors: dict[str, torch.Tensor], kv: dict[str, dict[str, str]]) -> Any:
+def source(tensors: dict[str, torch.Tensor], held: dict[str, dict[str, str]]) -> Any:
     plan = Plan(kv=FP8)
-    return SimpleNamespace(plan=plan, kv=kv, checkpoint=SimpleNamespace(read=tensors.__getitem__))
+    return SimpleNamespace(plan=plan, kv=held, checkpoint=SimpleNamespace(read=tensors.__getitem__))
 
 
 def given(model: Any, made: Any, activations: str = "declared") -> Any:
-    round_cache(model, made, Filler(model, hf.rules(model), Options(activations=activations), torch.device("cpu")))
+    kv.apply(model, made, Filler(model, hf.rules(model), Options(activations=activations), torch.device("cpu")))
     return {name: getattr(m, KV) for name, m in model.named_modules() if hasattr(m, KV)}
 
 
@@ -37,8 +36,8 @@ def test_scales_reach_their_attention(scale: torch.Tensor) -> None:
     names = {"model.layers.1.self_attn": {"k": "a", "v": "b"}, "model.layers.0.self_attn": {"kv": "a"}}
     found = given(model, source({"a": scale.bfloat16(), "b": scale * 2}, names))
     assert found.keys() == names.keys()
-    kv, k, v = found["model.layers.1.self_attn"]
-    assert kv == FP8 and k["scale0"].dtype == torch.float32
+    held, k, v = found["model.layers.1.self_attn"]
+    assert held == FP8 and k["scale0"].dtype == torch.float32
     assert k["scale0"].shape == ((1, 1) if scale.numel() == 1 else (2, 1, 1))
     torch.testing.assert_close(v["scale0"].flatten(), scale.flatten() * 2)
     assert not given(hf.build(model.config, torch.float32), source({"a": scale, "b": scale}, names), "off")

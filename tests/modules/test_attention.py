@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.errors import UnsupportedError
+from fewbit.modules import attention
 from fewbit.modules.attention import forward
 from fewbit.quant.elements import E4M3, F32, INT8
 from fewbit.quant.reference import fake_quant
@@ -34,6 +35,38 @@ def formula(
                 total = scores.sum() + (sinks[h].exp() if sinks is not None else 0)
                 out[b, t, h] = scores @ v[b, h // 2] / total
     return out
+
+
+def test_scores_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is computed a few queries at a time is what is computed at once."""
+    q, k, v, mask = inputs()
+    how = {"softcap": 5.0, "s_aux": torch.randn(H, generator=torch.Generator().manual_seed(1))}
+    whole, _ = forward(nn.Module(), q, k, v, mask, **how)
+    for rows in (1, 4):
+        monkeypatch.setattr(attention, "ROOM", B * H * T * rows)
+        found, _ = forward(nn.Module(), q, k, v, mask, **how)
+        torch.testing.assert_close(found, whole)
+
+
+class Doubled:
+    """An Inside whose work can be told by the result."""
+
+    def queries(self, query: Tensor, scaling: float) -> Tensor:
+        return query * scaling * 2
+
+    def weights(self, weights: Tensor) -> Tensor:
+        return weights * 3
+
+    def output(self, out: Tensor) -> Tensor:
+        return out + 1
+
+
+def test_inside() -> None:
+    q, k, v, mask = inputs()
+    module = nn.Module()
+    setattr(module, attention.INSIDE, Doubled())
+    found, _ = forward(module, q, k, v, mask)
+    torch.testing.assert_close(found, formula(q * 2, k, v, mask) * 3 + 1)
 
 
 @pytest.mark.parametrize("queries", [T, 1])

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 import fewbit
+from fewbit.compat.inc import unify_files
 from fewbit.models import hf
 from tests.models import saved
 from tests.server.documents import ROOT, Block, Shell, blocks, commands
@@ -63,9 +64,12 @@ def test_the_page(block: Block, shell: Shell) -> None:
     if block.kind == "python":
         shell.program(block.text)
         return
-    rest = []
+    rest: list[str] = []
     for command in commands(block.text):
         if "fewbit serve" in command:
+            if rest:  # what it is to serve with
+                assert shell.script("\n".join(rest)).strip()
+                rest = []
             with shell.server(command) as url:
                 answers(url)
         else:
@@ -133,29 +137,44 @@ def test_seed_modelopt(shell: Shell, tiny: Path, tmp_path: Path) -> None:
         answers(url)
 
 
-GAUDI = {"--quantization inc": "--quantization fp8", '"inc"': '"fp8"', "fp8_inc": "fp8",
-         "--tensor_paralel_size 8": "--tensor_parallel_size 1"}  # fmt: skip
-REFUSED = [("--quantization inc", "'inc'"), ("--kv-cache-dtype fp8_inc", "'fp8_inc'"),
-           ("--tensor_paralel_size 8", "--tensor-parallel-size")]  # fmt: skip
+GAUDI = "/path/to/quant/config/inc/meta-llama-3.1-405b-instruct/maxabs_measure_g3.json"
 
 
-@pytest.mark.parametrize(("flags", "words"), REFUSED)
-def test_seed_gaudi_is_refused_by_name(shell: Shell, tiny: Path, flags: str, words: str) -> None:
-    """Intel's names for Gaudi stand for measurement files that nothing else reads; one flag is misspelt there."""
-    assert flags in shown(INC, "vllm serve")
-    with pytest.raises(AssertionError) as caught:
-        shell.script(f"fewbit serve {tiny} {flags}")
-    assert words in str(caught.value) and "Traceback" not in str(caught.value)
-
-
-def test_seed_gaudi_by_our_names(shell: Shell, tiny: Path) -> None:
-    shell.words = {"llama3.1/Meta-Llama-3.1-8B-Instruct": str(tiny), **GAUDI,
-                   "meta-llama/Llama-3.1-405B-Instruct": str(tiny)}  # fmt: skip
+def test_seed_gaudi(shell: Shell, tiny: Path, tmp_path: Path) -> None:
+    """Its command measures, then quantizes, on 2 ranks for its 8, the misspelt flag as it stands there; then its
+    program runs on what both ranks have measured."""
+    for mode in ("MEASURE", "QUANTIZE"):
+        (tmp_path / f"{mode}.json").write_text(json.dumps({"mode": mode, "dump_stats_path": "out/inc"}))
+    names = {"--tensor_paralel_size 8": "--tensor_paralel_size 2", "meta-llama/Llama-3.1-405B-Instruct": str(tiny),
+             "llama3.1/Meta-Llama-3.1-8B-Instruct": str(tiny)}  # fmt: skip
+    command = shown(INC, "vllm serve")
+    for mode in ("MEASURE", "QUANTIZE"):
+        shell.words = {GAUDI: f"{mode}.json", **names}
+        with shell.server(command) as url:
+            answers(url)
+    ranks = [tmp_path / "out" / f"inc_hooks_maxabs_{rank}_2" for rank in (0, 1)]
+    unify_files(ranks, tmp_path / "out" / "inc_hooks_maxabs")
+    shell.env["QUANT_CONFIG"] = "QUANTIZE.json"
     text = shown(INC, "from vllm import LLM")
     assert "model_executor.shutdown()" in text
     shell.program(text)
-    with shell.server(shown(INC, "vllm serve").split("\n")[1]) as url:
-        answers(url)
+    del shell.env["QUANT_CONFIG"]
+    with pytest.raises(AssertionError, match="QUANT_CONFIG is not set"):
+        shell.program(text)
+
+
+def test_the_page_on_inc(shell: Shell, tiny: Path, tmp_path: Path) -> None:
+    """Its configs as files, its commands and its program in their order."""
+    shell.words = {"MODEL": str(tiny), "--calib-samples 128 --calib-len 512": "--calib-samples 4 --calib-len 32"}
+    for block in blocks((ROOT / "docs" / "inc.md").read_text()):
+        if block.name:
+            (tmp_path / block.name).write_text(block.text)
+        elif "fewbit serve" in block.text:
+            with shell.server(block.text) as url:
+                answers(url)
+        else:
+            (shell.program if block.kind == "python" else shell.script)(block.text)
+    assert len(list((tmp_path / "out").glob("inc_output_hooks_maxabs_MAXABS_HW*"))) == 6
 
 
 def test_seed_fakequant(shell: Shell, tiny: Path) -> None:

@@ -11,7 +11,7 @@ from tests.server.served import Running, engine, running
 
 def test_metrics(folder: Path) -> None:
     parser = pytest.importorskip("prometheus_client.parser")
-    with running(engine(folder, quantization="int8", kv_cache_dtype="fp8")) as served:
+    with running(engine(folder, quantization="int8", kv_cache_dtype="fp8", kv_scale=1.0)) as served:
         assert served.good() and served.good()
         served.post("/v1/completions", {"prompt": "a", "n": -1})
         served.idle()
@@ -27,7 +27,8 @@ def test_metrics(folder: Path) -> None:
     assert sample["fewbit_http_responses_total", "400"] == 1
     kernels = {(s.labels["kernel"], s.labels["format"]): s.value for s in families["fewbit_kernel_modules"].samples}
     assert {form for _, form in kernels} == {"int8-channel-a8", "bfloat16"} and kernels["dense", "bfloat16"] == 1
-    assert families["fewbit_cache_info"].samples[0].labels == {"kv": "float8_e4m3fn", "scales": "1.0"}
+    assert families["fewbit_cache_info"].samples[0].labels == {
+        "kv": "e4m3 x f32[tensor]", "scales": "1.0, given", "held": "codes"}  # fmt: skip
     assert sample["fewbit_saturated_total", None] == 0
     assert sample["fewbit_nan_rows_total", None] == 0
 
