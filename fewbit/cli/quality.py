@@ -81,6 +81,10 @@ def certify(
     ] = None,
     device: Device = "cpu",
     kernel: Annotated[list[str] | None, typer.Option("--kernel", help="This kernel alone; may be repeated.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Serve this float model emulated and really quantized, and compare.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="With --model: how many greedy tokens.")] = 2000,
     markdown: Annotated[bool, typer.Option("--markdown", help="The table as docs/certificate.md has it.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -88,6 +92,8 @@ def certify(
     from fewbit.workflows.certify import COLUMNS, cells, render, writable
     from fewbit.workflows.certify import certify as run
 
+    if model is not None:
+        _served(formats or ["fp8-tensor"], model, tokens, device, (kernel or ["auto"])[0], as_json)
     names = formats or writable()
     found = [one for name in progress(names, "certify") for one in run([name], device, kernel or ())]
     if as_json:
@@ -99,6 +105,19 @@ def certify(
               [(*cells(c), f"{c.error:.1e}", "holds" if c.ok else "DOES NOT HOLD") for c in found])  # fmt: skip
     if not found:
         raise typer.Exit(1)
+    raise typer.Exit(0 if all(one.ok for one in found) else 1)
+
+
+def _served(formats: list[str], model: str, tokens: int, device: str, kernel: str, as_json: bool) -> None:
+    from fewbit.served import certify
+
+    found = []
+    for name in progress(formats, "serve"):
+        found.append(certify(model, name, tokens, device, kernel))
+        if not as_json:
+            print(found[-1])
+    if as_json:
+        print(json.dumps([one.to_json() for one in found], indent=2))
     raise typer.Exit(0 if all(one.ok for one in found) else 1)
 
 
