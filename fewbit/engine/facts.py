@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fewbit.engine.runner import device_of
 from fewbit.kernels.cache import held_as
 from fewbit.kernels.registry import kernels
 from fewbit.models import hf
@@ -55,13 +56,13 @@ def _cache(model: nn.Module, cache: torch.dtype | None) -> dict[str, str]:
     specs = Counter(kv[0] for module in model.modules() if (kv := getattr(module, KV, None)) is not None)
     if not specs:
         return {"kv": _short(cache) if cache else "as computed", "kv_scales": "none", "kv_held": "values"}
-    spec, device = specs.most_common(1)[0][0], next(model.parameters()).device
+    spec = specs.most_common(1)[0][0]
     turned = any(getattr(module, KV_TURN, None) is not None for module in model.modules())
     paged = hf.attention_of(model) == PAGED
     return {
         "kv": describe(spec) + (", turned" if turned else ""),
         "kv_scales": str(getattr(model, FROM)),
-        "kv_held": held_as(spec, device) if paged else "emulated",
+        "kv_held": held_as(spec, device_of(model)) if paged else "emulated",
     }
 
 
