@@ -16,6 +16,7 @@ from fewbit.kernels.cache import FP8, Cache
 from fewbit.kernels.table import Table
 from fewbit.kernels.triton_runtime import lacking
 from fewbit.modules import paged
+from fewbit.modules.attention_sides import weighed
 from fewbit.modules.paged import Span, Step, stepping
 
 LACKING = lacking(torch.device("cpu"))
@@ -271,3 +272,26 @@ def test_says_why_not() -> None:
     assert "not torch.float64" in (triton_attention.refusal(query.double(), cache) or "")
     wide = torch.zeros(1, 1, 1, 576)
     assert "up to 512, not of 576" in (triton_attention.refusal(wide, Cache.like(1, wide, wide, None)) or "")
+
+
+@pytest.mark.parametrize("held", [torch.float32, torch.float8_e4m3fn])
+def test_probabilities_in_fp8(held: torch.dtype) -> None:
+    """Where one tile holds the text, the largest seen so far is the largest: as modules.attention_sides has it.
+
+    But for a weight now and then on the edge of two codes: exponentials of two kinds differ in their last bit.
+    """
+    heads, size, length = 2, 16, 9
+    q, k, v = (torch.randn(1, heads, length, size).to(torch.float8_e4m3fn).float() for _ in range(3))
+    cache = Cache.like(32, k, v, held)
+    cache.write(torch.arange(length), k, v)
+    scores = (q @ k.mT * size**-0.5).masked_fill(torch.ones(length, length).triu(1).bool(), float("-inf"))
+    want, plain = (x[0].transpose(0, 1) for x in (weighed(scores, v, 1.0), scores.softmax(-1) @ v))
+    pages, starts = torch.arange(2, dtype=torch.int32)[None], torch.tensor([0, length], dtype=torch.int32)
+    lengths = torch.tensor([length], dtype=torch.int32)
+    for table, rows in ((Table(pages, lengths, starts, 0, length, length, 16), length),
+                        (Table(pages, lengths, starts, 1, 1, length, 16), 1)):  # fmt: skip
+        out = torch.full((rows, heads, size), float("nan"))
+        triton_attention.attend(q[:, :, -rows:], cache, out, table, size**-0.5, None, None, None, 1.0)
+        off = ((out - want[-rows:]).abs() > 1e-4).float().mean()
+        assert off < 0.1 < ((out - plain[-rows:]).abs() > 1e-4).float().mean()
+        torch.testing.assert_close(out, want[-rows:], rtol=0, atol=0.15)
