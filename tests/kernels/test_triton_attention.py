@@ -278,10 +278,10 @@ def test_says_why_not() -> None:
 def test_probabilities_in_fp8(held: torch.dtype) -> None:
     """Where one tile holds the text, the largest seen so far is the largest: as modules.attention_sides has it.
 
-    But for a weight now and then on the edge of two codes: exponentials of two kinds differ in their last bit.
+    Queries are small: the interpreter's cast to e4m3 cuts off what is below 2**-6, and hardware rounds it.
     """
     heads, size, length = 2, 16, 9
-    q, k, v = (torch.randn(1, heads, length, size).to(torch.float8_e4m3fn).float() for _ in range(3))
+    q, k, v = ((torch.randn(1, heads, length, size) * by).to(torch.float8_e4m3fn).float() for by in (0.25, 1, 1))
     cache = Cache.like(32, k, v, held)
     cache.write(torch.arange(length), k, v)
     scores = (q @ k.mT * size**-0.5).masked_fill(torch.ones(length, length).triu(1).bool(), float("-inf"))
@@ -292,6 +292,5 @@ def test_probabilities_in_fp8(held: torch.dtype) -> None:
                         (Table(pages, lengths, starts, 1, 1, length, 16), 1)):  # fmt: skip
         out = torch.full((rows, heads, size), float("nan"))
         triton_attention.attend(q[:, :, -rows:], cache, out, table, size**-0.5, None, None, None, 1.0)
-        off = ((out - want[-rows:]).abs() > 1e-4).float().mean()
-        assert off < 0.1 < ((out - plain[-rows:]).abs() > 1e-4).float().mean()
-        torch.testing.assert_close(out, want[-rows:], rtol=0, atol=0.15)
+        torch.testing.assert_close(out, want[-rows:], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(out, plain[-rows:], rtol=1e-3)
