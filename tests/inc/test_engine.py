@@ -309,6 +309,13 @@ def test_refusals(path: Path, case: int, monkeypatch: pytest.MonkeyPatch) -> Non
         LLM(str(path), **options)
 
 
+def test_what_else_decides(path: Path, stats: Path) -> None:
+    for options, text in (({"kv_cache_dtype": "fp8", "kv_scale": 1.0}, "fp8_inc takes its scales"),
+                          ({"emulation": "file"}, "and fakequant both")):  # fmt: skip
+        with pytest.raises(RequestError, match=text):
+            LLM(str(path), quantization="inc", quant_config=str(config(stats)), **options)
+
+
 def test_quantized_checkpoints(path: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """inc without QUANT_CONFIG is upstream's word for what AutoRound or INC has quantized."""
     monkeypatch.delenv("QUANT_CONFIG", raising=False)
