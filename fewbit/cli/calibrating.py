@@ -50,14 +50,16 @@ def calibrate(
     With --kv nothing but a file of scales is written, for serve --kv-scales; with --inc nothing but measurement files,
     for --quantization inc: ranks measure, and are unified.
     """
+    batch = None if calib_batch_size == 1 else calib_batch_size
     text = {"samples": calib_samples, "length": calib_len, "seed": seed, "chat": chat, "order": order}
     if kv is not None:
-        others = {"--inc": inc, "--fakequant": fakequant, "--kv-fakequant": kv_fakequant}
+        others = {"--inc": inc, "--fakequant": fakequant, "--kv-fakequant": kv_fakequant, "--calib-batch-size": batch}
         measure_cache(model, kv, out, others, as_json, calib=calib, device=device, dtype=dtype,
                       max_memory=nbytes(max_memory), overwrite=overwrite, **text)  # fmt: skip
         return
     if inc is not None:
-        others = {"--output": out, "--fakequant": fakequant, "--kv-fakequant": kv_fakequant}
+        others = {"--output": out, "--fakequant": fakequant, "--kv-fakequant": kv_fakequant, "--max-memory": max_memory,
+                  "--calib-batch-size": batch}  # fmt: skip
         measure(model, inc, others, as_json, calib=calib, tokens=tokens, tensor_parallel_size=tensor_parallel_size,
                 device=device, dtype=dtype or "auto", **text)  # fmt: skip
         return
@@ -102,7 +104,7 @@ def alone(flag: str, others: dict[str, Any]) -> None:
     from fewbit.errors import RequestError
 
     if given := [name for name, value in others.items() if value is not None]:
-        raise RequestError(f"calibrate: {flag} and {given[0]} are two kinds of calibration; give one of them")
+        raise RequestError(f"calibrate: {flag} and {given[0]} belong to two kinds of calibration; give one of them")
 
 
 def measure(model: str, config: Path, others: dict[str, Any], as_json: bool, **options: Any) -> None:

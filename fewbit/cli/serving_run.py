@@ -216,7 +216,7 @@ def facts(config: Any) -> dict[str, Any]:
             "name": Path(info.path).name, "dialect": info.dialect, "architecture": info.architecture,
             "model_type": info.model_type, "parameters": info.parameters, "bytes": info.bytes,
             "bits_per_weight": info.bits_per_weight, "formats": rows, "kv": info.kv,
-            "kv_scales": f"{info.kv_modules} modules of the checkpoint" if info.kv_modules else "1.0",
+            "kv_scales": info.kv_scales,
             "kernels": [{"kernel": k, "format": f, "modules": n} for (k, f), n in counts.items()],
         }  # fmt: skip
     return {}

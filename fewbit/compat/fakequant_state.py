@@ -72,10 +72,9 @@ def _magnitudes(q: Quantizer) -> State:
     if spec is None or not q.enabled or not planes:
         return {}
     if len(spec.scales) == 1:
-        return {
-            AMAX: _shaped(_unscaled(elements.decode(planes["scale0"], spec.scales[0].element), spec.element.max), spec)
-        }
-    whole = _unscaled(planes["scale1"], _top(spec))
+        scale = elements.decode(planes["scale0"], spec.scales[0].element)
+        return {AMAX: _shaped(_unscaled(scale, spec.element.max), spec)}
+    whole = _unscaled(planes["scale1"], q.outer or _top(spec))
     if "scale0" not in planes:
         return {AMAX: whole.reshape(whole.shape[:-2])}
     amax = elements.decode(planes["scale0"], spec.scales[0].element) * planes["scale1"] * spec.element.max

@@ -3,7 +3,6 @@
 What `LLM(quantization="inc")` and `fewbit serve --quantization inc` do is in fewbit.inc and fewbit.engine.gaudi.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ from fewbit.workflows.calibration import Order, calibration
 
 __all__ = ["METHODS", "Calibrated", "Config", "Node", "Stats", "calibrate", "expand", "postprocess", "read_config",
            "read_stats", "unify", "unify_files", "write_stats"]  # fmt: skip
-LOG = logging.getLogger("fewbit.inc")
 
 read_config, read_stats, write_stats = configs.read, files.read, files.write
 
@@ -70,8 +68,7 @@ def calibrate(
     whole = files.stem(asked, 0, 1)
     if size > 1:
         unify_files([files.stem(asked, rank, size) for rank in range(size)], whole, dealt)
-    stem, written = whole.name, sorted(path for path in whole.parent.iterdir() if path.name.startswith(whole.name))
-    LOG.info("measurements of %d ranks: %s", size, stem)
+    written = sorted(path for path in whole.parent.iterdir() if path.name.startswith(whole.name))
     return Calibrated(tuple(written), len(files.read(whole).nodes), len(text.ids), text.tokens, text.source)
 
 

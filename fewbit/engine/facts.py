@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fewbit.engine.runner import device_of
 from fewbit.kernels.cache import held_as
 from fewbit.kernels.registry import kernels
 from fewbit.models import hf
@@ -61,14 +62,14 @@ def _cache(model: nn.Module, cache: torch.dtype | None) -> dict[str, str]:
     if not specs:
         held = _short(cache) if cache else "as computed"
         return {"kv": ", rounded through ".join([held, *also]), "kv_scales": "none", "kv_held": "values"}
-    spec, device = specs.most_common(1)[0][0], next(model.parameters()).device
+    spec = specs.most_common(1)[0][0]
     turned = any(getattr(module, KV_TURN, None) is not None for module in model.modules())
     paged, scales = hf.attention_of(model) == PAGED, str(getattr(model, FROM))
     locked = any(each.q is not None and each.q.spec == CAST for each in sides)
     return {
         "kv": ", rounded through ".join([describe(spec) + (", turned" if turned else ""), *also]),
         "kv_scales": f"{scales}, locked" if locked else scales,
-        "kv_held": held_as(spec, device) if paged else "emulated",
+        "kv_held": held_as(spec, device_of(model)) if paged else "emulated",
     }
 
 

@@ -16,6 +16,7 @@ from fewbit.errors import RequestError, UnsupportedError
 from fewbit.inc.session import Session
 from fewbit.kernels.capability import lacking
 from fewbit.models.build import ACTIVATIONS
+from fewbit.quant.kv import KV_FORMATS
 
 LOG = logging.getLogger("fewbit.engine")
 NAME, CACHE = "inc", "fp8_inc"
@@ -37,7 +38,17 @@ def session(config: EngineConfig, group: Group | None) -> Session | None:
     if config.kv_cache_dtype == CACHE and not found.quantizes:
         LOG.info("kv_cache_dtype=%s: keys and values are cached as computed in mode %s", CACHE, found.config.mode)
     found.plan(config.model, config.kv_cache_dtype == CACHE, config.trust_remote_code)
+    refuse_twice(config, found)
     return found
+
+
+def refuse_twice(config: EngineConfig, found: Session) -> None:
+    """What INC decides, decided by something else as well."""
+    if config.emulation is not None:
+        raise RequestError(f"quantization={NAME!r} and fakequant both say what weights become; give one of them")
+    if found.becomes.kv and config.kv_cache_dtype in KV_FORMATS and config.kv_cache_dtype != CACHE:
+        raise RequestError(f"kv_cache_dtype={config.kv_cache_dtype!r}: INC's config rounds keys and values; {CACHE} "
+                           "takes its scales, or block its types KVCache, Matmul and ModuleFusedSDPA")  # fmt: skip
 
 
 def refuse_halves(config: EngineConfig, path: str, asked: bool) -> None:

@@ -88,10 +88,7 @@ class Session:
             found.remove(site)
         scales = self._scales(source, model, found)
         if bare := [site.name for site in found if site.kind == "kv_cache" and site.name not in scales]:
-            reasons = [
-                f"{bare[0]}: {self.left[bare[0]]}",
-                "leave kv_cache_dtype=fp8_inc out, or block the type KVCache",
-            ]
+            reasons = [f"{bare[0]}: {self.left[bare[0]]}", "what works: leave kv_cache_dtype=fp8_inc out"]
             raise UnsupportedError(f"{self.config.where}: there are no scales of caches", reasons)
         self.becomes = becomes(found, scales, self.config, model)
         self.kinds = Counter(site.kind for site in found if site.name in scales)
@@ -131,8 +128,8 @@ class Session:
         return held
 
     def _stats(self) -> Stats | None:
-        """This rank's, or those of all ranks in one file."""
-        for path in (files.stem(self.config, self.rank, self.size), files.stem(self.config, 0, 1)):
+        """Those of all ranks, which give any number of them the same scales; or else this rank's own."""
+        for path in (files.stem(self.config, 0, 1), files.stem(self.config, self.rank, self.size)):
             if files.there(path):
                 stats = files.read(path)
                 if stats.mode != "DynamicRange":
@@ -177,9 +174,8 @@ class Session:
 
 def set_aside(stats: Path) -> None:
     """Measurements and scales of an earlier run go into a folder beside them."""
-    old = [path for path in stats.parent.glob("*") if path.name.startswith(f"{stats.name}_hooks_")] if (
-        stats.parent.is_dir()) else []  # fmt: skip
-    if old:
+    beside = list(stats.parent.iterdir()) if stats.parent.is_dir() else []
+    if old := [path for path in beside if path.name.startswith(f"{stats.name}_hooks_")]:
         folder = stats.parent / f"{stats.name}_backup_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
         folder.mkdir(exist_ok=True)
         for path in old:

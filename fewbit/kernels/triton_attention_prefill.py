@@ -119,6 +119,8 @@ def _block(
         q, acc, total, top, common, highest, length, at, window, pages, key, value, key_scale, value_scale, k_slot,
         v_slot, key_heads, scaling, softcap, True, SIZE, TOKENS, D, DV, DP, DVP, PRECISION, P,
     )  # fmt: skip
-    acc = scaled(acc, value_measured, kin) / (tl.where(total > 0.0, total, 1.0) * (P if P > 0.0 else 1.0))[:, None]
+    if P > 0.0:
+        acc = acc / P
+    acc = scaled(acc, value_measured, kin) / tl.where(total > 0.0, total, 1.0)[:, None]
     tl.store(out + far[:, None] * o_row + head * o_head + e[None, :], acc.to(out.dtype.element_ty),
              mask=inside[:, None] & (e < DV)[None, :])  # fmt: skip

@@ -91,8 +91,8 @@ def apply(model: nn.Module, source: codecs.Source, filler: Filler, asked: Asked 
             )
             raise UnsupportedError("kv_rotate: keys and values are turned before they are rounded", [reason])
         turn = Turn()
-        for module in caching(model).values():
-            setattr(module, attention.KV_TURN, turn)
+        for path in caching(model):
+            setattr(model.get_submodule(path), attention.KV_TURN, turn)
 
 
 def resolved(source: codecs.Source, asked: Asked, model: nn.Module, activations: str) -> Found | None:
@@ -208,12 +208,12 @@ def _kind(module: nn.Module) -> tuple[type, frozenset[str]]:
     return type(module), frozenset(name for name, _ in module.named_children())
 
 
-def caching(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules that may keep keys and values: those that know their layer, and hold no other such."""
-    found = {
-        path: module for path, module in model.named_modules() if isinstance(getattr(module, "layer_idx", None), int)
-    }
-    return {path: module for path, module in found.items() if not any(p.startswith(f"{path}.") for p in found)}
+def caching(model: nn.Module) -> list[str]:
+    """Modules that may keep keys and values, those that know their layer; whoever does not looks at none of it."""
+    found = [path for path, module in model.named_modules() if isinstance(getattr(module, "layer_idx", None), int)]
+    if not found:
+        raise UnsupportedError("a quantized KV cache", [f"no module of {type(model).__name__} keeps one by layer"])
+    return found
 
 
 def attention_path(name: str, filler: Filler) -> str:

@@ -137,7 +137,7 @@ def _attended(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, step
     if kv is not None and not cache.rounds:
         key, value = rounded(key, value, *kv)
     if step.table is not None:
-        step.refused = triton_attention.refusal(query, cache, how[-1]) if inside is None else PLAIN
+        step.refused = triton_attention.refusal(query, cache) if inside is None else PLAIN
         if step.refused is None:
             assert isinstance(cache, Cache)
             return _by_table(query, key, value, cache, step.slots, step.table, how)

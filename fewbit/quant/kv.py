@@ -31,9 +31,9 @@ HEAD = "-head"  # behind a name: measured scales are of each head
 MEASURED = ("fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc", "int8")  # whose scales can be measured
 
 
-def measured(element_of: QuantSpec, per_head: bool = False) -> QuantSpec:
+def measured(s: QuantSpec, per_head: bool = False) -> QuantSpec:
     """The same codes with one measured scale in a layer, or in each of its heads."""
-    return QuantSpec(element_of.element, (Scale(F32, (1, 0) if per_head else (0, 0)),))
+    return QuantSpec(s.element, (Scale(F32, (1, 0) if per_head else (0, 0)),))
 
 
 def whole(s: QuantSpec) -> bool:

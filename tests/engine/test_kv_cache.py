@@ -91,6 +91,18 @@ def test_a_cache_gives_back_what_load_rounds_to(folder: Path, name: str) -> None
         if "e5m2" in name else "1.0, given")  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["fp8", "nvfp4, turned"])
+def test_emulated_is_the_same(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU that has no kernel for the codes: values are rounded, and held as they are."""
+    prompt = random.Random(4).choices(range(3, 250), k=50)
+    want = logprobs(started(folder, **ASKED[name]), prompt)
+    for home in ("kernels.cache_packed", "engine.facts"):
+        monkeypatch.setattr(f"fewbit.{home}.held_as", lambda *_: "emulated")
+    engine = started(folder, **ASKED[name])
+    assert engine.facts()["kv_held"] == "emulated" and engine.limits.token == 2 * 2 * 2 * 32 * 4
+    torch.testing.assert_close(logprobs(engine, prompt), want, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["fp8", "fp8_per_token_head", "int8", "nvfp4", "nvfp4, turned"])
 def test_the_same_texts_in_any_company(folder: Path, name: str) -> None:
     """Chunks, pages that run out, prefixes found and not looked for."""

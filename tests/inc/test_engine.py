@@ -244,6 +244,8 @@ def test_ranks(name: str, tmp_path: Path) -> None:
             np.testing.assert_allclose(x, y, rtol=1e-4)
         assert node.get("params") == two[key].get("params")
     texts = [run(path, config(folders[1]), kv_cache_dtype="fp8_inc", tensor_parallel_size=size) for size in (1, 2)]
+    scales = [nodes(folders[1], f"inc_hooks_maxabs_MAXABS_HW{which}.json") for which in ("", "_0_2", "_1_2")]
+    assert scales[0] == scales[1] == scales[2]
     (folders[1] / "out" / "inc_hooks_maxabs.json").unlink()
     (folders[1] / "out" / "inc_hooks_maxabs.npz").unlink()
     assert texts[0] == texts[1]
@@ -307,6 +309,13 @@ def test_refusals(path: Path, case: int, monkeypatch: pytest.MonkeyPatch) -> Non
         LLM(str(path), **options)
 
 
+def test_what_else_decides(path: Path, stats: Path) -> None:
+    for options, text in (({"kv_cache_dtype": "fp8", "kv_scale": 1.0}, "fp8_inc takes its scales"),
+                          ({"emulation": "file"}, "and fakequant both")):  # fmt: skip
+        with pytest.raises(RequestError, match=text):
+            LLM(str(path), quantization="inc", quant_config=str(config(stats)), **options)
+
+
 def test_quantized_checkpoints(path: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """inc without QUANT_CONFIG is upstream's word for what AutoRound or INC has quantized."""
     monkeypatch.delenv("QUANT_CONFIG", raising=False)
@@ -330,6 +339,10 @@ def test_what_was_decided_is_said(path: Path, stats: Path) -> None:
     assert facts["attention"] == "queries, probabilities rounded to e4m3-240 x f32[tensor] (exactly, in plain torch)"
     assert "e4m3-240" in facts["kv"] and (facts["kv_scales"], facts["kv_held"]) == ("INC's", "codes")
     assert bytes_of_a_token == 2 * 2 * 2 * 16  # of two layers' keys and values, two heads of 16 each, a byte
+
+
+def test_weights_rounded_once(path: Path, stats: Path) -> None:
+    assert run(path, config(stats), kernels="emulated") == run(path, config(stats))
 
 
 def test_the_verb(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,16 +12,29 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.kernels import saturation, triton_attention
-from fewbit.kernels.cache import HELD, Cache
+from fewbit.kernels.cache import HELD, Cache, Rounding
 from fewbit.kernels.cache_packed import room
 from fewbit.kernels.table import Table
 from fewbit.kernels.triton_runtime import lacking
 from fewbit.modules import paged
+from fewbit.modules.attention_sides import weighed
 from fewbit.modules.paged import Span, Step, stepping
+from fewbit.quant.kv import FP8
 from tests.kernels.caches import FORMATS, WHOLE, rounding
 
 LACKING = lacking(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(LACKING is not None or torch.cuda.is_available(), reason=str(LACKING))
+
+if LACKING is None:
+    import triton
+    import triton.language as tl
+
+    from fewbit.kernels.triton_attention_parts import as_e4m3
+
+    @triton.jit
+    def rounds(x, y, N: tl.constexpr):
+        i = tl.arange(0, N)
+        tl.store(y + i, as_e4m3(tl.load(x + i)))
 
 
 @dataclass(frozen=True)
@@ -299,3 +312,37 @@ def test_says_why_not() -> None:
     assert "not torch.float64" in (triton_attention.refusal(query.double(), cache) or "")
     wide = torch.zeros(1, 1, 1, 576)
     assert "up to 512, not of 576" in (triton_attention.refusal(wide, Cache.like(1, wide, wide)) or "")
+
+
+@pytest.mark.parametrize("coded", [None, (FP8, *[{"scale0": torch.ones(1, 1)}] * 2)])
+def test_probabilities_in_fp8(coded: Rounding | None) -> None:
+    """Where one tile holds the text, the largest seen so far is the largest: as modules.attention_sides has it.
+
+    Keys and values are multiples of a quarter: the interpreter's own casts of e4m3 do not round as hardware does.
+    """
+    heads, size, length = 2, 16, 9
+    q, k, v = (torch.randint(-8, 9, (1, heads, length, size)) / by for by in (32, 4, 4))
+    cache = Cache.like(32, k, v, coded=coded)
+    cache.write(torch.arange(length), k, v)
+    scores = (q @ k.mT * size**-0.5).masked_fill(torch.ones(length, length).triu(1).bool(), float("-inf"))
+    want, plain = (x[0].transpose(0, 1) for x in (weighed(scores, v, 1.0), scores.softmax(-1) @ v))
+    pages, starts = torch.arange(2, dtype=torch.int32)[None], torch.tensor([0, length], dtype=torch.int32)
+    lengths = torch.tensor([length], dtype=torch.int32)
+    for table, rows in ((Table(pages, lengths, starts, 0, length, length, 16), length),
+                        (Table(pages, lengths, starts, 1, 1, length, 16), 1)):  # fmt: skip
+        out = torch.full((rows, heads, size), float("nan"))
+        triton_attention.attend(q[:, :, -rows:], cache, out, table, size**-0.5, None, None, None, 1.0)
+        torch.testing.assert_close(out, want[-rows:], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(out, plain[-rows:], rtol=1e-3)
+
+
+def test_as_e4m3() -> None:
+    """Every float's neighbour, as torch casts it."""
+    codes = torch.arange(0, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middles = (codes[1:] + codes[:-1]) / 2
+    x = torch.cat(
+        [codes, middles, middles * (1 + 2.0**-20), middles * (1 - 2.0**-20), torch.rand(1543) * 448 ** torch.rand(1543)]
+    )
+    y = torch.full((2048,), float("nan"))
+    rounds[(1,)](x[:2048].contiguous(), y, N=2048)
+    assert torch.equal(y, x[:2048].to(torch.float8_e4m3fn).float())

@@ -33,7 +33,7 @@ async function facts() {
   at("facts").textContent = short.filter(Boolean).join(" · ");
   const rows = [["formats", (model.formats || []).map((f) => `${f.format}, ${f.modules} modules`).join("; ") || "dense"],
     ["kernels", (model.kernels || []).map((k) => `${k.kernel}: ${k.modules}`).join("; ") || "dense"],
-    ["KV cache", `${model.kv || "as computed"}, scales ${model.kv_scales || "1.0"}`],
+    ["KV cache", `${model.kv || "as computed"}, held as ${model.kv_held || "values"}; scales: ${model.kv_scales || "none"}`],
     ["continuations at once", info.engine.max_num_seqs], ["fewbit", info.version]];
   for (const [name, value] of rows) {
     const row = element("tr");
