@@ -18,8 +18,8 @@ WIDEST = 512  # head size: beyond it a tile of keys does not fit beside one of v
 E4M3_SINCE = (8, 9)  # compute capability that converts e4m3
 
 
-def refusal(query: Tensor, cache: Cache, p: float = 0.0) -> str | None:
-    """Why these cannot be attended to here. p: see modules.attention_sides.Sides."""
+def refusal(query: Tensor, cache: Cache) -> str | None:
+    """Why these cannot be attended to here."""
     if (why := lacking(query.device)) is not None:
         return why
     held = cache.key.dtype
@@ -27,7 +27,7 @@ def refusal(query: Tensor, cache: Cache, p: float = 0.0) -> str | None:
         return f"takes queries of 16 or 32 bits and caches of 8 to 32, not {query.dtype} over {held}"
     if (widest := max(cache.key.shape[2], cache.value.shape[2])) > WIDEST:
         return f"takes heads of up to {WIDEST}, not of {widest}"
-    if (p or held == torch.float8_e4m3fn) and query.is_cuda and _capability(query.device) < E4M3_SINCE:
+    if held == torch.float8_e4m3fn and query.is_cuda and _capability(query.device) < E4M3_SINCE:
         return (
             f"e4m3 wants compute capability {E4M3_SINCE[0]}.{E4M3_SINCE[1]}: kv_cache_dtype fp8_e5m2 or int8 would run"
         )
@@ -52,7 +52,10 @@ def attend(
     sinks: Tensor | None,
     p: float = 0.0,
 ) -> None:
-    """query: [1, H, T, D], as it lies -> out: [T, H, Dv]: the rows of all requests, 0 for those of length 0."""
+    """query: [1, H, T, D], as it lies -> out: [T, H, Dv]: the rows of all requests, 0 for those of length 0.
+
+    p: see modules.attention_sides.Sides.
+    """
     from fewbit.kernels import triton_attention_decode, triton_attention_prefill
 
     query = _dense_heads(query)

@@ -14,6 +14,8 @@ from fewbit.kernels.cache import Cache
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1e30)
+LEAST = tl.constexpr(2.0**-6)  # below it e4m3 has one step
+SMALL = tl.constexpr(1.5 * 2.0**14)  # what is added to it and taken away again is rounded to multiples of 2^-9
 
 
 @triton.jit
@@ -27,6 +29,14 @@ def opening(sinks, head, inside, ROWS: tl.constexpr):
         top = tl.maximum(sink, LOWEST)
         total = tl.where(sink > LOWEST, 1.0, 0.0)
     return top, total
+
+
+@triton.jit
+def as_e4m3(x):
+    """x: float32 from 0 to 448 -> the nearest that e4m3 holds, ties to even; on devices that lack the type too."""
+    bits = x.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+    return tl.where(x < LEAST, x + SMALL - SMALL, normal)
 
 
 @triton.jit
@@ -73,7 +83,7 @@ def walk(
         total = total * fade + tl.sum(weights, 1)
         top = peak
         if P > 0.0:
-            weights = (weights * P).to(tl.float8e4nv).to(tl.float32)
+            weights = as_e4m3(weights * P)
         if value_scale is not None:
             weights *= tl.load(value_scale + slot * s_slot, mask=inside, other=0.0)[None, :]
         v_at = value + slot[:, None] * v_slot + e[None, :]

@@ -120,7 +120,7 @@ def forward(
     cache = step.cache(int(getattr(module, "layer_idx")), key, value)  # noqa: B009
     how = (query.shape[-1] ** -0.5 if scaling is None else scaling), sliding_window, softcap, s_aux, sides.p
     if step.table is not None:
-        step.refused = triton_attention.refusal(query, cache, sides.p)
+        step.refused = triton_attention.refusal(query, cache)
         if step.refused is None:
             return _by_table(query, key, value, cache, step.slots, step.table, how)[None], None
     cache.write(step.slots, key, value)
