@@ -1,4 +1,4 @@
-"""Every example and every command of docs/serve.md, and the serving examples of the documents that users come from."""
+"""Every example, every command of docs/serve.md and docs/fakequant.md, and the serving examples of users' documents."""
 
 import json
 import shutil
@@ -17,6 +17,7 @@ from tests.server.documents import ROOT, Block, Shell, blocks, commands
 from tests.server.served import Running, engine, model, running, tokenizer_into
 
 PAGE = blocks((ROOT / "docs" / "serve.md").read_text())
+FAKEQUANT = blocks((ROOT / "docs" / "fakequant.md").read_text())
 SEEDS = ROOT / ".." / "shared" / "seeds"
 URL = "http://127.0.0.1:8000"
 VOCAB = 1000  # so that random token ids, as bench sends them, are the model's
@@ -78,8 +79,25 @@ def test_the_page(block: Block, shell: Shell) -> None:
         assert shell.script("\n".join(rest)).strip()
 
 
-def test_every_example_is_on_the_page() -> None:
-    told = "".join(block.text for block in PAGE)
+@pytest.mark.parametrize("block", [b for b in FAKEQUANT if "export_mcore" not in b.text], ids=str)
+def test_fakequant(block: Block, shell: Shell) -> None:
+    """From nothing to answers of an emulated model; lm-eval's own line is ModelOpt's, and tested as such below."""
+    shell.env |= {"FEWBIT_CALIB_SIZE": "4", "QUANT_CALIB_SIZE": "4"}
+    if block.kind == "python":
+        shell.program(block.text)
+        return
+    for command in commands(block.text):
+        if "lm_eval" in command:
+            assert command.replace("model=emulated", "model=<model_name>") == shown(FAKE, "lm_eval --model").strip()
+        elif " -o " in command:
+            assert "next:" in shell.script(command)
+        else:
+            with shell.server(command) as url:
+                answers(url)
+
+
+def test_every_example_is_on_a_page() -> None:
+    told = "".join(block.text for block in PAGE + FAKEQUANT)
     assert all(f"examples/{file.name}" in told for file in (ROOT / "examples").glob("*.py"))
     assert all(len(file.read_text().splitlines()) < 40 for file in (ROOT / "examples").glob("*.py"))
 
@@ -178,8 +196,9 @@ def test_the_page_on_inc(shell: Shell, tiny: Path, tmp_path: Path) -> None:
 
 
 def test_seed_fakequant(shell: Shell, tiny: Path) -> None:
-    """Its script takes the format from the environment and `vllm serve`'s flags; here the format is a flag."""
-    ours = "fewbit serve -q nvfp4"
+    """Its variables, its flags; the script is ours."""
+    ours = "python examples/serve_fakequant.py"
+    shell.env |= {"QUANT_CALIB_SIZE": "4"}
     shell.words = {"<model_path>": str(tiny), "python vllm_serve_fakequant.py": ours, "-tp 8": "-tp 1"}
     command = next(commands(shown(FAKE, "KV_ATTN_MATH=fp8 \\\npython")))
     with shell.server(command) as url:
