@@ -68,7 +68,7 @@ def _cache(model: nn.Module, cache: torch.dtype | None) -> dict[str, str]:
     locked = any(each.q is not None and each.q.spec == CAST for each in sides)
     return {
         "kv": ", rounded through ".join([describe(spec) + (", turned" if turned else ""), *also]),
-        "kv_scales": f"{scales}, locked" if locked else scales,
+        "kv_scales": "1.0, locked" if locked else scales,
         "kv_held": held_as(spec, device_of(model)) if paged else "emulated",
     }
 
