@@ -44,6 +44,7 @@ OURS: list[tuple[str, str, str, list[str], str]] = [
     ("W2 g64 sym autoround 20", "int2-g64", "autoround", ["iters=20"], "auto-round"),
     ("W2 g64 sym autoround 200", "int2-g64", "autoround", ["iters=200"], "auto-round"),
     ("FP8 dynamic", "FP8_DYNAMIC", "rtn", [], "compressed-tensors"),
+    ("FP8 dynamic gptq", "FP8_DYNAMIC", "gptq", [], "compressed-tensors"),
     ("INT8 W8A8 rtn", "W8A8", "rtn", [], "compressed-tensors"),
     ("INT8 W8A8 smooth+gptq", "W8A8", "smooth+gptq", [], "compressed-tensors"),
     ("NVFP4 W4A4 rtn", "NVFP4", "rtn", [], "compressed-tensors"),
