@@ -136,9 +136,10 @@ def test_seed_modelopt(shell: Shell, tiny: Path, tmp_path: Path) -> None:
         answers(url)
 
 
-GAUDI = {"--quantization inc": "--quantization fp8", '"inc"': '"fp8"', "fp8_inc": "fp8",
-         "--tensor_paralel_size 8": "--tensor_parallel_size 1"}  # fmt: skip
-REFUSED = [("--quantization inc", "'inc'"), ("--kv-cache-dtype fp8_incs", "'fp8_incs'"),
+SCALE = "--kv-scale 1.0"  # what scales are where nobody has measured them
+GAUDI = {"--quantization inc": "--quantization fp8", '"inc"': '"fp8"', '"fp8_inc"': '"fp8_inc", kv_scale=1.0',
+         "--tensor_paralel_size 8": f"--tensor_parallel_size 1 {SCALE}"}  # fmt: skip
+REFUSED = [("--quantization inc", "'inc'"), ("--kv-cache-dtype fp8_inc", SCALE),
            ("--tensor_paralel_size 8", "--tensor-parallel-size")]  # fmt: skip
 
 
@@ -164,7 +165,8 @@ def test_seed_gaudi_by_our_names(shell: Shell, tiny: Path) -> None:
 def test_seed_fakequant(shell: Shell, tiny: Path) -> None:
     """Its script takes the format from the environment and `vllm serve`'s flags; here the format is a flag."""
     ours = "fewbit serve -q nvfp4"
-    shell.words = {"<model_path>": str(tiny), "python vllm_serve_fakequant.py": ours, "-tp 8": "-tp 1"}
+    shell.words = {"<model_path>": str(tiny), "python vllm_serve_fakequant.py": f"{ours} {SCALE}",
+                   "-tp 8": "-tp 1"}  # fmt: skip
     command = next(commands(shown(FAKE, "KV_ATTN_MATH=fp8 \\\npython")))
     with shell.server(command) as url:
         shell.words |= {"http://127.0.0.1:8000": url}
