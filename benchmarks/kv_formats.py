@@ -32,7 +32,7 @@ from fewbit.workflows.calibrate_kv import calibrate_kv
 from fewbit.workflows.calibration import calibration
 from fewbit.workflows.demo import fetch
 
-FORMATS = "fp8:1.0,fp8,fp8-head,int8,nvfp4,nvfp4+rotate,int4,int4+rotate"
+FORMATS = "fp8:1.0,fp8,int8,nvfp4,nvfp4+rotate,int4+rotate"
 NEEDLES = {"harbour": 73914, "mill": 20586, "orchard": 61847}
 DEPTHS = (0.1, 0.5, 0.9)
 STRETCHES, CHUNK = 8, 512

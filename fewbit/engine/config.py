@@ -73,6 +73,8 @@ class EngineConfig:
                 near = get_close_matches(name, known, 3)
                 hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(known)}"
                 raise RequestError(f"{name}={asked[name]!r}: no such option; {hint}")
+        if asked.get("kv_scales") is not None:
+            asked["kv_scales"] = str(asked["kv_scales"])  # ranks are told of it in words
         names = asked.get("served_model_name")
         if isinstance(names, str):
             asked["served_model_name"] = (names,)

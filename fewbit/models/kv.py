@@ -23,7 +23,7 @@ from fewbit.transforms import rotate
 
 FROM = "fewbit_kv_from"  # attribute of a model: where the scales come from, in words
 AT_CALL = "at each call"
-FINDINGS = ("kv-scale", "kv-scale-missing")  # of verify; a scale that was given stands for those of the checkpoint
+FINDINGS = ("kv-scale", "kv-scale-missing")  # of verify; scales that were given stand for those of the checkpoint
 Scales = Mapping[str, Mapping[str, Tensor]]  # attention module on disk -> {"k", "v"} -> scales
 
 
@@ -55,7 +55,7 @@ class Asked:
     @property
     def skipped(self) -> tuple[str, ...]:
         """Findings that no longer matter."""
-        return FINDINGS if self.scale is not None else ()
+        return FINDINGS if self.scale is not None or self.scales is not None else ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -193,6 +193,8 @@ def test_bad_scales_are_errors_unless_a_number_stands_for_them(bad: float | None
         with pytest.raises(CheckpointError, match="kv-scale"):
             started(path, **options)
         assert started(path, **options, **GIVEN).facts()["kv_scales"] == "1.0, given"
+    measured = side(path, tmp_path / "s.safetensors", read=tmp_path / "base")
+    assert started(path, kv_scales=measured).facts()["kv_scales"] == f"file {measured}"
 
 
 def test_a_layer_without_scales(tmp_path: Path) -> None:
@@ -206,7 +208,7 @@ def test_a_layer_without_scales(tmp_path: Path) -> None:
 
 
 def side(folder: Path, out: Path, format: str = "fp8", heads: int = 1, **changes: Any) -> Path:
-    shapes = shapes_of(fewbit.load(folder).config) | changes.pop("shapes", {})
+    shapes = shapes_of(fewbit.load(changes.pop("read", folder)).config) | changes.pop("shapes", {})
     draw = torch.Generator().manual_seed(0)
     scales = {LAYER.format(i): {of: 0.01 + 0.01 * torch.rand(heads, generator=draw) for of in "kv"} for i in range(2)}
     changes.pop("change", lambda _: None)(scales)
