@@ -36,28 +36,19 @@ def run(given: dict[str, Any], up: Callable[[str], None] = lambda url: None) -> 
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("fewbit").setLevel(logging.INFO)
     asked = {name: value for name in ENGINE if (value := converted(name, given[name])) is not None}
-    config = EngineConfig.of(**served(asked, EngineConfig))
+    options = served(asked, EngineConfig)
+    config = EngineConfig.of(**options)
     server = ServerConfig(**server_of(given, config))
     free(server.host, server.port)
     known = facts(config)
     start = time.monotonic()
     print(f"fewbit: loading {config.model}", file=sys.stderr, flush=True)
-
     emulated = {name: given[name] for name in EMULATED if given.get(name) is not None}
-    if emulated:
-        from fewbit.compat.fakequant import check
-
-        check(config, emulated)
 
     def make() -> Any:
         from fewbit.engine.engine import Engine
 
-        if not emulated:
-            return Engine(config)
-        from fewbit.compat.fakequant import prepared
-
-        with prepared({**asked, **emulated}) as told:
-            return Engine(told)
+        return Engine(config)
 
     def ready(url: str) -> None:
         print(f"fewbit: {', '.join(config.served_names)} at {url} after {time.monotonic() - start:.1f} s",
@@ -66,7 +57,13 @@ def run(given: dict[str, Any], up: Callable[[str], None] = lambda url: None) -> 
 
     from fewbit.server.run import serve
 
-    return serve(make, server, known, ready)
+    with contextlib.ExitStack() as stack:
+        if emulated:
+            from fewbit.compat.fakequant import prepared
+
+            # here and not in the engine's thread: an interrupt ends it between two layers, or two sums
+            config = stack.enter_context(prepared({**options, **emulated}))
+        return serve(make, server, known, ready)
 
 
 def converted(name: str, value: Any) -> Any:

@@ -122,10 +122,10 @@ def calibrate(model: str | Path, out: str | Path, fakequant: Asked = None, kv_fa
 
     options: device, dtype, max_shard, overwrite, tell, of fakequant_write.calibrate.
     """
-    asked = {"data": None, **(text or {})}
+    asked = dict(text or {})
+    data = asked.pop("data", None)
 
     def batches(wanted: Wish, layers: Layers) -> list[Tensor]:
-        data = asked.pop("data")
         ids = isinstance(data, list | tuple | Tensor)
         return calibration(None if ids else tokenizer(model), data, **asked).batches(batch)
 

@@ -20,8 +20,8 @@ from fewbit.compat.fakequant_state import (
     Reader,
     planes_of,
 )
-from fewbit.compat.insert import OTHERS, Place, disk_modules
-from fewbit.compat.modelopt import Found, role
+from fewbit.compat.insert import OTHERS, disk_modules
+from fewbit.compat.modelopt import role
 from fewbit.compat.modelopt_config import Rounding
 from fewbit.compat.quantizer import by_rule
 from fewbit.errors import CheckpointError
@@ -47,6 +47,8 @@ class Maker:
     codes: Mapping[str, QTensor] = field(default_factory=dict)
     came: bool = False
     folded: list[str] = field(default_factory=list)  # weights whose quantizer the state does not know
+    _disk: dict[str, list[str]] = field(init=False, default_factory=dict)  # parameter -> modules on disk
+    _by: dict[tuple[str, str], Rounding] = field(init=False, default_factory=dict)  # (owner, leaf) -> what it does
 
     def emulation(self) -> Emulation:
         pairs = {(place.owner, place.leaf.rpartition(".")[0]): None for place in self.wish.found
@@ -64,9 +66,6 @@ class Maker:
         if left := self.reader.left:
             LOG.warning("%s: %d entries are not used: %s ...", self.reader.where, len(left), ", ".join(left[:3]))
         return Emulation(arrivals, sides)
-
-    _disk: dict[str, list[str]] = field(init=False, default_factory=dict)
-    _by: dict[tuple[str, str], Rounding] = field(init=False, default_factory=dict)
 
     def _arrival(self, owner: str, name: str) -> Arrival:
         path, leaf = (f"{owner}.{name}", f"{name}.") if name else (owner, "")
@@ -169,6 +168,3 @@ class Maker:
                 )
             planes = planes_of(what.spec, amax.amax(), None, (1, 1), f"{path}.{leaf}", what.outer)
         return Side(what.spec, planes, None if bias is None else bias.reshape(bias.shape[-3:]), what.turned)
-
-
-__all__ = ["Found", "Maker", "Place"]

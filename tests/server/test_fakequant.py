@@ -1,6 +1,7 @@
 """ModelOpt's example as a process: its variables, its flags, what it says, and ranks that serve the same."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,14 @@ def test_kv_attn_math_wants_a_cache_in_fp8(folder: Path) -> None:
     assert child.ended() == 1
     said = "".join(child.said)
     assert "kv_attn_math=fp8 wants kv_cache_dtype=fp8" in said and "Traceback" not in said
+
+
+def test_an_interrupt_while_calibrating(folder: Path) -> None:
+    child = Child(folder, "--port", 0, code=CODE, QUANT_CFG="NVFP4_AWQ_FULL_CFG", HF_HUB_OFFLINE="1")
+    assert child.process.stderr
+    assert any("calibrating on" in line and "samples" in line for line in child.process.stderr)
+    child.process.send_signal(signal.SIGINT)
+    assert child.ended(120) == 130 and "Traceback" not in child.said[-1]
 
 
 def test_the_example_and_its_help(folder: Path) -> None:
