@@ -18,6 +18,7 @@ from fewbit.engine.graph import Graphs, fed
 from fewbit.engine.scheduler import Work
 from fewbit.engine.tables import Tables
 from fewbit.engine.transfer import sent
+from fewbit.errors import UnsupportedError
 from fewbit.modules.paged import AnyCache, Span, Step, Table, stepping
 
 
@@ -152,7 +153,7 @@ class Paged:
 
 
 def no_spans() -> list[Span]:
-    raise AssertionError("inside a CUDA graph attention must have a kernel")
+    raise UnsupportedError("inside a CUDA graph attention must have a kernel")
 
 
 class Alone:
