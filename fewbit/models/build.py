@@ -97,7 +97,7 @@ def load(
         finish(filler, places, source, unsafe_skip_verify)
         caching.apply(model, source, filler, cached)
         if kv and activations != "off":
-            round_caches(model, kv)
+            round_caches(model, kv, cached is not None and cached.format != "auto")
         if shards is not None:
             shards.finish()
     model.to(device)
@@ -185,8 +185,8 @@ def default_plan(model: Any, format: Format) -> Plan:
     return Plan((*rules, Rule("", "any", format, "format=")))
 
 
-def round_caches(model: nn.Module, kv: Mapping[str, Cached]) -> None:
-    """Give attention modules specs and scales that are no part of the checkpoint."""
+def round_caches(model: nn.Module, kv: Mapping[str, Cached], asked: bool = False) -> None:
+    """Give attention modules specs and scales that are no part of the checkpoint. asked: the cache's own is neither."""
     if (used := hf.attention_of(model)) not in (attention.NAME, paged.NAME):
         reason = f"the model runs on transformers' own {used} attention, where ours is not exact"
         raise UnsupportedError("keys and values cannot be rounded", [reason])
@@ -195,9 +195,10 @@ def round_caches(model: nn.Module, kv: Mapping[str, Cached]) -> None:
             module = model.get_submodule(path)
         except AttributeError:
             raise SpecError(f"kv=: the model has no attention module {path}") from None
-        if hasattr(module, attention.KV):
+        sides = isinstance(held, Sides)  # they come before what the cache is asked to hold
+        if hasattr(module, attention.KV) and not (sides and asked):
             raise UnsupportedError(f"{path}: the checkpoint says already how its keys and values are rounded")
-        setattr(module, SIDES if isinstance(held, Sides) else attention.KV, held)
+        setattr(module, SIDES if sides else attention.KV, held)
 
 
 def move_caches(model: nn.Module, device: str | torch.device) -> None:

@@ -109,7 +109,9 @@ def resolved(source: codecs.Source, asked: Asked, model: nn.Module, activations:
             return None
         if asked.scale is not None:
             return _given(declared, asked.scale)
-        return Found(declared, AT_CALL) if declared.dynamic else _stored(source, declared, declared.element)
+        if all(scale.dynamic for scale in declared.scales):
+            return Found(declared, AT_CALL)
+        return _stored(source, declared, declared.element)
     spec = KV_FORMATS.get(asked.format)
     if spec is None:
         return None

@@ -61,10 +61,10 @@ def forward(
         watch(key, value)
     if (turn := getattr(module, KV_TURN, None)) is not None:
         query, key, value = turn(query), turn(key), turn(value)
-    if (kv := getattr(module, KV, None)) is not None:
-        key, value = rounded(key, value, *kv)
     sides = of(module) if sides is None else sides
     query, key, value = sides(query, key, value)
+    if (kv := getattr(module, KV, None)) is not None:
+        key, value = rounded(key, value, *kv)
     mask = attention_mask[..., : key.shape[-2]] if attention_mask is not None else None
     for more in (position_bias, chosen(indices, key)):
         mask = more if mask is None else mask if more is None else mask + more

@@ -91,6 +91,6 @@ def test_select_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_name() -> None:
-    known = "auto, decoded, humming, humming-rounded, packed, reference, scaled, triton"
+    known = "auto, decoded, emulated, humming, humming-rounded, packed, reference, scaled, triton"
     with pytest.raises(SpecError, match=f"known: {known}"):
         select("linear", FORMATS["int4-g32"], CPU, torch.float32, "marlin")

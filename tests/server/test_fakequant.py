@@ -68,7 +68,8 @@ def test_kv_attn_math_wants_a_cache_in_fp8(folder: Path) -> None:
 
 
 def test_an_interrupt_while_calibrating(folder: Path) -> None:
-    child = Child(folder, "--port", 0, code=CODE, QUANT_CFG="NVFP4_AWQ_FULL_CFG", HF_HUB_OFFLINE="1")
+    code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {CODE}"  # as from a terminal
+    child = Child(folder, "--port", 0, code=code, QUANT_CFG="NVFP4_AWQ_FULL_CFG", HF_HUB_OFFLINE="1")
     assert child.process.stderr
     assert any("calibrating on" in line and "samples" in line for line in child.process.stderr)
     child.process.send_signal(signal.SIGINT)
