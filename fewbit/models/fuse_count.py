@@ -1,7 +1,8 @@
 """How many kernels a decoder layer launches outside attention, counted on the twin: its own code, and fused.
 
 Counted is every operation of torch that is no view, for one token in bfloat16. What is one kernel on a GPU (a norm,
-act x up, a rotary embedding, a projection of all experts) counts as one, whatever it is made of on a CPU.
+act x up, a rotary embedding, a projection of all experts) counts as one, whatever it is made of on a CPU. Experts are
+never run one by one here, as transformers' own loop would.
 """
 
 from collections.abc import Callable, Iterator
@@ -72,14 +73,14 @@ def counted(config: Any) -> Counted:
     small = shrink(config)
     _, model = twin.filled(small, twin.require(config))
     model.bfloat16()
-    plain = layers(model)
+    plain = layers(model, False)
     list(place(model, fuse.plan(config).rewrites))
-    return Counted(plain, layers(model))
+    return Counted(plain, layers(model, True))
 
 
 @torch.no_grad()
-def layers(model: Any) -> int:
-    """The most kernels of any decoder layer of a twin, for one token."""
+def layers(model: Any, fused: bool) -> int:
+    """The most kernels of any decoder layer of a twin, for one token. fused: our kernels sort and add up experts."""
     ids = torch.arange(10, 14)[None]
     held: nn.ModuleList = model.get_submodule(layers_path(model, ids))
     count, each = Count(), []
@@ -95,7 +96,7 @@ def layers(model: Any) -> int:
         for target, name, function in (
             (norm, "norm", count.one(norm.norm)), (glu, "act_mul", count.one(glu.act_mul)),
             (rotary, "rotate", count.one(rotary.rotate)), (experts, "stays_on_device", lambda *_: True),
-            (experts, "project", count.one(projected)), (experts, "kernel", lambda: Routed(count)),
+            (experts, "dense", count.one(dense)), (experts, "kernel", lambda: Routed(count, fused)),
         ):  # fmt: skip
             stack.enter_context(patch.object(target, name, function))
         hf.register_attention(OTHERS, count.one(attention.forward, 0))
@@ -110,18 +111,20 @@ def layers(model: Any) -> int:
     return max(each)
 
 
-def projected(host: Any, name: str, x: Tensor, rows: Tensor) -> Tensor:
+def dense(x: Tensor, weight: Tensor, transposed: bool, rows: Tensor) -> Tensor:
     """One projection of all experts, as the host would do it. Rows that belong to none stay zero."""
     numbers = rows.tolist()
-    y = PROJECT(host, name, x[: sum(numbers)], numbers)
+    y = DENSE(x[: sum(numbers)], weight, transposed, numbers)
     return torch.cat([y, y.new_zeros(len(x) - len(y), y.shape[-1])])
 
 
 class Routed:
-    """What kernels.triton_route does, one launch each."""
+    """What kernels.triton_route does, in one launch each, or by the operations of torch that they stand for."""
 
-    def __init__(self, count: Count):
-        self.route, self.combine = count.one(self.routed), count.one(self.combined)
+    def __init__(self, count: Count, fused: bool):
+        self.route, self.combine = self.routed, self.combined
+        if fused:
+            self.route, self.combine = count.one(self.routed), count.one(self.combined)
 
     @staticmethod
     def routed(choices: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,4 +137,4 @@ class Routed:
         return (y[place].view(*choices.shape, -1) * weights[..., None]).sum(1).to(dtype)
 
 
-PROJECT = experts.project
+DENSE = experts.dense
