@@ -84,21 +84,10 @@ def served(asked: dict[str, Any], kind: type) -> dict[str, Any]:
     for name, value in asked.items():
         if name not in known and value is not False:
             raise RequestError(f"--{name.replace('_', '-')}: this version cannot do that yet; leave it out")
-    present(str(asked.get("device", "auto")))
+    from fewbit.models.device import present
+
+    present(str(asked.get("device", "auto")))  # nothing is started on it here: ranks may be processes of their own
     return {name: value for name, value in asked.items() if name in known}
-
-
-def present(device: str) -> None:
-    """Refuse a device that is not here. Nothing is started on one that is: ranks may be processes of their own."""
-    import torch
-
-    try:
-        found = torch.device("cpu" if device == "auto" else device)
-    except RuntimeError as error:
-        raise RequestError(f"device {device!r}: {str(error).splitlines()[0]}; auto takes what is there") from error
-    count = torch.cuda.device_count() if found.type == "cuda" else 1
-    if found.type == "cuda" and (found.index or 0) >= count:
-        raise RequestError(f"device {device!r}: torch sees {count} such devices here; auto takes what is there")
 
 
 def tokens_of(text: str) -> int | None:

@@ -79,10 +79,10 @@ def chat(
 
 def started(model: str, **options: Any) -> Any:
     """An engine with a tokenizer."""
-    from fewbit.cli.serving_run import present
     from fewbit.engine.config import EngineConfig
     from fewbit.engine.engine import Engine
     from fewbit.errors import RequestError
+    from fewbit.models.device import present
 
     present(options["device"])
     engine = Engine(EngineConfig.of(model=model, **options))
@@ -139,10 +139,10 @@ def run_batch(
     given: dict[str, Any],
 ) -> None:
     """Answer a file of requests in OpenAI's batch format."""
-    from fewbit.cli.serving_run import present
     from fewbit.engine.config import EngineConfig
     from fewbit.engine.engine import Engine
     from fewbit.errors import RequestError
+    from fewbit.models.device import present
     from fewbit.server.batch import read, run
     from fewbit.server.config import ServerConfig
 
@@ -218,10 +218,10 @@ def throughput(
 
 
 def batch(model: str, count: int, input_len: int, output_len: int, repeat: int, options: dict[str, Any]) -> Any:
-    from fewbit.cli.serving_run import present
     from fewbit.engine.bench import measure
     from fewbit.engine.config import EngineConfig
     from fewbit.engine.engine import Engine
+    from fewbit.models.device import present
 
     present(options["device"])
     return measure(Engine(EngineConfig.of(model=model, **options)), count, input_len, output_len, repeat)

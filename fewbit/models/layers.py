@@ -21,6 +21,7 @@ from fewbit.errors import CheckpointError
 from fewbit.models import hf, kv, twin
 from fewbit.models.account import matches
 from fewbit.models.build import resolve_dtype
+from fewbit.models.device import present
 from fewbit.models.fill import Filler, ask, assign, owner, prepare
 from fewbit.models.hidden import Hidden
 from fewbit.models.placement import Placement, natural
@@ -82,7 +83,7 @@ class Layers:
         cached: kv.Asked | None = None,
     ):
         """plain: linears stay transformers' own."""
-        self.source, self.device = source, torch.device(device)
+        self.source, self.device = source, present(device)
         self.config = hf.read_config(source.config) if config is None else config
         self.options = Options("decoded", activations, resolve_dtype(dtype, self.config))
         self.model = hf.build(self.config, self.options.dtype, attention or twin.require(self.config))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fewbit.errors import SpecError
 from fewbit.kernels.registry import Kernel, kernels
+from fewbit.models.device import present
 from fewbit.quant import elements
 from fewbit.quant.formats import FORMATS, get
 from fewbit.quant.qtensor import Planes, QTensor, Quantized, planes_of, scale_of, store
@@ -73,7 +74,7 @@ def render(found: Sequence[Certificate]) -> str:
 
 def certify(names: Sequence[str] = (), device: str = "cpu", which: Sequence[str] = ()) -> Iterator[Certificate]:
     """Formats by name (none: all) on every kernel of the device that takes them, or on those named."""
-    place = torch.device(device)
+    place = present(device)
     linear = [k for k in kernels() if k.op == "linear"]
     if unknown := sorted(set(which) - {k.name for k in linear}):
         raise SpecError(f"kernel {', '.join(unknown)} is not known; known: {', '.join(k.name for k in linear)}")

@@ -101,3 +101,10 @@ def test_command() -> None:
     found = json.loads(done.stdout)
     assert done.returncode == 0 and [one["ok"] for one in found] == [True] * 3
     assert {one["inputs"] for one in found} == {"equal"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is here")
+def test_a_device_that_is_not_here() -> None:
+    command = [sys.executable, "-m", "fewbit", "certify", "fp8-tensor", "--device", "cuda"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "torch sees 0 such devices" in done.stderr and "Traceback" not in done.stderr
