@@ -6,22 +6,19 @@ an idle engine costs nothing, and end when that pair is closed. A rank that dies
 
 import hashlib
 import json
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fewbit.engine.batch import Flight
 from fewbit.engine.config import EngineConfig
-from fewbit.engine.parallel_group import Group
+from fewbit.engine.parallel_group import Group, meeting
 from fewbit.engine.parallel_wire import STEP, Sender, Wire
 from fewbit.engine.runner import Logits
 from fewbit.engine.scheduler import Work
@@ -41,8 +38,7 @@ class Team:
         self.size = config.tensor_parallel_size
         if device == "cuda" and torch.cuda.device_count() < self.size:
             raise CapacityError(f"tensor_parallel_size={self.size}: there are {torch.cuda.device_count()} GPUs here")
-        self.folder = Path(tempfile.mkdtemp(prefix="fewbit-ranks-"))
-        self.group = Group(0, self.size, device, self.folder / "store")
+        self.group = Group(0, self.size, device, meeting(self.size))
         self.lost: str = ""
         self.first: Rank | None = None  # the one that died first: what the others say follows from it
         self._threads = torch.get_num_threads()
@@ -52,7 +48,7 @@ class Team:
         self.ranks: list[Rank] = []
         try:
             for number in range(1, self.size):
-                self.ranks.append(Rank(number, config, device, self.folder, self._died))
+                self.ranks.append(Rank(number, config, device, self.group.file, self._died))
         except BaseException:
             self.close()
             raise
@@ -86,7 +82,6 @@ class Team:
                 raise FewbitError(f"tensor parallel: rank {rank.number} cut the model in another way than rank 0")
         self.command("connect")
         self.guarded(self.group.connect)
-        shutil.rmtree(self.folder, ignore_errors=True)  # they have met
 
     def command(self, name: str, **values: Any) -> None:
         self._each(lambda rank: rank.wire.tell(command=name, **values))
@@ -144,22 +139,21 @@ class Team:
             rank.close()
         self.group.close()
         torch.set_num_threads(self._threads)
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class Rank:
     """One other process. It hears of the end of rank 0 by the end of their socket pair."""
 
-    def __init__(self, number: int, config: EngineConfig, device: str, folder: Path,
+    def __init__(self, number: int, config: EngineConfig, device: str, file: int,
                  died: Callable[["Rank", int], None]):  # fmt: skip
         self.number, self.words = number, ""
         mine, theirs = socket.socketpair()
         told = {"path": sys.path, "rank": number, "size": config.tensor_parallel_size, "device": device,
-                "store": str(folder / "store"), "socket": theirs.fileno(), "config": asdict(config),
+                "file": file, "socket": theirs.fileno(), "config": asdict(config),
                 "threads": torch.get_num_threads()}  # fmt: skip
         with theirs:
             self.process = subprocess.Popen([sys.executable, "-c", BOOT, json.dumps(told)], stdin=subprocess.DEVNULL,
-                                            pass_fds=[theirs.fileno()])  # fmt: skip
+                                            pass_fds=[theirs.fileno(), file])  # fmt: skip
         self.wire = Wire(mine)
         self._watch = threading.Thread(target=lambda: died(self, self.process.wait()), daemon=True)
         self._watch.start()

@@ -1,12 +1,14 @@
 """Group: this process as one of several ranks on this machine; sums and joins over gloo on a CPU, nccl on GPUs.
 
 The group is made of its own, beside whatever else a program does with torch.distributed. Ranks find one another by a
-file in a private folder and, over gloo, speak on the loopback address only.
+file in memory, which nccl reads as long as it runs and which has no name that anybody could leave behind; over gloo
+they speak on the loopback address only.
 """
+
+import os
 
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +25,8 @@ NARROW = (torch.bfloat16, torch.float16)
 class Group:
     """A rank. It is connected when all ranks stand, which is after loading."""
 
-    def __init__(self, rank: int, size: int, device: str, file: Path):
+    def __init__(self, rank: int, size: int, device: str, file: int):
+        """file: what `meeting` gave rank 0, open in this process."""
         if not dist.is_available():
             raise UnsupportedError(f"tensor_parallel_size={size}: this torch was built without torch.distributed")
         self.rank, self.size, self.device, self.file = rank, size, device, file
@@ -31,7 +34,7 @@ class Group:
 
     def connect(self) -> None:
         """Meet the other ranks."""
-        store = dist.FileStore(str(self.file), self.size)  # type: ignore[attr-defined]
+        store = dist.FileStore(f"/proc/self/fd/{self.file}", self.size)  # type: ignore[attr-defined]
         store.set_timeout(MEETING)
         self._backend = (
             nccl(store, self.rank, self.size) if self.device == "cuda" else gloo(store, self.rank, self.size)
@@ -59,12 +62,22 @@ class Group:
         return torch.cat([each.view(x.dtype)[..., :n] for each, n in zip(found, sizes, strict=True)], -1)
 
     def abort(self) -> None:
-        """End what waits for a rank that is gone."""
-        if self._backend is not None and self.device == "cuda":
-            self._backend.abort()
+        """End what waits for a rank that is gone; nothing is summed or joined after."""
+        backend, self._backend = self._backend, None
+        if backend is not None and self.device == "cuda":
+            backend.abort()
 
     def close(self) -> None:
-        self._backend = None
+        """Nccl's threads read the file until they end with the backend."""
+        self.abort()
+        os.close(self.file)
+
+
+def meeting(size: int) -> int:
+    """A file by which so many ranks find one another."""
+    if not hasattr(os, "memfd_create"):
+        raise UnsupportedError(f"tensor_parallel_size={size}: only on Linux")
+    return os.memfd_create("fewbit-ranks")
 
 
 def gloo(store: Any, rank: int, size: int) -> Any:

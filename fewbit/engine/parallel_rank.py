@@ -7,7 +7,6 @@ import signal
 import socket
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,7 +54,7 @@ def say(wire: Wire, error: BaseException) -> None:
 def serve(wire: Wire, told: dict[str, Any]) -> None:
     torch.set_num_threads(told["threads"])
     config = EngineConfig.of(**told["config"])
-    group = Group(told["rank"], told["size"], told["device"], Path(told["store"]))
+    group = Group(told["rank"], told["size"], told["device"], told["file"])
     if told["device"] == "cuda":
         torch.cuda.set_device(told["rank"])
     loaded = load(config, group)

@@ -92,7 +92,7 @@ class Receiver:
         held = numbers.tolist()
         gone = held[1 : 1 + held[0]]
         for number in gone:
-            self._known.pop(number, None)
+            self._known.pop(number).pages = []  # as rank 0's have none: Tables gives its row to another
         at, works = 2 + len(gone), []
         for _ in range(held[at - 1]):
             work, at = self._work(held, at)

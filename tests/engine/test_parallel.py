@@ -22,6 +22,7 @@ from fewbit.engine.parallel_wire import COMMAND, STEP, Receiver, Sender, Wire
 from fewbit.engine.params import SamplingParams
 from fewbit.engine.request import Delta, Request, Stream
 from fewbit.engine.scheduler import Work
+from fewbit.engine.tables import Tables
 from fewbit.errors import FewbitError
 from fewbit.models import kv_file
 from tests.models import saved
@@ -243,6 +244,22 @@ def test_numbers_on_the_wire() -> None:
             assert there.stream.pages == work.stream.pages and wanted(there) == wanted(work)
             streams[0].pages += [20 + number]
     assert len(sender._known) == len(receiver._known) == 1
+
+
+def test_rows_of_tables_come_back_on_the_other_side() -> None:
+    """On a GPU pages lie in rows; many texts pass through two, at rank 0 and beside it."""
+    sender, receiver = Sender(), Receiver()
+    here, there = (Tables(2, 3, torch.device("cpu")) for _ in range(2))
+    running: list[Stream] = []
+    for number in range(7):
+        running.append(Stream(Request(str(number), [3, 4], SamplingParams()), 0, 0, [3, 4], pages=[5 + number]))
+        if len(running) > 2:
+            running.pop(0).pages = []
+        works = [Work(stream, 0, 2) for stream in running]
+        theirs = receiver.unpack(sender.pack(works))
+        for tables, held in ((here, works), (there, theirs)):
+            rows = tables.rows([work.stream for work in held])
+            assert tables.pages[rows, 0].tolist() == [work.stream.pages[0] for work in works]
 
 
 def test_messages_are_framed() -> None:
