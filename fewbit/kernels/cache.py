@@ -114,9 +114,9 @@ def coded(rows: Tensor, element: Element) -> tuple[Tensor, Tensor]:
 
 
 def codes_of(wide: Tensor, element: Element) -> Tensor:
-    """Values / scale -> codes; what a code cannot hold becomes the nearest, NaN stays NaN where there is one."""
+    """Values / scale -> codes; what a code cannot hold becomes the nearest. NaN stays NaN, or 0 where there is none."""
     held = HELD[element]
-    wide = wide if held.is_floating_point else wide.round()
+    wide = wide if held.is_floating_point else wide.round().nan_to_num()
     return wide.clamp(element.min, element.max).to(held)
 
 

@@ -63,11 +63,12 @@ def _rows(
                 tl.atomic_add(cut, many)
         else:
             scale = tl.math.div_rn(tl.max(tl.abs(x), 1), MOST)
+            scale = tl.where(tl.sum((x != x).to(tl.int32), 1) > 0, float("nan"), scale)  # which tl.max overlooks
             tl.store(scales + slot * heads + head, scale, mask=head < heads)
             unit = tl.where(scale > 0.0, scale, 1.0)
             x = tl.math.div_rn(x, tl.broadcast_to(unit[:, None], x.shape))
         if WHOLE:
-            x = x + EVEN - EVEN
+            x = tl.where(x == x, x + EVEN - EVEN, 0.0)
         x = tl.maximum(x, LEAST, propagate_nan=tl.PropagateNan.ALL)
         x = tl.minimum(x, MOST, propagate_nan=tl.PropagateNan.ALL)
     tl.store(plane + head[:, None] * p_head + d[None, :], x.to(plane.dtype.element_ty), mask=there)

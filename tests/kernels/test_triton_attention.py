@@ -280,6 +280,19 @@ def test_what_a_measured_scale_cuts_off_is_counted(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["int8", "fp8_per_token_head"])
+def test_one_number_that_is_none_takes_its_row_along(form: str) -> None:
+    """Both ways to write: the scale says it, since codes may not."""
+    key = torch.ones(1, 2, 3, 16)
+    key[0, 1, 2, 5] = torch.nan
+    for write in (Cache.write, triton_attention.write):
+        cache = Cache.like(3, key, key, None, rounding(form, 2))
+        write(cache, torch.arange(3), key, key)
+        for held in cache.read(torch.arange(3), torch.float32):
+            assert held.isnan().all(-1)[0].tolist() == [[False] * 3, [False, False, True]]
+            assert bool(held[~held.isnan()].eq(1).all())
+
+
+@pytest.mark.parametrize("form", ["int8", "fp8_per_token_head"])
 def test_a_scale_of_each_row_is_as_close_as_its_step(form: str) -> None:
     draw = torch.Generator().manual_seed(0)
     key, value = (torch.randn(1, 2, 9, 20, generator=draw) * 10.0 ** torch.arange(9)[:, None] for _ in range(2))
