@@ -88,14 +88,24 @@ def measure(llm: LLM, column: str, repeat: int) -> tuple[float, str]:
     return rate, f" {step:.2f} ms"
 
 
+def resident(what: str) -> int:
+    """KiB of this process, as Linux says."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what))
+
+
 def row(name: str, model: Path, columns: list[str], repeat: int, options: dict[str, object]) -> None:
     given, peer = ROWS[name]
-    begun = time.perf_counter()
+    torch.zeros(1, device="cuda")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before, begun = resident("VmHWM"), time.perf_counter()
     llm = LLM(model, **COMMON, **given, **options)
     ready = time.perf_counter() - begun
     engine = llm.llm_engine
     tokens, held = engine.limits.pages * engine.config.block_size, torch.cuda.memory_allocated() / 2**30
-    print(f"{name}: ready {ready:.1f} s, {tokens} KV tokens, {held:.1f} GiB held", flush=True)
+    host = (resident("VmHWM") - before) / 2**20
+    print(f"{name}: ready {ready:.1f} s, {tokens} KV tokens, {held:.1f} GiB held, {host:.2f} GiB of the host at most "
+          "beyond what the runtime had", flush=True)  # fmt: skip
     timed(llm, texts(4, 100, 200, random.Random(9)), [4] * 4)
     for column in columns:
         rate, more = measure(llm, column, repeat)

@@ -6,7 +6,6 @@ they speak on the loopback address only.
 """
 
 import os
-
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any

@@ -13,7 +13,7 @@ from fewbit.inc.config import Config
 from fewbit.inc.files import Node
 from fewbit.inc.nodes import Site
 from fewbit.inc.scales import act_spec, weight_spec
-from fewbit.kernels import saturation
+from fewbit.kernels.rounded import rounded
 from fewbit.models.arrival import Arrival
 from fewbit.quant.elements import F32
 from fewbit.quant.qtensor import Planes
@@ -57,7 +57,7 @@ class Rounds:
     def _rounded(self, x: Tensor, scale: float | None) -> Tensor:
         if scale is None:
             return x
-        return saturation.rounded(x, self.spec, {"scale0": torch.full((1, 1), scale, device=x.device)})
+        return rounded(x, self.spec, {"scale0": torch.full((1, 1), scale, device=x.device)})
 
     @property
     def any(self) -> bool:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fewbit.kernels import saturation, tiles, torch_dequant
+from fewbit.kernels import tiles, torch_dequant
 from fewbit.kernels.compiled import library
+from fewbit.kernels.rounded import rounded
 from fewbit.kernels.torch_dequant import Rows, expert, low_rank
 from fewbit.quant import elements
 from fewbit.quant.blocks import regrid
@@ -152,8 +153,8 @@ def run_linear(x: Tensor, packed: Packed | Rows, bias: Tensor | None = None) -> 
         return torch_dequant.run_linear(x, packed, bias)
     q = packed.source
     x = transformed(x, q.transforms)
-    rounded = saturation.rounded(x, q.format.act, q.act) if q.format.act and packed.rule is None else x
-    y = times(rounded.reshape(-1, rounded.shape[-1]).contiguous(), packed).view(*x.shape[:-1], -1)
+    seen = rounded(x, q.format.act, q.act) if q.format.act and packed.rule is None else x
+    y = times(seen.reshape(-1, seen.shape[-1]).contiguous(), packed).view(*x.shape[:-1], -1)
     return low_rank(x, q.transforms, y if bias is None else y.add_(bias))
 
 

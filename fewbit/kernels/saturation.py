@@ -2,7 +2,7 @@
 
 A GPU is not waited for: what is read is what had come to the host when it was last asked.
 
-A scale that is chosen at each call cuts nothing off. Kernels that round inputs themselves, and not here, do not count.
+A scale that is chosen at each call cuts nothing off. Kernels that round inputs to codes themselves do not count.
 """
 
 import torch
@@ -17,14 +17,13 @@ _COMING: dict[torch.device, Tensor] = {}  # of a GPU: pinned memory that its cou
 ENDLESS = 1e30
 
 
-def rounded(x: Tensor, spec: QuantSpec, planes: Planes) -> Tensor:
-    """quant.reference.fake_quant, counted."""
+def count(x: Tensor, spec: QuantSpec, planes: Planes) -> None:
+    """How many of x these scales cut off."""
     if spec.scales and not spec.dynamic and x.numel():
         low, high = (
             fake_quant(x.new_full((1, 1), end, dtype=torch.float32), spec, planes) for end in (-ENDLESS, ENDLESS)
         )
         count_of(x.device).add_(((x < low) | (x > high)).sum())
-    return fake_quant(x, spec, planes)
 
 
 def total() -> int:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from fewbit.kernels.rounded import rounded
 from fewbit.kernels.torch_dequant import expert, listed, low_rank
 from fewbit.quant.qtensor import Quantized
-from fewbit.quant.reference import decode, fake_quant, transformed
+from fewbit.quant.reference import decode, transformed
 
 
 @dataclass(slots=True)
@@ -36,8 +37,8 @@ def run_linear(x: Tensor, packed: Decoded, bias: Tensor | None = None) -> Tensor
     """x: [..., K] -> [..., N]."""
     q = packed.source
     x = transformed(x, q.transforms)
-    rounded = fake_quant(x, q.format.act, q.act) if q.format.act else x
-    return low_rank(x, q.transforms, linear(rounded, packed.values(x.dtype), bias))
+    seen = rounded(x, q.format.act, q.act) if q.format.act else x
+    return low_rank(x, q.transforms, linear(seen, packed.values(x.dtype), bias))
 
 
 def prepack_experts(q: Quantized) -> tuple[Decoded, ...]:

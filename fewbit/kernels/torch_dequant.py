@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fewbit.kernels import saturation
+from fewbit.kernels.rounded import rounded
 from fewbit.quant.blocks import row_unit
 from fewbit.quant.qtensor import QTensor, Quantized, Transform, slice
 from fewbit.quant.reference import decode, transformed
@@ -39,11 +39,11 @@ def run_linear(x: Tensor, packed: Rows, bias: Tensor | None = None) -> Tensor:
     """x: [..., K] -> [..., N]."""
     q = packed.source
     x = transformed(x, q.transforms)
-    rounded = saturation.rounded(x, q.format.act, q.act) if q.format.act else x
+    seen = rounded(x, q.format.act, q.act) if q.format.act else x
     if len(packed.runs) == 1:
-        y = linear(rounded, decode(packed.runs[0]).to(x.dtype), bias)
+        y = linear(seen, decode(packed.runs[0]).to(x.dtype), bias)
     else:
-        y = _by_runs(rounded, packed.runs, q.weight.shape[-2])
+        y = _by_runs(seen, packed.runs, q.weight.shape[-2])
         y = y if bias is None else y.add_(bias)
     return low_rank(x, q.transforms, y)
 

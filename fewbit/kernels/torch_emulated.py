@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewbit.kernels import saturation, triton_experts, triton_runtime
+from fewbit.kernels import triton_experts, triton_runtime
 from fewbit.kernels.humming_linear import emptied
 from fewbit.kernels.packed import dense_linear
+from fewbit.kernels.rounded import rounded
 from fewbit.kernels.torch_dequant import expert, listed, low_rank
 from fewbit.quant.qtensor import Quantized
 from fewbit.quant.reference import decode, transformed
@@ -28,14 +29,14 @@ def prepack(q: Quantized, dtype: torch.dtype) -> Emulated:
     return Emulated(emptied(q), decode(q.weight).to(dtype))
 
 
-def rounded(x: Tensor, q: Quantized) -> Tensor:
-    return saturation.rounded(x, q.format.act, q.act) if q.format.act else x
+def seen(x: Tensor, q: Quantized) -> Tensor:
+    return rounded(x, q.format.act, q.act) if q.format.act else x
 
 
 def run_linear(x: Tensor, packed: Emulated, bias: Tensor | None = None) -> Tensor:
     """x: [..., K] -> [..., N]."""
     x = transformed(x, packed.source.transforms)
-    return low_rank(x, packed.source.transforms, dense_linear(rounded(x, packed.source), packed.weight, bias))
+    return low_rank(x, packed.source.transforms, dense_linear(seen(x, packed.source), packed.weight, bias))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ def prepack_experts(q: Quantized, dtype: torch.dtype) -> EmulatedExperts:
 def run_experts(x: Tensor, packed: EmulatedExperts, rows: Sequence[int] | Tensor) -> Tensor:
     """x: [S, K] sorted by expert, rows: how many belong to each -> [S, N]."""
     if packed.shared is not None and isinstance(rows, Tensor) and triton_runtime.lacking(x.device) is None:
-        return triton_experts.run_plain(rounded(x, packed.shared), packed.weight, False, rows)
+        return triton_experts.run_plain(seen(x, packed.shared), packed.weight, False, rows)
     counts = listed(rows)
     over = x.new_zeros(len(x) - sum(counts), packed.weight.shape[1])
     runs = zip(x[: sum(counts)].split(counts), packed.each, strict=True)

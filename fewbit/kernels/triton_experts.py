@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fewbit.kernels import torch_dequant, triton_linear
 from fewbit.kernels.coded import Coded, coded, plain
+from fewbit.kernels.rounded import rounded
 from fewbit.kernels.torch_dequant import listed
 from fewbit.quant.qtensor import Quantized
-from fewbit.quant.reference import fake_quant
 from fewbit.quant.spec import Format, QuantSpec
 
 
@@ -44,9 +44,9 @@ def run_experts(x: Tensor, packed: Coded | Quantized, rows: Sequence[int] | Tens
     assert q is not None
     if torch.is_grad_enabled() and x.requires_grad:
         return torch_dequant.run_experts(x, q, listed(rows))
-    rounded = fake_quant(x, q.format.act) if q.format.act else x
+    seen = rounded(x, q.format.act, {}) if q.format.act else x
     counts = rows if isinstance(rows, Tensor) else torch.tensor(rows, device=x.device)
-    return grouped(rounded.contiguous(), packed, counts)
+    return grouped(seen.contiguous(), packed, counts)
 
 
 def run_plain(x: Tensor, weight: Tensor, transposed: bool, counts: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fewbit.kernels import torch_dequant, triton_runtime
 from fewbit.kernels.coded import Coded, lacking
+from fewbit.kernels.rounded import rounded
 from fewbit.kernels.torch_dequant import low_rank
-from fewbit.quant.reference import fake_quant, transformed
+from fewbit.quant.reference import transformed
 from fewbit.quant.spec import Format
 
 FEW = 128  # rows up to which codes are decoded in registers
@@ -51,8 +52,8 @@ def run_linear(x: Tensor, packed: Coded, bias: Tensor | None = None) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
         return torch_dequant.run_linear(x, torch_dequant.prepack_linear(q), bias)  # which can be gone back through
     x = transformed(x, q.transforms)
-    rounded = fake_quant(x, q.format.act, q.act) if q.format.act else x
-    flat = rounded.reshape(-1, packed.k).contiguous()
+    seen = rounded(x, q.format.act, q.act) if q.format.act else x
+    flat = seen.reshape(-1, packed.k).contiguous()
     y = few(flat, packed, bias) if len(flat) <= FEW else many(flat, packed, bias)
     return low_rank(x, q.transforms, y.view(*x.shape[:-1], packed.n))
 

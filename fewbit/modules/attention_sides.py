@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.errors import UnsupportedError
-from fewbit.kernels import saturation
+from fewbit.kernels.rounded import rounded
 from fewbit.quant.elements import E4M3
 from fewbit.quant.qtensor import Planes
 from fewbit.quant.spec import QuantSpec
@@ -81,8 +81,8 @@ def mapped(sides: Sides, change: Callable[[Tensor], Tensor]) -> Sides:
 def heads(x: Tensor, spec: QuantSpec, planes: Planes) -> Tensor:
     """x: [B, G, T, D]; planes with an axis of heads are each head's own."""
     if all(plane.dim() == 2 for plane in planes.values()):
-        return saturation.rounded(x, spec, planes)
-    each = [saturation.rounded(x[:, h], spec, {n: p[h] for n, p in planes.items()}) for h in range(x.shape[1])]
+        return rounded(x, spec, planes)
+    each = [rounded(x[:, h], spec, {n: p[h] for n, p in planes.items()}) for h in range(x.shape[1])]
     return torch.stack(each, 1)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fewbit.kernels import saturation
+from fewbit.kernels.rounded import rounded
 from fewbit.quant.elements import F32, INT8
 from fewbit.quant.formats import FORMATS, TENSOR_FP8, TOKEN_FP8, TOKEN_INT8
 from fewbit.quant.reference import fake_quant
@@ -17,7 +18,7 @@ def test_static(form: QuantSpec, low: float, high: float) -> None:
     planes = {"scale0": torch.full((1, 1), 2.0)}
     x = torch.tensor([[low, low - 5, high, high + 5], [1.0, 0.0, 1e5, float("nan")]])
     before = saturation.total()
-    got = saturation.rounded(x, form, planes)
+    got = rounded(x, form, planes)
     assert saturation.total() - before == 3
     assert torch.equal(got[0], fake_quant(x, form, planes)[0])
 
@@ -26,7 +27,7 @@ def test_dynamic() -> None:
     before = saturation.total()
     for form in (TOKEN_FP8, TOKEN_INT8, FORMATS["mxfp8"].act):
         assert form is not None
-        saturation.rounded(torch.randn(3, 64) * 1e6, form, {})
+        rounded(torch.randn(3, 64) * 1e6, form, {})
     assert saturation.total() == before
 
 
@@ -34,6 +35,6 @@ def test_counted_first_in_inference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saturation, "_COUNTS", {})
     x, planes = torch.full((1, 2), 1e5), {"scale0": torch.full((1, 1), 2.0)}
     with torch.inference_mode():
-        saturation.rounded(x, TENSOR_FP8, planes)
-    saturation.rounded(x, TENSOR_FP8, planes)
+        rounded(x, TENSOR_FP8, planes)
+    rounded(x, TENSOR_FP8, planes)
     assert saturation.total() == 4
