@@ -17,7 +17,8 @@ Kv = Annotated[str | None, typer.Option("--kv", help=(
     "Measure scales of a KV cache into the file OUTPUT: fp8, fp8_inc, int8 ...; with -head, by head."))]  # fmt: skip
 Inc = Annotated[Path | None, typer.Option("--inc", metavar="CONFIG", help=(
     "Measure as Intel Neural Compressor does: its JSON, of mode MEASURE, says what and where files go."))]  # fmt: skip
-Ranks = Annotated[int, typer.Option("--tensor-parallel-size", "-tp", min=1, help="Ranks, with --inc.")]
+Ranks = Annotated[int, typer.Option("--tensor-parallel-size", "-tp", min=1, help=(
+    "Ranks that measure, with --inc; without, calibration is of the whole model, the same for any number."))]  # fmt: skip
 Tokens = Annotated[int, typer.Option("--tokens", min=1, help="Generated after each sample, with --inc.")]
 Batch = Annotated[int, typer.Option("--calib-batch-size", min=1, help="Samples run at once.")]
 
@@ -54,7 +55,7 @@ def calibrate(
     text = {"samples": calib_samples, "length": calib_len, "seed": seed, "chat": chat, "order": order}
     if kv is not None:
         others = {"--inc": inc, "--fakequant": fakequant, "--kv-fakequant": kv_fakequant, "--calib-batch-size": batch}
-        measure_cache(model, kv, out, others, as_json, calib=calib, device=device, dtype=dtype,
+        measure_cache(model, kv, out, others, as_json, tensor_parallel_size, calib=calib, device=device, dtype=dtype,
                       max_memory=nbytes(max_memory), overwrite=overwrite, **text)  # fmt: skip
         return
     if inc is not None:
@@ -78,10 +79,12 @@ def calibrate(
         print(json.dumps(summary(out, state), indent=2))
         return
     print(f"{out}: float weights, and the state of quantizers in {len(state)} tensors (quant_amax.st, quant_amax.pth)")
+    whole(tensor_parallel_size)
     print(f"next:   fewbit serve {out} --amax-file {out}")
 
 
-def measure_cache(model: str, kv: str, out: Path | None, others: dict[str, Any], as_json: bool, **options: Any) -> None:
+def measure_cache(model: str, kv: str, out: Path | None, others: dict[str, Any], as_json: bool, ranks: int,
+                  **options: Any) -> None:  # fmt: skip
     """others: flags that say something else than --kv."""
     from fewbit.engine.start import progress
     from fewbit.errors import RequestError
@@ -97,7 +100,14 @@ def measure_cache(model: str, kv: str, out: Path | None, others: dict[str, Any],
         return
     rows = [(name, f"{k:.6g}", f"{v:.6g}") for name, (k, v) in found.modules.items()]
     table(f"{found.format} on {found.tokens} tokens", ["attention", "scale of keys", "scale of values"], rows)
+    whole(ranks)
     print(f"next:   fewbit serve {model} --kv-scales {out}")
+
+
+def whole(ranks: int) -> None:
+    """What --tensor-parallel-size came to, where no ranks measure."""
+    if ranks > 1:
+        print(f"the values are of the whole model: the same for {ranks} ranks as for one, and each cuts what it holds")
 
 
 def alone(flag: str, others: dict[str, Any]) -> None:
