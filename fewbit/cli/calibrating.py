@@ -18,8 +18,9 @@ Kv = Annotated[str | None, typer.Option("--kv", help=(
 Inc = Annotated[Path | None, typer.Option("--inc", metavar="CONFIG", help=(
     "Measure as Intel Neural Compressor does: its JSON, of mode MEASURE, says what and where files go."))]  # fmt: skip
 Ranks = Annotated[int, typer.Option("--tensor-parallel-size", "-tp", min=1, help=(
-    "Ranks that measure, with --inc; without, calibration is of the whole model, the same for any number."))]  # fmt: skip
+    "Ranks that measure, with --inc; what else is calibrated is the same for any number."))]  # fmt: skip
 Tokens = Annotated[int, typer.Option("--tokens", min=1, help="Generated after each sample, with --inc.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code in the checkpoint.")]
 Batch = Annotated[int, typer.Option("--calib-batch-size", min=1, help="Samples run at once.")]
 
 
@@ -43,6 +44,7 @@ def calibrate(
     max_shard: Annotated[int, typer.Option(help="Largest shard, in bytes.")] = 5_000_000_000,
     overwrite: Annotated[bool, typer.Option(help="Replace a model that is already in OUTPUT.")] = False,
     tensor_parallel_size: Ranks = 1,
+    trust_remote_code: Trust = False,
     tokens: Tokens = 1,
     as_json: Json = False,
 ) -> None:
@@ -56,13 +58,14 @@ def calibrate(
     if kv is not None:
         others = {"--inc": inc, "--fakequant": fakequant, "--kv-fakequant": kv_fakequant, "--calib-batch-size": batch}
         measure_cache(model, kv, out, others, as_json, tensor_parallel_size, calib=calib, device=device, dtype=dtype,
-                      max_memory=nbytes(max_memory), overwrite=overwrite, **text)  # fmt: skip
+                      max_memory=nbytes(max_memory), overwrite=overwrite, trust_remote_code=trust_remote_code,
+                      **text)  # fmt: skip
         return
     if inc is not None:
         others = {"--output": out, "--fakequant": fakequant, "--kv-fakequant": kv_fakequant, "--max-memory": max_memory,
                   "--calib-batch-size": batch}  # fmt: skip
         measure(model, inc, others, as_json, calib=calib, tokens=tokens, tensor_parallel_size=tensor_parallel_size,
-                device=device, dtype=dtype or "auto", **text)  # fmt: skip
+                device=device, dtype=dtype or "auto", trust_remote_code=trust_remote_code, **text)  # fmt: skip
         return
     from fewbit.compat.fakequant import calibrate as run
     from fewbit.engine.start import progress
@@ -74,7 +77,8 @@ def calibrate(
     text |= {"data": calib}
     with progress("calibrating") as tell:
         state = run(model, out, fakequant, kv_fakequant, text=text, batch=calib_batch_size, device=device, dtype=dtype,
-                    max_shard=max_shard, overwrite=overwrite, tell=tell)  # fmt: skip
+                    max_shard=max_shard, overwrite=overwrite, trust_remote_code=trust_remote_code,
+                    tell=tell)  # fmt: skip
     if as_json:
         print(json.dumps(summary(out, state), indent=2))
         return
