@@ -17,8 +17,10 @@ Kv = Annotated[str | None, typer.Option("--kv", help=(
     "Measure scales of a KV cache into the file OUTPUT: fp8, fp8_inc, int8 ...; with -head, by head."))]  # fmt: skip
 Inc = Annotated[Path | None, typer.Option("--inc", metavar="CONFIG", help=(
     "Measure as Intel Neural Compressor does: its JSON, of mode MEASURE, says what and where files go."))]  # fmt: skip
-Ranks = Annotated[int, typer.Option("--tensor-parallel-size", "-tp", min=1, help="Ranks, with --inc.")]
+Ranks = Annotated[int, typer.Option("--tensor-parallel-size", "-tp", min=1, help=(
+    "Ranks that measure, with --inc; what else is calibrated is the same for any number."))]  # fmt: skip
 Tokens = Annotated[int, typer.Option("--tokens", min=1, help="Generated after each sample, with --inc.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code in the checkpoint.")]
 Batch = Annotated[int, typer.Option("--calib-batch-size", min=1, help="Samples run at once.")]
 
 
@@ -42,6 +44,7 @@ def calibrate(
     max_shard: Annotated[int, typer.Option(help="Largest shard, in bytes.")] = 5_000_000_000,
     overwrite: Annotated[bool, typer.Option(help="Replace a model that is already in OUTPUT.")] = False,
     tensor_parallel_size: Ranks = 1,
+    trust_remote_code: Trust = False,
     tokens: Tokens = 1,
     as_json: Json = False,
 ) -> None:
@@ -54,14 +57,15 @@ def calibrate(
     text = {"samples": calib_samples, "length": calib_len, "seed": seed, "chat": chat, "order": order}
     if kv is not None:
         others = {"--inc": inc, "--fakequant": fakequant, "--kv-fakequant": kv_fakequant, "--calib-batch-size": batch}
-        measure_cache(model, kv, out, others, as_json, calib=calib, device=device, dtype=dtype,
-                      max_memory=nbytes(max_memory), overwrite=overwrite, **text)  # fmt: skip
+        measure_cache(model, kv, out, others, as_json, tensor_parallel_size, calib=calib, device=device, dtype=dtype,
+                      max_memory=nbytes(max_memory), overwrite=overwrite, trust_remote_code=trust_remote_code,
+                      **text)  # fmt: skip
         return
     if inc is not None:
         others = {"--output": out, "--fakequant": fakequant, "--kv-fakequant": kv_fakequant, "--max-memory": max_memory,
                   "--calib-batch-size": batch}  # fmt: skip
         measure(model, inc, others, as_json, calib=calib, tokens=tokens, tensor_parallel_size=tensor_parallel_size,
-                device=device, dtype=dtype or "auto", **text)  # fmt: skip
+                device=device, dtype=dtype or "auto", trust_remote_code=trust_remote_code, **text)  # fmt: skip
         return
     from fewbit.compat.fakequant import calibrate as run
     from fewbit.engine.start import progress
@@ -73,15 +77,18 @@ def calibrate(
     text |= {"data": calib}
     with progress("calibrating") as tell:
         state = run(model, out, fakequant, kv_fakequant, text=text, batch=calib_batch_size, device=device, dtype=dtype,
-                    max_shard=max_shard, overwrite=overwrite, tell=tell)  # fmt: skip
+                    max_shard=max_shard, overwrite=overwrite, trust_remote_code=trust_remote_code,
+                    tell=tell)  # fmt: skip
     if as_json:
         print(json.dumps(summary(out, state), indent=2))
         return
     print(f"{out}: float weights, and the state of quantizers in {len(state)} tensors (quant_amax.st, quant_amax.pth)")
+    whole(tensor_parallel_size)
     print(f"next:   fewbit serve {out} --amax-file {out}")
 
 
-def measure_cache(model: str, kv: str, out: Path | None, others: dict[str, Any], as_json: bool, **options: Any) -> None:
+def measure_cache(model: str, kv: str, out: Path | None, others: dict[str, Any], as_json: bool, ranks: int,
+                  **options: Any) -> None:  # fmt: skip
     """others: flags that say something else than --kv."""
     from fewbit.engine.start import progress
     from fewbit.errors import RequestError
@@ -97,7 +104,14 @@ def measure_cache(model: str, kv: str, out: Path | None, others: dict[str, Any],
         return
     rows = [(name, f"{k:.6g}", f"{v:.6g}") for name, (k, v) in found.modules.items()]
     table(f"{found.format} on {found.tokens} tokens", ["attention", "scale of keys", "scale of values"], rows)
+    whole(ranks)
     print(f"next:   fewbit serve {model} --kv-scales {out}")
+
+
+def whole(ranks: int) -> None:
+    """What --tensor-parallel-size came to, where no ranks measure."""
+    if ranks > 1:
+        print(f"the values are of the whole model: the same for {ranks} ranks as for one, and each cuts what it holds")
 
 
 def alone(flag: str, others: dict[str, Any]) -> None:

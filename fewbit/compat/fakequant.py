@@ -69,7 +69,8 @@ def prepared(options: Mapping[str, Any]) -> Iterator[EngineConfig]:
         return
     device = torch.device(device_named(config.device))
     with progress("calibrating") as tell:
-        made = emulation(config.model, asked, device, dtype_of(config, device), config.tokenizer, tell)
+        made = emulation(config.model, asked, device, dtype_of(config, device), config.tokenizer, tell,
+                         config.trust_remote_code)  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="fewbit-fakequant-") as folder:
         path = Path(folder) / "emulation.safetensors"
         made.write(path)
@@ -92,24 +93,24 @@ def check(config: EngineConfig, given: Mapping[str, Any]) -> Fakequant | None:
 
 
 def emulation(model: str | Path, asked: Fakequant, device: torch.device, dtype: Any, words: str | None = None,
-              tell: Any = lambda done, total: None) -> Emulation:  # fmt: skip
+              tell: Any = lambda done, total: None, trust_remote_code: bool = False) -> Emulation:  # fmt: skip
     """words: where the tokenizer is, None for the model's own place."""
     with codecs.open(model) as source:
-        layers = opened(source, device, dtype)
+        layers = opened(source, device, dtype, trust_remote_code)
         if asked.amax_file is not None:
             return from_file(asked, layers, source)
         wanted = wish(asked.fakequant, asked.kv_fakequant, layers)
-        batches = batches_of(asked, words or model)(wanted, layers) if needs_data(wanted) else []
+        batches = batches_of(asked, words or model, trust_remote_code)(wanted, layers) if needs_data(wanted) else []
         held = run(layers, wanted, batches, tell)
         return Maker(wanted, layers, Reader(held.state, "calibration"), held.codes).emulation()
 
 
-def batches_of(asked: Fakequant, words: str | Path) -> Any:
+def batches_of(asked: Fakequant, words: str | Path, trust_remote_code: bool = False) -> Any:
     """What calibration runs on, where it needs a text."""
 
     def batches(wanted: Wish, layers: Layers) -> list[Tensor]:
         reach = int(getattr(layers.config.get_text_config(), "max_position_embeddings", None) or LONGEST)
-        found = samples(tokenizer(words), asked.calib_dataset, asked.calib_size, min(LONGEST, reach))
+        found = samples(tokenizer(words, trust_remote_code), asked.calib_dataset, asked.calib_size, min(LONGEST, reach))
         LOG.info("calibrating on %d samples of %d tokens: %s", len(found.ids), len(found.ids[0]), found.source)
         return found.batches(asked.calib_batch_size)
 
@@ -120,14 +121,14 @@ def calibrate(model: str | Path, out: str | Path, fakequant: Asked = None, kv_fa
               text: Mapping[str, Any] | None = None, batch: int = 1, **options: Any) -> State:  # fmt: skip
     """A folder with float weights and the state of their quantizers. text: of workflows.calibration, data= the first.
 
-    options: device, dtype, max_shard, overwrite, tell, of fakequant_write.calibrate.
+    options: device, dtype, max_shard, overwrite, trust_remote_code, tell, of fakequant_write.calibrate.
     """
     asked = dict(text or {})
-    data = asked.pop("data", None)
+    data, trusted = asked.pop("data", None), bool(options.get("trust_remote_code", False))
 
     def batches(wanted: Wish, layers: Layers) -> list[Tensor]:
         ids = isinstance(data, list | tuple | Tensor)
-        return calibration(None if ids else tokenizer(model), data, **asked).batches(batch)
+        return calibration(None if ids else tokenizer(model, trusted), data, **asked).batches(batch)
 
     return write(model, out, fakequant, kv_fakequant, batches, **options)
 

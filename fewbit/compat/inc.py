@@ -59,7 +59,8 @@ def calibrate(
     if asked.mode not in ("MEASURE", "SHAPE"):
         raise RequestError(f"{config}: mode is {asked.mode}, and calibration measures: set it to MEASURE")
     own = calib is None or isinstance(calib, str | Path)
-    read = tokenizer(options.get("tokenizer") or model) if own else None
+    trusted = bool(options.get("trust_remote_code", False))
+    read = tokenizer(options.get("tokenizer") or model, trusted) if own else None
     text = calibration(read, calib, samples=samples, length=length, seed=seed, chat=chat, order=order)
     with LLM(model, quantization="inc", quant_config=str(config), **options) as llm:
         params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)

@@ -178,7 +178,7 @@ def loaded(
     if config.kv_attn_math:
         multiply_in_fp8(model)
     try:
-        tokenizer = read_tokenizer(config.tokenizer or config.model)
+        tokenizer = read_tokenizer(config.tokenizer or config.model, config.trust_remote_code)
     except CheckpointError:
         if config.tokenizer:
             raise

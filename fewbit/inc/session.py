@@ -29,7 +29,7 @@ from fewbit.models import hf
 from fewbit.models.arrival import Arrival
 from fewbit.models.build import module_path
 from fewbit.models.kv import FROM
-from fewbit.models.verify import building, plausible
+from fewbit.models.verify import building, model_config
 from fewbit.modules.attention import INSIDE
 from fewbit.quant.spec import Format
 
@@ -71,9 +71,7 @@ class Session:
                 reason = f"it is {source.dialect}; leave --quantization inc and QUANT_CONFIG out to serve it as it is"
                 raise UnsupportedError(f"{model}: already quantized, and mode QUANTIZE needs float weights", [reason])
             with building(source):
-                config = hf.read_config(model if trust_remote_code else source.config, trust_remote_code)
-                plausible(source, config)
-                empty = hf.build(config, torch.bfloat16)
+                empty = hf.build(model_config(source, trust_remote_code), torch.bfloat16)
             self._plan(source, empty, cached)
 
     def _plan(self, source: codecs.Source, model: Any, cached: bool) -> None:

@@ -24,7 +24,7 @@ from fewbit.models.finding import refuse_on_errors
 from fewbit.models.shard_source import sharded
 from fewbit.models.shard_values import Ranks
 from fewbit.models.values import Watch
-from fewbit.models.verify import building, plausible, verify_source
+from fewbit.models.verify import building, model_config, verify_source
 from fewbit.modules import attention, paged
 from fewbit.modules.attention_sides import SIDES, Sides, mapped
 from fewbit.modules.linear import Linear, Options
@@ -78,8 +78,7 @@ def load(
             told = f"format={format!r}" if isinstance(format, str | Format | Plan) else "to quantize it on arrival"
             raise UnsupportedError(f"{path}: already quantized ({source.dialect}); {told} needs float weights")
         with building(source):
-            config = hf.read_config(path if trust_remote_code else source.config, trust_remote_code)
-            plausible(source, config)
+            config = model_config(source, trust_remote_code)
             options = Options(kernels, activations, resolve_dtype(dtype, config))
             model = hf.build(config, options.dtype, attend(config))
         refuse_on_errors(source.path, verify_source(source, model), unsafe_skip_verify)

@@ -222,14 +222,23 @@ def output_head(model: PreTrainedModel) -> nn.Module | None:
     return model.get_output_embeddings()
 
 
-def tokenizer(source: str | Path | Mapping[str, bytes]) -> Any:
-    """The tokenizer of a folder, or of files in memory (a GGUF's, rebuilt)."""
+def tokenizer(source: str | Path | Mapping[str, bytes], trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder, or of files in memory (a GGUF's, rebuilt).
+
+    Where transformers is not told whether to trust, it asks at the terminal, and waits. Code is imported only where
+    it is trusted and there is no tokenizer without it.
+    """
     if not isinstance(source, Mapping):
-        return AutoTokenizer.from_pretrained(source, local_files_only=True)
+        try:
+            return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        except ValueError:
+            if not trust_remote_code:
+                raise
+        return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=True)
     with tempfile.TemporaryDirectory() as folder:
         for name, content in source.items():
             (Path(folder) / name).write_bytes(content)
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def generation_config(path: str | Path) -> GenerationConfig | None:

@@ -70,22 +70,31 @@ def verify(path: str | Path) -> list[Finding]:
         return [Finding("error", "unreadable", str(path), str(error))]
 
 
-def verify_source(source: Source, model: Any = None) -> list[Finding]:
+def verify_source(source: Source, model: Any = None, trust_remote_code: bool = False) -> list[Finding]:
     """What headers and config alone can say; reads no weights."""
     try:
-        known = Known(source, model if model is not None else _skeleton(source))
+        known = Known(source, model if model is not None else _skeleton(source, trust_remote_code))
     except FewbitError as error:
         return [*_grouping(source), Finding("error", "no-model", "config.json", str(error))]
     return [finding for rule in HEADER_RULES for finding in rule(known)]
 
 
-def _skeleton(source: Source) -> Any:
+def _skeleton(source: Source, trust_remote_code: bool = False) -> Any:
     from fewbit.models import hf
 
     with building(source):
-        config = hf.read_config(source.config)
+        return hf.build(model_config(source, trust_remote_code), torch.bfloat16)
+
+
+def model_config(source: Source, trust_remote_code: bool = False) -> Any:
+    """The config object of a checkpoint, plausible beside its files; by code of its folder only where trusted."""
+    from fewbit.models import hf
+
+    with building(source):
+        folder = trust_remote_code and source.path.is_dir()
+        config = hf.read_config(source.path if folder else source.config, trust_remote_code)
         plausible(source, config)
-        return hf.build(config, torch.bfloat16)
+        return config
 
 
 @contextmanager

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from fewbit import codecs
-from fewbit.models import fuse, hf
+from fewbit.models import fuse
 from fewbit.models.fuse_count import Counted, counted
 from fewbit.models.fuse_values import Decision, Plan, lines
 from fewbit.models.observe import observe
 from fewbit.models.observe_wiring import Wiring
 from fewbit.models.twin import first_line
+from fewbit.models.verify import model_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ def _said(decision: Decision) -> dict[str, Any]:
 def fusion(path: str | Path, trust_remote_code: bool = False) -> Fusion:
     """Of the architecture of a folder or a .gguf file. Reads headers alone."""
     with codecs.open(path) as source:
-        config = hf.read_config(path if trust_remote_code else source.config, trust_remote_code)
+        config = model_config(source, trust_remote_code)
     plan, wiring = fuse.plan(config), observe(config)
     try:
         return Fusion(plan, wiring, counted(config))

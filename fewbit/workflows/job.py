@@ -215,9 +215,9 @@ def gather(job: Job) -> Samples:
     return job.samples
 
 
-def samples_of(c: Calibration, path: Path, config: Any) -> Samples:
+def samples_of(c: Calibration, path: Path, config: Any, trust_remote_code: bool = False) -> Samples:
     """The same for a checkpoint, checked against the tokens that its model has."""
-    words = tokenizer(path) if not _ids(c.data) else None
+    words = tokenizer(path, trust_remote_code) if not _ids(c.data) else None
     found = calibration(words, c.data, samples=c.samples, length=c.length, seed=c.seed, chat=c.chat, order=c.order)
     top, size = max(int(row.max()) for row in found.ids), int(config.get_text_config().vocab_size)
     if top >= size:
