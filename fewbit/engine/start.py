@@ -170,7 +170,7 @@ def loaded(
         model: Any = build.load(
             config.model, device=device, dtype=dtype, kernels=kernels_of(config),
             trust_remote_code=config.trust_remote_code, attend=proof.attention, ranks=group,
-            fuse=device.type == "cuda" and (session is None or not session.measures), cached=cached(config, session),
+            fuse=session is None or not session.measures, cached=cached(config, session),
             tell=tell, **given,
         )  # fmt: skip
     if session is not None and given["activations"] != "off":

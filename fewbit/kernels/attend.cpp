@@ -5,10 +5,9 @@
 // they are looked up, and their scales join the scores and the weights.
 
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <omp.h>
 #include <vector>
+#include "floats.h"
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
 #include <immintrin.h>
 #define WIDE 1
@@ -32,23 +31,13 @@ struct Attend {
     int32_t narrow;               // 0: float32, 1: bfloat16: queries, results, and a cache of values
 };
 
-static inline float of_bf16(uint16_t h) { uint32_t u = uint32_t(h) << 16; float f; memcpy(&f, &u, 4); return f; }
-static inline uint16_t to_bf16(float f) {
-    uint32_t u; memcpy(&u, &f, 4);
-    if ((u & 0x7fffffff) > 0x7f800000) return uint16_t((u >> 16) | 64);
-    return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
-}
 // What a cache holds, as it is read: a pointer, or one to codes with what they mean
 struct Coded {
     const uint8_t* at;
     const float* codes;
     inline Coded operator+(int64_t i) const { return {at + i, codes}; }
 };
-static inline float load(const float* p) { return *p; }
-static inline float load(const uint16_t* p) { return of_bf16(*p); }
 static inline float load(Coded p) { return p.codes[*p.at]; }
-static inline void store(float* p, float v) { *p = v; }
-static inline void store(uint16_t* p, float v) { *p = to_bf16(v); }
 
 #ifdef WIDE
 static inline __m512 sixteen(const float* p) { return _mm512_loadu_ps(p); }

@@ -4,8 +4,7 @@
 //     value = (element[code] * scale - zero) * outer[row]           zeros in units of values
 
 #pragma once
-#include <cstdint>
-#include <cstring>
+#include "floats.h"
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__) && defined(__AVX512VL__)
 #include <immintrin.h>
 #define WIDE 1
@@ -27,12 +26,6 @@ struct Weight {
     int32_t zeros;          // 0: none, 1: in codes, 2: in values
 };
 
-static inline float of_bf16(uint16_t h) { uint32_t u = uint32_t(h) << 16; float f; memcpy(&f, &u, 4); return f; }
-static inline uint16_t to_bf16(float f) {
-    uint32_t u; memcpy(&u, &f, 4);
-    if ((u & 0x7fffffff) > 0x7f800000) return uint16_t((u >> 16) | 64);
-    return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
-}
 static inline float at(const void* p, int32_t narrow, int64_t i) {
     if (narrow == 0) return ((const float*)p)[i];
     if (narrow == 1) return float(((const _Float16*)p)[i]);

@@ -3,9 +3,8 @@
 // Divisions are rounded once. A float is rounded to `fraction` bits by adding a constant whose last bit is worth as much
 // as the float's own, and taking it away again, which the processor does to the nearest, ties to even.
 
-#include <cstdint>
-#include <cstring>
 #include <omp.h>
+#include "floats.h"
 
 enum { GIVEN, AMAX, FLOOR, ROUND, CEIL, TWO };
 static const int INTEGER = 1 << 20;
@@ -20,16 +19,6 @@ struct Round {
     int32_t fraction, least, rule, power, divides;
     float low, high, reach, empty;
 };
-
-static inline float of_bits(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
-static inline uint32_t bits_of(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
-static inline float load(const float* p) { return *p; }
-static inline float load(const uint16_t* p) { return of_bits(uint32_t(*p) << 16); }
-static inline void store(float* p, float v) { *p = v; }
-static inline void store(uint16_t* p, float v) {
-    uint32_t u = bits_of(v), even = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    *p = uint16_t((u & 0x7fffffff) > 0x7f800000 ? (u >> 16) | 64 : even);
-}
 
 static inline float to_float(float v, int fraction, uint32_t least) {
     uint32_t bits = bits_of(v), power = bits & 0x7f800000;

@@ -5,6 +5,7 @@ round.cpp does it on a CPU, triton_round on a GPU; what neither takes is left to
 
 import ctypes
 import math
+import struct
 from dataclasses import dataclass
 from functools import cache
 
@@ -102,29 +103,22 @@ def _given(x: Tensor, how: Grid, spec: QuantSpec, planes: Planes) -> Tensor | No
     if not how.whole:
         return planes["scale1"].float().reshape(1)
     low, high = torch.aminmax(x)
-    amax, most = torch.maximum(-low, high).float(), x.new_tensor(how.reach * E4M3.max, dtype=torch.float32)
+    amax = torch.maximum(-low, high).float()
+    most = torch.full((), how.reach * E4M3.max, device=x.device)  # made there: a CUDA graph takes nothing from a host
     if how.divides:
         return (most / amax.clamp(min=torch.finfo(torch.float32).tiny)).nan_to_num(posinf=1.0).reshape(1)
     return torch.where(amax > 0, amax / most, 1.0).reshape(1)
 
 
-class Round(ctypes.Structure):
-    """round.cpp's Round."""
-
-    _fields_ = (
-        *((n, ctypes.c_void_p) for n in ("x", "out", "given", "cut")),
-        *((n, ctypes.c_int64) for n in ("runs", "columns")),
-        *((n, ctypes.c_int32) for n in ("type", "fraction", "least", "rule", "power", "divides")),
-        *((n, ctypes.c_float) for n in ("low", "high", "reach", "empty")),
-    )
+GIVEN_AS = struct.Struct("4P2q6i4f")  # round.cpp's Round, in the types and the alignment of C
 
 
 def _on_cpu(built: ctypes.CDLL, x: Tensor, how: Grid, given: Tensor | None, cut: Tensor | None) -> Tensor:
     out = torch.empty_like(x)
     columns = how.columns or x.shape[-1]
-    built.round_values(ctypes.byref(Round(
-        x.data_ptr(), out.data_ptr(), None if given is None else given.data_ptr(),
-        None if cut is None else cut.data_ptr(), x.numel() // columns, columns, DTYPES[x.dtype], how.fraction,
-        how.least, how.rule, how.power, how.divides, how.low, how.high, how.reach, how.empty,
-    )))  # fmt: skip
+    built.round_values(GIVEN_AS.pack(
+        x.data_ptr(), out.data_ptr(), 0 if given is None else given.data_ptr(), 0 if cut is None else cut.data_ptr(),
+        x.numel() // columns, columns, DTYPES[x.dtype], how.fraction, how.least, how.rule, how.power, how.divides,
+        how.low, how.high, how.reach, how.empty,
+    ))  # fmt: skip
     return out

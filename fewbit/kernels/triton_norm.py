@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fewbit.kernels.rows import leading, widest
+
 LONGEST = 1 << 15  # of a row: what the registers of 16 warps hold
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SHORT, MANY = 512, 2048  # rows up to this long are taken several at a time, where there are so many
@@ -65,18 +67,3 @@ def norm(
         float(times == "plus"), late, centred, weight is not None, bias is not None, several, block, num_warps=warps,
     )  # fmt: skip
     return y
-
-
-def widest(x: Tensor, *others: Tensor | None) -> torch.dtype:
-    found = x.dtype
-    for other in others:
-        found = found if other is None else torch.promote_types(found, other.dtype)
-    return found
-
-
-def leading(x: Tensor, y: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Sizes and strides of the axes before the last, as three; one where both lie without gaps."""
-    if x.is_contiguous():
-        return (1, 1, x.numel() // x.shape[-1]), (0, 0, x.shape[-1]), (0, 0, x.shape[-1])
-    pad = 4 - x.dim()
-    return ((1,) * pad + tuple(x.shape[:-1]), (0,) * pad + x.stride()[:-1], (0,) * pad + y.stride()[:-1])

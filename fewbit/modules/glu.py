@@ -1,4 +1,4 @@
-"""Gated MLP: down(act(gate(x)) * up(x)), gate and up two linears or the halves of one; act * up is one kernel on a GPU.
+"""Gated MLP: down(act(gate(x)) * up(x)), gate and up two linears or the halves of one; act * up is one kernel.
 
 An activation is a row of ACTIVATIONS: a function of torch, and the name under which the kernel knows it.
 """
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from fewbit.kernels import fused
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -54,6 +56,8 @@ def act_mul(gate: Tensor, up: Tensor, act: str) -> Tensor:
     if gate.is_cuda and (run := kernel()).takes(gate, up):
         y: Tensor = run.act_mul(gate, up, act)
         return y
+    if fused.takes_gate(gate, up, act):
+        return fused.act_mul(gate, up, act)
     return ACTIVATIONS[act](gate) * up
 
 

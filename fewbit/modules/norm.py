@@ -1,4 +1,4 @@
-"""Norm: RMSNorm and LayerNorm in the few forms that models write them in, one Triton kernel on a GPU.
+"""Norm: RMSNorm and LayerNorm in the few forms that models write them in, one call of a kernel.
 
 The forms differ in where they round, which 16-bit types notice: the weight comes after the cast back from float32, or
 before it. In plain torch each is the order of operations that models have.
@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from fewbit.kernels import fused
 
 Times = Literal["late", "wide", "plus"]
 TIMES: dict[Times, str] = {"late": "w after the cast", "wide": "w", "plus": "1 + w"}
@@ -55,6 +57,8 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda and (run := kernel()).takes(x):
             return run.norm(x, self.weight, self.bias, self.form.eps, self.form.times, self.form.centred)
+        if fused.takes_norm(x, self.weight, self.bias):
+            return fused.norm(x, self.weight, self.bias, self.form.eps, self.form.times, self.form.centred)
         return norm(x, self.weight, self.bias, self.form)
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""Rotary embedding of queries and keys in the forms that models write it in, both in one launch on a GPU.
+"""Rotary embedding of queries and keys in the forms that models write it in, both in one call of a kernel.
 
 A pair (a, b) of channels becomes (a cos - b sin, b cos + a sin). Forms differ in which channels are pairs, where the
 pair goes, and which entries of the tables are its own.
@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from fewbit.kernels import fused
 
 Pairs = Literal["halves", "neighbours"]  # channels (j, j + R/2), or (2j, 2j + 1)
 Table = Literal["own", "first", "short"]  # each channel's entry; the first half serves both; there is but that half
@@ -73,18 +75,16 @@ def fits(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: RotaryForm, heads
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: RotaryForm, heads: int = 1) -> tuple[Tensor, Tensor]:
     """q, k: four axes, of which `heads` counts heads; cos, sin: the same without it, [.., R] -> q and k turned."""
-    if q.is_cuda and (run := kernel()).takes(q, k, cos, sin, form.width(cos), heads):
+    run: Any = None
+    if q.is_cuda:
+        run = kernel() if kernel().takes(q, k, cos, sin, form.width(cos), heads) else None
+    elif fused.takes_rotary(q, k, cos, sin, form.width(cos), heads):
+        run = fused
+    if run is not None:
         found: tuple[Tensor, Tensor] = run.rotate(
-            q,
-            k,
-            cos,
-            sin,
-            form.reads == "neighbours",
-            form.writes == "neighbours",
-            form.table,
-            form.wide or cos.dtype != q.dtype,
-            heads,
-        )
+            q, k, cos, sin, form.reads == "neighbours", form.writes == "neighbours", form.table,
+            form.wide or cos.dtype != q.dtype, heads,
+        )  # fmt: skip
         return found
     cos, sin = cos.unsqueeze(heads), sin.unsqueeze(heads)
     return turned(q, cos, sin, form), turned(k, cos, sin, form)

@@ -26,3 +26,17 @@ def test_equals_the_reference(name: str) -> None:
             want = fake_quant(x, s, held)
             assert got.dtype == dtype and torch.equal(got, want), (dtype, columns, int((got != want).sum()))
             assert middle - before == int(count) - middle
+
+
+@pytest.mark.parametrize("kind", ["given", "by row", "mx-ceil", "in two levels", "under the largest of all"])
+def test_within_a_graph(kind: str) -> None:
+    s = SPECS[f"e2m1 {kind}"]
+    held = {n: plane.cuda() for n, plane in planes(s).items()}
+    x = numbers(torch.bfloat16, 2048).cuda()
+    rounded(x, s, held)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = rounded(x, s, held)
+    x.mul_(0.37)
+    graph.replay()
+    assert torch.equal(got, fake_quant(x, s, held))

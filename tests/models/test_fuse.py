@@ -123,7 +123,8 @@ def test_loaded(format: str | None, dtype: str, tmp_path: Path) -> None:
     report = model.fewbit_fused
     assert [report.count(kind) for kind in ("merged", "norm", "glu", "rotary")] == [4, 5, 2, 2]
     assert not any(m.pending for m in model.modules() if isinstance(m, Linear))
-    assert torch.equal(logits(model), logits(plain))
+    limit = fuse.LIMIT if dtype == "float32" else 1e-2  # inputs that are rounded may fall on the other side
+    assert twin.relative(logits(model), logits(plain)) <= limit
     for path, module in plain.named_modules():
         if isinstance(module, Linear):
             assert torch.equal(model.get_submodule(path).weight, module.weight), path

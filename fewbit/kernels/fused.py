@@ -1,0 +1,110 @@
+"""What stands between the linears of a layer, on a CPU: norm, gated activation and rotary embedding, a call each.
+
+The work is in fused.cpp; the oracles are modules.norm, modules.glu and modules.rotary. Each `takes_` says whether it is
+for us. A call may not be gone back through, so nothing is taken that asks for gradients.
+"""
+
+import ctypes
+import struct
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.kernels.compiled import library
+from fewbit.kernels.rows import leading
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+ACTS = ("silu", "gelu_tanh", "quick_gelu", "relu", "relu2", "sigmoid")  # in fused.cpp's order
+
+
+# fused.cpp's structs, in the types and the alignment of C
+NORM, GATE, ROTARY = (struct.Struct(form) for form in ("4P12q2f3i0q", "3P4q2i", "2P2P7q2P7q6q4q6i0q"))
+
+
+def _ours(*tensors: Tensor | None) -> bool:
+    """Plain tensors of one type on a CPU that nobody goes back through, whose last axis has no gaps."""
+    held = [t for t in tensors if t is not None]
+    first = held[0]
+    alike = all(t.dtype == first.dtype and t.device.type == "cpu" and t.stride(-1) == 1 for t in held)
+    learning = torch.is_grad_enabled() and any(t.requires_grad for t in held)
+    return alike and first.dtype in DTYPES and not learning and _native() is not None
+
+
+def takes_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    return x.numel() > 0 and 1 <= x.dim() <= 4 and _ours(x, weight, bias)
+
+
+def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, times: str, centred: bool) -> Tensor:
+    """x: [..., D], weight and bias: [D] -> [..., D]; as modules.norm.norm."""
+    y = torch.empty_like(x)
+    (_, n1, n2), strides, made = leading(x, y)
+    d = x.shape[-1]
+    _native().fused_norm(NORM.pack(
+        x.data_ptr(), 0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(),
+        n1, n2, *strides, n1, n2, *made, x.numel() // d, d, eps, times == "plus", DTYPES[x.dtype], times == "late",
+        centred,
+    ))  # fmt: skip
+    return y
+
+
+def takes_gate(gate: Tensor, up: Tensor, act: str) -> bool:
+    return act in ACTS and gate.shape == up.shape and gate.numel() > 0 and _ours(gate, up)
+
+
+def act_mul(gate: Tensor, up: Tensor, act: str) -> Tensor:
+    """gate, up: [..., N] -> [..., N]; as modules.glu.act_mul."""
+    y = torch.empty(gate.shape, dtype=gate.dtype)
+    n = gate.shape[-1]
+    gate, up = gate.reshape(-1, n), up.reshape(-1, n)
+    _native().fused_gate(GATE.pack(
+        gate.data_ptr(), up.data_ptr(), y.data_ptr(), len(gate), n, gate.stride(0), up.stride(0), DTYPES[gate.dtype],
+        ACTS.index(act),
+    ))  # fmt: skip
+    return y
+
+
+def takes_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, width: int, heads: int) -> bool:
+    """Four axes and three, tables of q's type or float32: what modules.rotary.fits has found."""
+    b, t = q.shape[0], q.shape[3 - heads]
+    same = k.shape[0] == b and k.shape[3 - heads] == t and cos.shape[0] in (1, b) and cos.shape[1] in (1, t)
+    there = q.numel() > 0 and k.numel() > 0 and width % 2 == 0
+    return same and there and _ours(q, k) and _ours(cos, sin)
+
+
+def rotate(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, reads: bool, writes: bool, table: str, wide: bool, heads: int
+) -> tuple[Tensor, Tensor]:
+    """q, k: [B, H, T, D] (heads 1) or [B, T, H, D] (heads 2), cos, sin: [B or 1, T or 1, R]; as modules.rotary.rotate.
+
+    reads, writes: whether pairs are neighbours.
+    """
+
+    token = 3 - heads
+    q_out, k_out = torch.empty_like(q), torch.empty_like(k)
+
+    def turned(x: Tensor, y: Tensor) -> tuple[int, ...]:
+        a, b = x.stride(), y.stride()
+        return x.data_ptr(), y.data_ptr(), a[0], a[token], a[heads], b[0], b[token], b[heads], x.shape[heads]
+
+    def steps(x: Tensor) -> tuple[int, int, int]:
+        return x.stride(0) * (x.shape[0] > 1), x.stride(1) * (x.shape[1] > 1), 0
+
+    _native().fused_rotary(ROTARY.pack(
+        cos.data_ptr(), sin.data_ptr(), *turned(q, q_out), *turned(k, k_out), *steps(cos), *steps(sin), q.shape[0],
+        q.shape[token], q.shape[3], cos.shape[-1] * (2 if table == "short" else 1), DTYPES[q.dtype], DTYPES[cos.dtype],
+        reads, writes, table == "own", wide,
+    ))  # fmt: skip
+    return q_out, k_out
+
+
+@cache
+def _native() -> Any:
+    """The library, or None."""
+    found = library("fused")
+    if isinstance(found, str):
+        return None
+    for run in (found.fused_norm, found.fused_gate, found.fused_rotary):
+        run.argtypes, run.restype = [ctypes.c_char_p], None
+    return found
