@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from rich.progress import Progress
 from torch import nn
 
 from fewbit import codecs
-from fewbit.engine import activations, gaudi, proof
+from fewbit.engine import activations, fusion, gaudi, proof
 from fewbit.engine.config import EngineConfig
 from fewbit.engine.parallel import Lockstep, Team, digest
 from fewbit.engine.parallel_group import Group
@@ -169,10 +170,11 @@ def loaded(
     with progress("loading") as tell:
         model: Any = build.load(
             config.model, device=device, dtype=dtype, kernels=kernels_of(config),
-            trust_remote_code=config.trust_remote_code, attend=proof.attention, ranks=group,
-            fuse=device.type == "cuda" and (session is None or not session.measures), cached=cached(config, session),
+            trust_remote_code=config.trust_remote_code, attend=partial(fusion.attention, config), ranks=group,
+            fuse=fusion.asked(config, device, session), cached=cached(config, session),
             tell=tell, **given,
         )  # fmt: skip
+    fusion.tell(config, model)
     if session is not None and given["activations"] != "off":
         session.loaded(model)
     if config.kv_attn_math:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.models import twin
+from fewbit.models.fuse_values import ALREADY
 from fewbit.modules import glu, norm, rotary
 from fewbit.modules.glu import ACTIVATIONS, GluForm
 from fewbit.modules.norm import TIMES, NormForm
@@ -42,7 +43,7 @@ def norm_form(module: nn.Module, width: int) -> NormForm | str | None:
         return None if module._parameters.get("weight") is None else "its values are those of no norm that is known"
     found = next((f for f in forms if same(norm.norm(small, *parameters(narrow), f), rounded)), None)
     if type(module).__module__.startswith("torch."):
-        return "torch's own is one kernel already"
+        return ALREADY
     return found or "it rounds 16-bit values where no form does"
 
 
