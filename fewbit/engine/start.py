@@ -82,6 +82,10 @@ class Loaded:
         made.exact = self.watch()
         return made
 
+    def single(self, pages: int) -> Runner:
+        """For one text that is no request's."""
+        return Paged(self.model, pages, self.page, self.cache_dtype) if self.paged else Alone(self.model, "")
+
     def watch(self) -> bool:
         """Begin to measure, where INC's config says so: what ran until now was no text."""
         if self.session is None or not self.session.measures:
@@ -174,7 +178,6 @@ def loaded(
             fuse=fusion.asked(config, device, session), cached=cached(config, session),
             tell=tell, **given,
         )  # fmt: skip
-    fusion.tell(config, model)
     if session is not None and given["activations"] != "off":
         session.loaded(model)
     if config.kv_attn_math:
@@ -187,8 +190,10 @@ def loaded(
         tokenizer = None  # token ids in, token ids out
     text = model.config.get_text_config()
     held, longest = CACHES.get(config.kv_cache_dtype), getattr(text, "max_position_embeddings", None)
-    return Loaded(model, tokenizer, device, held, config.block_size, ends(model, tokenizer), text.vocab_size,
+    made = Loaded(model, tokenizer, device, held, config.block_size, ends(model, tokenizer), text.vocab_size,
                   int(longest or 1 << 20), session=session)  # fmt: skip
+    fusion.settle(config, made, alone=group is None)
+    return made
 
 
 def cached(config: EngineConfig, session: Session | None) -> kv.Asked:

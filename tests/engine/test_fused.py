@@ -2,9 +2,11 @@
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from fewbit.engine import fusion
 from fewbit.engine.config import EngineConfig
@@ -13,6 +15,7 @@ from fewbit.engine.params import SamplingParams
 from fewbit.engine.request import Request
 from fewbit.errors import RequestError, UnsupportedError
 from fewbit.models import build
+from fewbit.modules import glu, norm
 from fewbit.modules.merged import Slice
 from fewbit.modules.norm import Norm
 from tests.engine.test_engine import GREEDY, drain, prompts, tokens
@@ -64,8 +67,55 @@ def test_siblings_of_several_formats(caplog: pytest.LogCaptureFixture) -> None:
     assert "q_proj + k_proj + v_proj (model.layers.0.self_attn and 1 more): left as it is, int3" in reason
     model = build.load(MIXED, fuse=True)
     with caplog.at_level(logging.INFO, "fewbit.engine"):
-        fusion.tell(EngineConfig.of(model="x"), model)
+        fusion.settle(EngineConfig.of(model="x"), SimpleNamespace(model=model), alone=False)  # type: ignore[arg-type]
     assert [record.message for record in caplog.records] == [f"not fused: {reason}"]
+
+
+def wrong(monkeypatch: pytest.MonkeyPatch, *kinds: str) -> None:
+    """Kernels that are right at the sizes of a twin alone."""
+    act_mul, normed = glu.act_mul, norm.norm
+    if "glu" in kinds:
+        monkeypatch.setattr(glu, "act_mul", lambda g, u, a: act_mul(g, u, a) * (1.5 if g.shape[-1] == 256 else 1))
+    if "norm" in kinds:
+        monkeypatch.setattr(norm, "norm", lambda x, *rest: normed(x, *rest) * (1.5 if x.shape[-1] == 128 else 1))
+
+
+@pytest.mark.parametrize("kinds", [("glu",), ("norm",), ("glu", "norm")])
+def test_what_only_the_real_model_shows(
+    kinds: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A few tokens through the loaded model find what the twin is too small for. transformers' code comes back."""
+    folder = llama(tmp_path)
+    plain = answers(started(folder, fusion="off"))
+    wrong(monkeypatch, *kinds)
+    monkeypatch.setattr(fusion, "asked", lambda *_: True)
+    with caplog.at_level(logging.INFO, "fewbit.engine"):
+        engine = started(folder)
+    assert answers(engine) == plain
+    left = set(kinds) if len(kinds) == 1 else {"glu", "norm", "rotary"}  # none is the one alone
+    fused = engine.loaded.model.fewbit_fused
+    assert {d.kind for d in fused.decisions if d.refused} == left
+    assert [fused.count(k) > 0 for k in ("merged", *fusion.KINDS)] == [True, *(k not in left for k in fusion.KINDS)]
+    assert sum("not fused: " in m and "logits of a few tokens differ by 0." in m for m in caplog.messages) == len(left)
+    with pytest.raises(UnsupportedError, match="rounding allows"):
+        started(folder, fusion="strict")
+
+
+def test_rounding_is_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a kernel does it: all in float32, and one rounding at the end."""
+    monkeypatch.setattr(
+        glu, "act_mul", lambda g, u, a: (glu.ACTIVATIONS[a](g.float()) * u.float()).to(g.dtype)
+    )  # more exact than the model's own code
+    engine = started(llama(tmp_path), fusion="strict")
+    assert engine.loaded.model.fewbit_fused.count("glu") == 2
+
+
+def test_distance() -> None:
+    a = torch.randn(8, 50, generator=torch.Generator().manual_seed(0))
+    assert fusion.distance(a, a) == fusion.distance(a + 3, a + 3) == 0
+    assert fusion.distance(a * 1.1, a) == pytest.approx(0.1, rel=1e-3)
+    assert fusion.distance(torch.where(torch.arange(8)[:, None] == 0, -a, a), a) == 0  # one token alone
+    assert fusion.distance(a * float("nan"), a) == float("inf") and fusion.distance(a, a * float("inf")) == 0
 
 
 def test_what_is_one_kernel_already_is_no_refusal(tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.models import build, fuse, hf, twin
+from fewbit.models.fuse_place import put_back
 from fewbit.models.fuse_values import Decision, Fused, Plan
 from fewbit.models.shrink import shrink
+from fewbit.modules import experts
 from fewbit.modules.linear import Linear
 from fewbit.modules.merged import Slice
 from fewbit.modules.norm import Norm
@@ -86,6 +88,22 @@ def test_another_model_of_the_class_is_untouched() -> None:
     _, other = twin.filled(small, twin.require(small))
     assert not any("forward" in vars(m) or isinstance(m, Slice | Norm) for m in other.modules())
     assert any("forward" in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "mixtral", "gpt_neox"])
+def test_put_back(model_type: str) -> None:
+    """transformers' code again where it was fused, then fused again, to the bit and to the module."""
+    model, report, before, after = fused_twin(model_type)
+    modules = [id(m) for m in model.modules()]
+    back = put_back(model, ("norm", "glu", "rotary"))
+    assert len(back) == sum(report.count(kind) for kind in ("norm", "glu", "rotary"))
+    assert not any(isinstance(m, Norm) or {"forward", experts.GATE} & vars(m).keys() for m in model.modules())
+    assert all(torch.equal(a, b) for a, b in zip(twin.logits(model, model.config), before, strict=True))
+    for one in back:
+        one.again()
+    assert [id(m) for m in model.modules()] == modules
+    assert all(torch.equal(a, b) for a, b in zip(twin.logits(model, model.config), after, strict=True))
+    assert not put_back(model, ())
 
 
 def test_report() -> None:
