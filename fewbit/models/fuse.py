@@ -50,7 +50,8 @@ def planned(name: str, small: Any, attention: str) -> Plan:
             refused.append(Decision(rewrite.target.name, rewrite.kind, str(rewrite.form), reason))
         else:
             kept.append(rewrite)
-    return Plan(name, tuple(kept), tuple(dict.fromkeys(refused)))
+    once = {(d.where, d.kind, d.what, d.reason.partition(", ")[0]): d for d in reversed(refused)}
+    return Plan(name, tuple(kept), tuple(reversed(once.values())))  # those of other random weights have other figures
 
 
 @dataclass(frozen=True, slots=True)
