@@ -123,6 +123,20 @@ def test_what_is_one_kernel_already_is_no_refusal(tmp_path: Path) -> None:
     assert any(not d.kept for d in model.fewbit_fused.decisions)
 
 
+def test_when_it_is_asked_for() -> None:
+    """Where INC measures, modules stay as they are, which strict cannot have."""
+    cpu, cuda, measuring = torch.device("cpu"), torch.device("cuda"), SimpleNamespace(measures=True)
+
+    def asked(how: str, device: torch.device, session: Any = None) -> bool:
+        return fusion.asked(EngineConfig.of(model="x", fusion=how), device, session)
+
+    assert [asked(how, cuda) for how in ("off", "auto", "strict")] == [False, True, True]
+    assert [asked(how, cpu) for how in ("off", "strict")] == [False, True]
+    assert [asked(how, cuda, measuring) for how in ("off", "auto")] == [False, False]
+    with pytest.raises(UnsupportedError, match="mode MEASURE fuses nothing"):
+        asked("strict", cuda, measuring)
+
+
 def test_unknown() -> None:
     with pytest.raises(RequestError, match="fusion='of': known are off, auto, strict"):
         EngineConfig.of(model="x", fusion="of")

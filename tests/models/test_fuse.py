@@ -160,6 +160,18 @@ def test_moves_and_biases(tmp_path: Path) -> None:
     )
 
 
+def test_a_rewrite_that_fits_no_module_is_refused() -> None:
+    """A model may have another class at its full size than at its twin's, as BigBird has."""
+    small = shrink(config("gpt2"))
+    _, model = twin.filled(small, twin.require(small))
+    report = fuse.apply(model, fuse.plan(config("llama")))
+    assert {(d.kind, d.where) for d in report.decisions} == {
+        ("merged", "LlamaAttention"), ("merged", "LlamaMLP"), ("norm", "LlamaRMSNorm"), ("glu", "LlamaMLP"),
+        ("rotary", "LlamaAttention"),
+    }  # fmt: skip
+    assert all(d.refused and "no module" in d.reason for d in report.decisions)
+
+
 def test_plan_of_nothing_changes_nothing() -> None:
     small = shrink(config("llama"))
     _, model = twin.filled(small, twin.require(small))
