@@ -101,6 +101,15 @@ def test_what_only_the_real_model_shows(
         started(folder, fusion="strict")
 
 
+def test_a_kernel_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the model's sizes alone: as one that differs."""
+    folder, real = llama(tmp_path), glu.act_mul
+    monkeypatch.setattr(glu, "act_mul", lambda g, u, a: real(g, u, a) if g.shape[-1] != 256 else 1 / 0)
+    monkeypatch.setattr(fusion, "asked", lambda *_: True)
+    fused = started(folder).loaded.model.fewbit_fused
+    assert {d.kind for d in fused.decisions if d.refused} == {"glu"} and fused.count("norm") == 5
+
+
 def test_rounding_is_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a kernel does it: all in float32, and one rounding at the end."""
     monkeypatch.setattr(
