@@ -4,6 +4,7 @@ Every flag has an environment variable, FEWBIT_ and its name. The file is YAML w
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 
 from fewbit.cli.show import Model
 
+BOOL = "tag:yaml.org,2002:bool"
 LARGEST = 1 << 20  # bytes of a --config or --chat-template file
 
 
@@ -109,6 +111,7 @@ def serve(
     activations: Annotated[Name, flag("--activations", help="hardware, declared, fast or off.")] = None,
     strict_activations: Strict = None,
     emulate_activations: Annotated[bool | None, flag("--emulate-activations", help="In software there.")] = None,
+    fusion: Annotated[Name, flag("--fusion", help="Fused modules: auto, off, or strict (all, or an error).")] = None,
     enable_lora: Annotated[bool | None, flag("--enable-lora", help="Serve adapters.")] = None,
     chat_template: Annotated[Name, flag("--chat-template", help="A jinja file, or the template itself.")] = None,
     enable_auto_tool_choice: Annotated[bool, flag("--enable-auto-tool-choice", help="It always is.")] = True,
@@ -141,7 +144,7 @@ def settings_in(path: Path, known: set[str], several: set[str]) -> dict[str, Any
     from fewbit.errors import RequestError
 
     try:
-        found = yaml.safe_load(text_of(path)) or {}
+        found = yaml.load(text_of(path), words(yaml.SafeLoader)) or {}
     except yaml.YAMLError as error:
         raise RequestError(f"{path}: not YAML: {str(error)[:200]}") from error
     if not isinstance(found, dict):
@@ -152,6 +155,15 @@ def settings_in(path: Path, known: set[str], several: set[str]) -> dict[str, Any
             near = get_close_matches(name, known, 3)
             raise RequestError(f"{path}: no flag is called {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
     return {name: _plain(value, name in several) for name, value in named.items() if value is not None}
+
+
+def words(loader: Any) -> Any:
+    """A YAML loader to which on, off, yes and no are words, as in YAML 1.2: of some flags they are values."""
+    known = {first: [(tag, pattern) for tag, pattern in rules if tag != BOOL]
+             for first, rules in loader.yaml_implicit_resolvers.items()}  # fmt: skip
+    made: Any = type("Words", (loader,), {"yaml_implicit_resolvers": known})
+    made.add_implicit_resolver(BOOL, re.compile("(true|false)$", re.IGNORECASE), list("tTfF"))
+    return made
 
 
 def _plain(value: Any, several: bool) -> Any:

@@ -20,7 +20,7 @@ ENGINE = (  # flags that EngineConfig takes under the same name; unset ones are 
     "kv_cache_dtype", "kv_scales", "kv_scale", "kv_rotate", "kv_attn_math", "max_model_len", "gpu_memory_utilization",
     "kv_cache_memory_bytes", "tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens", "max_queue",
     "block_size", "enable_prefix_caching", "enforce_eager", "trust_remote_code", "seed", "kernels", "activations",
-    "strict_activations", "emulate_activations", "enable_lora",
+    "strict_activations", "emulate_activations", "fusion", "enable_lora",
 )  # fmt: skip
 EMULATED = ("fakequant", "kv_fakequant", "amax_file", "calib_dataset", "calib_size", "calib_batch_size")
 SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "repetition_penalty": float}

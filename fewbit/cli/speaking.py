@@ -19,14 +19,17 @@ Seed = Annotated[int | None, typer.Option("--seed", help="The same seed, the sam
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda ...")]
 Quantization = Annotated[str | None, typer.Option("--quantization", "-q", help="Quantize a dense model to this.")]
+Fusion = Annotated[str, typer.Option("--fusion", help="Fused modules: auto, off, or strict (all, or an error).")]
 Length = Annotated[int | None, typer.Option("--max-model-len", help="Longest context in tokens.")]
 
 
 def engine_options(
-    dtype: Dtype = "auto", device: Device = "auto", quantization: Quantization = None, max_model_len: Length = None
-) -> dict[str, Any]:
+    dtype: Dtype = "auto", device: Device = "auto", quantization: Quantization = None, max_model_len: Length = None,
+    fusion: Fusion = "auto",
+) -> dict[str, Any]:  # fmt: skip
     """What every verb that starts an engine takes, under EngineConfig's names."""
-    return {"dtype": dtype, "device": device, "quantization": quantization, "max_model_len": max_model_len}
+    return {"dtype": dtype, "device": device, "quantization": quantization, "max_model_len": max_model_len,
+            "fusion": fusion}  # fmt: skip
 
 
 @shares(engine_options)

@@ -6,6 +6,8 @@ from typing import Any, Self
 
 from fewbit.errors import RequestError
 
+FUSION = ("off", "auto", "strict")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
@@ -21,6 +23,7 @@ class EngineConfig:
     activations: str = "hardware"
     strict_activations: bool = False  # an error where the device lacks what the checkpoint rounds activations to
     emulate_activations: bool = False  # rounded in software there
+    fusion: str = "auto"  # fused modules: off, where the twin agrees, or strict: an error where anything is refused
     emulation: str | None = None  # a file of models.emulation: how a float model is rounded as it is served
     kv_cache_dtype: str = "auto"
     kv_attn_math: str | None = None  # "fp8": attention multiplies e4m3, cast without scales
@@ -51,6 +54,8 @@ class EngineConfig:
                 f"weights_load_device={self.weights_load_device!r}: cpu is the one value; weights are read and "
                 "quantized there one at a time, and go to the device as they are then"
             )
+        if self.fusion not in FUSION:
+            raise RequestError(f"fusion={self.fusion!r}: known are {', '.join(FUSION)}")
         if self.kv_attn_math not in (None, "fp8"):
             raise RequestError(f"kv_attn_math={self.kv_attn_math!r}: known is fp8")
         if self.kv_attn_math and self.kv_cache_dtype not in ("fp8", "fp8_e4m3"):

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from rich.progress import Progress
 from torch import nn
 
 from fewbit import codecs
-from fewbit.engine import activations, gaudi, proof
+from fewbit.engine import activations, fusion, gaudi, proof
 from fewbit.engine.config import EngineConfig
 from fewbit.engine.parallel import Lockstep, Team, digest
 from fewbit.engine.parallel_group import Group
@@ -80,6 +81,10 @@ class Loaded:
                      limits.max_len)  # fmt: skip
         made.exact = self.watch()
         return made
+
+    def single(self, pages: int) -> Runner:
+        """For one text that is no request's."""
+        return Paged(self.model, pages, self.page, self.cache_dtype) if self.paged else Alone(self.model, "")
 
     def watch(self) -> bool:
         """Begin to measure, where INC's config says so: what ran until now was no text."""
@@ -169,8 +174,8 @@ def loaded(
     with progress("loading") as tell:
         model: Any = build.load(
             config.model, device=device, dtype=dtype, kernels=kernels_of(config),
-            trust_remote_code=config.trust_remote_code, attend=proof.attention, ranks=group,
-            fuse=session is None or not session.measures, cached=cached(config, session),
+            trust_remote_code=config.trust_remote_code, attend=partial(fusion.attention, config), ranks=group,
+            fuse=fusion.asked(config, session), cached=cached(config, session),
             tell=tell, **given,
         )  # fmt: skip
     if session is not None and given["activations"] != "off":
@@ -185,8 +190,10 @@ def loaded(
         tokenizer = None  # token ids in, token ids out
     text = model.config.get_text_config()
     held, longest = CACHES.get(config.kv_cache_dtype), getattr(text, "max_position_embeddings", None)
-    return Loaded(model, tokenizer, device, held, config.block_size, ends(model, tokenizer), text.vocab_size,
+    made = Loaded(model, tokenizer, device, held, config.block_size, ends(model, tokenizer), text.vocab_size,
                   int(longest or 1 << 20), session=session)  # fmt: skip
+    fusion.settle(config, made, alone=group is None)
+    return made
 
 
 def cached(config: EngineConfig, session: Session | None) -> kv.Asked:

@@ -47,10 +47,11 @@ def planned(name: str, small: Any, attention: str) -> Plan:
     kept = proposed if not bench.disproof(proposed) else []
     for rewrite in proposed if not kept else ():
         if reason := bench.disproof([*kept, rewrite]):
-            refused.append(Decision(rewrite.target.module, rewrite.kind, str(rewrite.form), reason))
+            refused.append(Decision(rewrite.target.name, rewrite.kind, str(rewrite.form), reason))
         else:
             kept.append(rewrite)
-    return Plan(name, tuple(kept), tuple(dict.fromkeys(refused)))
+    once = {(d.where, d.kind, d.what, d.reason.partition(", ")[0]): d for d in reversed(refused)}
+    return Plan(name, tuple(kept), tuple(reversed(once.values())))  # those of other random weights have other figures
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +87,16 @@ def apply(model: nn.Module, plan: Plan) -> Fused:
 
 def placed(model: nn.Module, plan: Plan) -> Iterator[Decision]:
     yield from plan.refused
+    idle = [r for r in plan.rewrites if not any(r.fits(module) for module in model.modules())]
+    yield from (
+        Decision(r.target.name, r.kind, str(r.form), "no module of the model is as the twin's was") for r in idle
+    )
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     why = lacking(device) if device.type == "cuda" else None
     yield from place(model, [r for r in plan.rewrites if why is None or r.kind == "merged"])
     if why is not None:
-        names = {r: r.target.module.rpartition(".")[2] for r in plan.rewrites if r.kind != "merged"}
-        yield from (Decision(where, r.kind, str(r.form), why) for r, where in names.items())
+        left = [r for r in plan.rewrites if r.kind != "merged" and r not in idle]
+        yield from (Decision(r.target.name, r.kind, str(r.form), why) for r in left)
 
 
 def told(error: Exception) -> str:

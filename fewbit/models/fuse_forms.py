@@ -4,17 +4,19 @@ In float32 a form must give the same to a few units in the last place. In bfloat
 the original does; a gated MLP may also round better than it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from itertools import permutations
+from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fewbit.models import twin
+from fewbit.models.fuse_values import ALREADY
 from fewbit.modules import glu, norm, rotary
 from fewbit.modules.glu import ACTIVATIONS, GluForm
 from fewbit.modules.norm import TIMES, NormForm
@@ -37,13 +39,15 @@ def norm_form(module: nn.Module, width: int) -> NormForm | str | None:
     x = random(6, 5, width) * torch.tensor([1.0, 30.0, 1e-2, 1e-3, 1e-3, 1e-4])[:, None, None]  # eps matters in some
     narrow, small = deepcopy(module).bfloat16(), x.bfloat16()
     wanted, rounded = module(x), narrow(small)
-    forms = [f for f in norm_forms(module) if close(norm.norm(x, *parameters(module), f), wanted)]
+    errors = {f: off(norm.norm(x, *parameters(module), f), wanted) for f in norm_forms(module)}
+    forms = [f for f, error in errors.items() if error <= LIMIT]
     if not forms:
-        return None if module._parameters.get("weight") is None else "its values are those of no norm that is known"
-    found = next((f for f in forms if same(norm.norm(small, *parameters(narrow), f), rounded)), None)
+        return None if module._parameters.get("weight") is None else unknown("norm", errors.values())
+    parted = {f: differing(norm.norm(small, *parameters(narrow), f), rounded) for f in forms}
+    found = next((f for f, share in parted.items() if not share), None)
     if type(module).__module__.startswith("torch."):
-        return "torch's own is one kernel already"
-    return found or "it rounds 16-bit values where no form does"
+        return ALREADY
+    return found or elsewhere(parted.values())
 
 
 def norm_forms(module: nn.Module) -> Iterator[NormForm]:
@@ -63,9 +67,10 @@ def glu_form(module: nn.Module, names: Sequence[str], width: int) -> GluForm | s
         return None
     x = random(6, 5, width)
     wanted = module(x)
-    forms = [f for f in forms if close(glu.forward(module, f, x), wanted)]
+    errors = {f: off(glu.forward(module, f, x), wanted) for f in forms}
+    forms = [f for f, error in errors.items() if error <= LIMIT]
     if not forms:
-        return "its values are those of no gated MLP that is known"
+        return unknown("gated MLP", errors.values())
     narrow, small = deepcopy(module).bfloat16(), x.bfloat16()
     truth, rounded = deepcopy(narrow).float()(small.float()), narrow(small)
     for form in forms:
@@ -80,13 +85,17 @@ def gate_form(stack: Any) -> GluForm | str:
     """What a stack of experts does between its projections, if that is act(gate) * up of two halves."""
     x = random(6, 64)
     wanted, rounded = stack._apply_gate(x), stack._apply_gate(x.bfloat16())
+    errors, parted = [], []
     for act in ACTIVATIONS:
         for last in (False, True):
             halves = [t.chunk(2, -1)[:: -1 if last else 1] for t in (x, x.bfloat16())]
             got, narrow = (glu.act_mul(*pair, act) for pair in halves)
-            if close(got, wanted) and same(narrow, rounded):
-                return GluForm(act, "gate_up_proj", "", "down_proj", last)
-    return "its values are those of no gate that is known"
+            errors.append(off(got, wanted))
+            if errors[-1] <= LIMIT:
+                parted.append(differing(narrow, rounded))
+                if not parted[-1]:
+                    return GluForm(act, "gate_up_proj", "", "down_proj", last)
+    return elsewhere(parted) if parted else unknown("gate", errors)
 
 
 def glu_forms(module: nn.Module, names: Sequence[str]) -> Iterator[GluForm]:
@@ -133,12 +142,31 @@ def agrees(function: Callable[..., Any], axis: str, form: RotaryForm, width: int
     return True
 
 
+def unknown(what: str, errors: Iterable[float]) -> str:
+    """Of a module that is no form of what it looks like. errors: of each form."""
+    return f"its values are those of no {what} that is known, the nearest is off by {min(errors, default=inf):.2g}"
+
+
+def elsewhere(shares: Iterable[float]) -> str:
+    """Of a module that is a form, in float32. shares: of its 16-bit values that each form gives otherwise."""
+    return f"it rounds 16-bit values where no form does, {min(shares):.1%} of them otherwise"
+
+
+def off(got: Tensor, wanted: Tensor) -> float:
+    return twin.relative(got, wanted) if got.dtype == wanted.dtype else inf
+
+
 def close(got: Tensor, wanted: Tensor) -> bool:
-    return got.dtype == wanted.dtype and twin.relative(got, wanted) <= LIMIT
+    return off(got, wanted) <= LIMIT
 
 
 def same(got: Tensor, wanted: Tensor) -> bool:
     return got.dtype == wanted.dtype and torch.equal(got, wanted)
+
+
+def differing(got: Tensor, wanted: Tensor) -> float:
+    """The share of values that are not equal."""
+    return float((got != wanted).float().mean()) if got.dtype == wanted.dtype else 1.0
 
 
 def distance(got: Tensor, truth: Tensor) -> float:

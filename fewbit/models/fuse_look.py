@@ -74,7 +74,7 @@ def siblings(seen: list[Seen]) -> Iterator[Rewrite | Decision]:
             if names in agreed:
                 yield Rewrite(target, Siblings(names))
             else:
-                yield Decision(target.module, "merged", str(Siblings(names)), "not in every layer")
+                yield Decision(target.name, "merged", str(Siblings(names)), "not in every layer")
 
 
 def together(children: dict[str, Seen]) -> set[tuple[str, ...]]:

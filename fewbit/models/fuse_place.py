@@ -1,7 +1,8 @@
 """Placing: rewrites carried out on a model, module by module. Nothing of another model changes."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial, update_wrapper
 from types import FunctionType, MethodType
 from typing import Any
@@ -10,12 +11,14 @@ from torch import nn
 
 from fewbit.errors import UnsupportedError
 from fewbit.models.fill import is_stack
-from fewbit.models.fuse_values import Called, Decision, Form, Rewrite, Siblings
+from fewbit.models.fuse_values import Called, Decision, Form, Kind, Rewrite, Siblings
 from fewbit.modules import experts, glu
 from fewbit.modules.glu import GluForm
 from fewbit.modules.merged import merge
 from fewbit.modules.norm import Norm, NormForm
 from fewbit.modules.rotary import Rotate
+
+OWN = "own"  # where a Norm holds what stood in its place
 
 
 def place(model: nn.Module, rewrites: Sequence[Rewrite]) -> Iterator[Decision]:
@@ -62,6 +65,7 @@ def norm(model: nn.Module, path: str, module: nn.Module, form: NormForm, holders
     if holders[id(module)] > 1:
         raise UnsupportedError("it stands in several places")
     made = Norm(module._parameters.get("weight"), module._parameters.get("bias"), form)
+    vars(made)[OWN] = module  # no child: its parameters are those
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, made)
 
@@ -73,3 +77,34 @@ def rebound(forward: Any, form: Called) -> FunctionType:
     made = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     made.__kwdefaults__ = forward.__kwdefaults__
     return update_wrapper(made, forward)
+
+
+@dataclass(frozen=True, slots=True)
+class Back:
+    """A module that is transformers' own again, and what fuses it as before."""
+
+    module: nn.Module
+    again: Callable[[], None]
+
+
+def put_back(model: nn.Module, kinds: Collection[Kind]) -> list[Back]:
+    """Leave to transformers' code what was fused of some kinds. Merged linears stay: what they were made of is gone."""
+    found: list[Back] = []
+    for path, module in list(model.named_modules()):
+        held = vars(module)
+        if isinstance(module, Norm) and "norm" in kinds:
+            parent, _, name = path.rpartition(".")
+            holder = model.get_submodule(parent)
+            found.append(Back(held[OWN], partial(setattr, holder, name, module)))
+            setattr(holder, name, held[OWN])
+        names = [name for name in ("forward", experts.GATE) if kind_of(module, held.get(name)) in kinds]
+        found += [Back(module, partial(setattr, module, name, held.pop(name))) for name in names]
+    return found
+
+
+def kind_of(module: nn.Module, held: Any) -> Kind | None:
+    """Of what stands in a module in place of its class's own."""
+    if isinstance(held, GluForm) or (isinstance(held, partial) and held.func is glu.forward):
+        return "glu"
+    rotary = isinstance(held, MethodType) and getattr(held, "__wrapped__", None) is type(module).forward
+    return "rotary" if rotary else None

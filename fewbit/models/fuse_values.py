@@ -1,7 +1,7 @@
 """What fusing is made of, as plain values: which modules a rewrite is for, what it does, and what became of it."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ class Called:
 
 
 Form = Siblings | NormForm | GluForm | Called
+ALREADY = "torch's own is one kernel already"  # a reason that refuses nothing: there is nothing to gain
 KINDS: dict[type, Kind] = {Siblings: "merged", NormForm: "norm", GluForm: "glu", Called: "rotary"}
 NUMBERED = (NormForm, GluForm)  # what these do may depend on a module's numbers
 
@@ -49,6 +50,11 @@ class Signature:
     children: tuple[tuple[str, str], ...]
     parameters: tuple[tuple[str, int], ...]
     numbers: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Of the class alone."""
+        return self.module.rpartition(".")[2]
 
     @classmethod
     def of(cls, module: nn.Module, numbers: bool) -> "Signature":
@@ -91,6 +97,10 @@ class Decision:
     def kept(self) -> bool:
         return not self.reason
 
+    @property
+    def refused(self) -> bool:
+        return self.reason not in ("", ALREADY)
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -101,7 +111,7 @@ class Plan:
     refused: tuple[Decision, ...] = ()
 
     def __str__(self) -> str:
-        found = [Decision(r.target.module.rpartition(".")[2], r.kind, str(r.form)) for r in self.rewrites]
+        found = [Decision(r.target.name, r.kind, str(r.form)) for r in self.rewrites]
         return "\n".join([f"{self.model_type}:", *lines((*found, *self.refused))])
 
 
@@ -120,6 +130,11 @@ class Fused:
 
     def __str__(self) -> str:
         return "\n".join([f"{self.model_type}:", *lines(self.decisions)])
+
+
+def refusals(decisions: Iterable[Decision]) -> tuple[str, ...]:
+    """What was refused, one line for those that say the same."""
+    return tuple(line.strip() for line in lines(tuple(d for d in decisions if d.refused)))
 
 
 def lines(decisions: tuple[Decision, ...]) -> Iterator[str]:

@@ -43,7 +43,7 @@ class Fusion:
     def __str__(self) -> str:
         count = f"{self.kernels.fused} kernels a layer outside attention, {self.kernels.plain} in its own code" if (
             self.kernels) else f"kernels of a layer not counted: {self.why}"  # fmt: skip
-        found = [Decision(r.target.module.rpartition(".")[2], r.kind, str(r.form)) for r in self.plan.rewrites]
+        found = [Decision(r.target.name, r.kind, str(r.form)) for r in self.plan.rewrites]
         return "\n".join([f"{self.plan.model_type}: {count}", *lines((*found, *self.plan.refused)), str(self.wiring)])
 
 

@@ -1,37 +1,151 @@
-"""An engine on a fused model gives the tokens that it gives on the model as it is."""
+"""An engine on a fused model gives the tokens that it gives on the model as it is, and says what is not fused."""
 
+import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from fewbit.engine import start
+from fewbit.engine import fusion
 from fewbit.engine.config import EngineConfig
 from fewbit.engine.engine import Engine
 from fewbit.engine.params import SamplingParams
 from fewbit.engine.request import Request
+from fewbit.errors import RequestError, UnsupportedError
+from fewbit.models import build
+from fewbit.modules import glu, norm
+from fewbit.modules.merged import Slice
+from fewbit.modules.norm import Norm
 from tests.engine.test_engine import GREEDY, drain, prompts, tokens
+from tests.models import saved
 from tests.tiny import llama
 
+MIXED = Path(__file__).parents[1] / "data" / "gguf-q2_k-llamacpp-qwen2"  # v in another type than q and k
 
-def answers(folder: Path, **options: Any) -> list[list[int]]:
-    engine = Engine(EngineConfig.of(model=str(folder), device="cpu", dtype="bfloat16", max_model_len=96, **options))
+
+def started(folder: Path, **options: Any) -> Engine:
+    return Engine(EngineConfig.of(model=str(folder), device="cpu", dtype="bfloat16", max_model_len=96, **options))
+
+
+def answers(engine: Engine) -> list[list[int]]:
     asked = [Request(str(i), p, SamplingParams(max_tokens=5, **GREEDY)) for i, p in enumerate(prompts(6, shared=20))]
     found = drain(engine, asked)
-    engine.shutdown()
     return [tokens(found[r.id]) for r in asked]
 
 
+def fused_modules(engine: Engine) -> int:
+    return sum(isinstance(m, Norm | Slice) or "forward" in vars(m) for m in engine.loaded.model.modules())
+
+
 @pytest.mark.parametrize("options", [{}, {"quantization": "int4-g128"}])
-def test_same_tokens(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_tokens(options: dict[str, Any], tmp_path: Path) -> None:
     folder = llama(tmp_path, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
-    plain = answers(folder, **options)
-    real, loaded = start.build.load, []
+    plain, fused = started(folder, fusion="off", **options), started(folder, fusion="strict", **options)
+    assert answers(plain) == answers(fused)
+    assert fused_modules(plain) == 0 and not hasattr(plain.loaded.model, "fewbit_fused")
+    assert fused.loaded.model.fewbit_fused.count("merged") == 4 and fused_modules(fused) > 0
+    for engine in (plain, fused):
+        engine.shutdown()
 
-    def load(*args: Any, **named: Any) -> Any:
-        loaded.append(real(*args, **{**named, "fuse": True}))
-        return loaded[0]
 
-    monkeypatch.setattr(start.build, "load", load)
-    assert answers(folder, **options) == plain
-    assert loaded[0].fewbit_fused.count("merged") == 4
+def test_strict_refuses_before_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the twin refuses is known by then."""
+    folder = saved.save(saved.model("gpt_oss"), tmp_path)
+    monkeypatch.setattr(build, "prepare", lambda *_: pytest.fail("weights were to be read"))
+    with pytest.raises(UnsupportedError, match="fusion=strict") as found:
+        started(folder, fusion="strict")
+    assert "GptOssExperts" in found.value.reasons[0] and len(found.value.reasons) == 1
+
+
+def test_siblings_of_several_formats(caplog: pytest.LogCaptureFixture) -> None:
+    """Only the checkpoint knows that: strict says so once it is read, without strict it is said and goes on."""
+    with pytest.raises(UnsupportedError, match="fusion=strict") as found:
+        started(MIXED, fusion="strict")
+    (reason,) = found.value.reasons
+    assert "q_proj + k_proj + v_proj (model.layers.0.self_attn and 1 more): left as it is, int3" in reason
+    model = build.load(MIXED, fuse=True)
+    with caplog.at_level(logging.INFO, "fewbit.engine"):
+        fusion.settle(EngineConfig.of(model="x"), SimpleNamespace(model=model), alone=False)  # type: ignore[arg-type]
+    assert [record.message for record in caplog.records] == [f"not fused: {reason}"]
+
+
+def wrong(monkeypatch: pytest.MonkeyPatch, *kinds: str) -> None:
+    """Kernels that are right at the sizes of a twin alone."""
+    act_mul, normed = glu.act_mul, norm.norm
+    if "glu" in kinds:
+        monkeypatch.setattr(glu, "act_mul", lambda g, u, a: act_mul(g, u, a) * (1.5 if g.shape[-1] == 256 else 1))
+    if "norm" in kinds:
+        monkeypatch.setattr(norm.fused, "takes_norm", lambda *_: False)
+        monkeypatch.setattr(norm, "norm", lambda x, *rest: normed(x, *rest) * (1.5 if x.shape[-1] == 128 else 1))
+
+
+@pytest.mark.parametrize("kinds", [("glu",), ("norm",), ("glu", "norm")])
+def test_what_only_the_real_model_shows(
+    kinds: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A few tokens through the loaded model find what the twin is too small for. transformers' code comes back."""
+    folder = llama(tmp_path)
+    plain = answers(started(folder, fusion="off"))
+    wrong(monkeypatch, *kinds)
+    monkeypatch.setattr(fusion, "asked", lambda *_: True)
+    with caplog.at_level(logging.INFO, "fewbit.engine"):
+        engine = started(folder)
+    assert answers(engine) == plain
+    left = set(kinds) if len(kinds) == 1 else {"glu", "norm", "rotary"}  # none is the one alone
+    fused = engine.loaded.model.fewbit_fused
+    assert {d.kind for d in fused.decisions if d.refused} == left
+    assert [fused.count(k) > 0 for k in ("merged", *fusion.KINDS)] == [True, *(k not in left for k in fusion.KINDS)]
+    assert sum("not fused: " in m and "logits of a few tokens differ by 0." in m for m in caplog.messages) == len(left)
+    with pytest.raises(UnsupportedError, match="rounding allows"):
+        started(folder, fusion="strict")
+
+
+def test_a_kernel_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the model's sizes alone: as one that differs."""
+    folder, real = llama(tmp_path), glu.act_mul
+    monkeypatch.setattr(glu, "act_mul", lambda g, u, a: real(g, u, a) if g.shape[-1] != 256 else 1 / 0)
+    monkeypatch.setattr(fusion, "asked", lambda *_: True)
+    fused = started(folder).loaded.model.fewbit_fused
+    assert {d.kind for d in fused.decisions if d.refused} == {"glu"} and fused.count("norm") == 5
+
+
+def test_rounding_is_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a kernel does it: all in float32, and one rounding at the end."""
+    monkeypatch.setattr(
+        glu, "act_mul", lambda g, u, a: (glu.ACTIVATIONS[a](g.float()) * u.float()).to(g.dtype)
+    )  # more exact than the model's own code
+    engine = started(llama(tmp_path), fusion="strict")
+    assert engine.loaded.model.fewbit_fused.count("glu") == 2
+
+
+def test_distance() -> None:
+    a = torch.randn(8, 50, generator=torch.Generator().manual_seed(0))
+    assert fusion.distance(a, a) == fusion.distance(a + 3, a + 3) == 0
+    assert fusion.distance(a * 1.1, a) == pytest.approx(0.1, rel=1e-3)
+    assert fusion.distance(torch.where(torch.arange(8)[:, None] == 0, -a, a), a) == 0  # one token alone
+    assert fusion.distance(a * float("nan"), a) == float("inf") and fusion.distance(a, a * float("inf")) == 0
+
+
+def test_what_is_one_kernel_already_is_no_refusal(tmp_path: Path) -> None:
+    model = started(saved.save(saved.model("opt"), tmp_path), fusion="strict").loaded.model
+    assert any(not d.kept for d in model.fewbit_fused.decisions)
+
+
+def test_when_it_is_asked_for() -> None:
+    """Where INC measures, modules stay as they are, which strict cannot have."""
+    measuring: Any = SimpleNamespace(measures=True)
+
+    def asked(how: str, session: Any = None) -> bool:
+        return fusion.asked(EngineConfig.of(model="x", fusion=how), session)
+
+    assert [asked(how) for how in ("off", "auto", "strict")] == [False, True, True]
+    assert [asked(how, measuring) for how in ("off", "auto")] == [False, False]
+    with pytest.raises(UnsupportedError, match="mode MEASURE fuses nothing"):
+        asked("strict", measuring)
+
+
+def test_unknown() -> None:
+    with pytest.raises(RequestError, match="fusion='of': known are off, auto, strict"):
+        EngineConfig.of(model="x", fusion="of")

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.models import build, fuse, hf, twin
+from fewbit.models.fuse_place import put_back
 from fewbit.models.fuse_values import Decision, Fused, Plan
 from fewbit.models.shrink import shrink
+from fewbit.modules import experts
 from fewbit.modules.linear import Linear
 from fewbit.modules.merged import Slice
 from fewbit.modules.norm import Norm
@@ -88,6 +90,22 @@ def test_another_model_of_the_class_is_untouched() -> None:
     assert any("forward" in vars(m) for m in model.modules())
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "mixtral", "gpt_neox"])
+def test_put_back(model_type: str) -> None:
+    """transformers' code again where it was fused, then fused again, to the bit and to the module."""
+    model, report, before, after = fused_twin(model_type)
+    modules = [id(m) for m in model.modules()]
+    back = put_back(model, ("norm", "glu", "rotary"))
+    assert len(back) == sum(report.count(kind) for kind in ("norm", "glu", "rotary"))
+    assert not any(isinstance(m, Norm) or {"forward", experts.GATE} & vars(m).keys() for m in model.modules())
+    assert all(torch.equal(a, b) for a, b in zip(twin.logits(model, model.config), before, strict=True))
+    for one in back:
+        one.again()
+    assert [id(m) for m in model.modules()] == modules
+    assert all(torch.equal(a, b) for a, b in zip(twin.logits(model, model.config), after, strict=True))
+    assert not put_back(model, ())
+
+
 def test_report() -> None:
     _, report, *_ = fused_twin("opt")
     assert "torch's own is one kernel already" in str(report) and "k_proj + v_proj + q_proj" in str(report)
@@ -141,6 +159,18 @@ def test_moves_and_biases(tmp_path: Path) -> None:
     assert sum(p.numel() for p in model.parameters()) == sum(
         p.numel() for p in twin.filled(shrink(config("qwen2")), model.config._attn_implementation)[1].parameters()
     )
+
+
+def test_a_rewrite_that_fits_no_module_is_refused() -> None:
+    """A model may have another class at its full size than at its twin's, as BigBird has."""
+    small = shrink(config("gpt2"))
+    _, model = twin.filled(small, twin.require(small))
+    report = fuse.apply(model, fuse.plan(config("llama")))
+    assert {(d.kind, d.where) for d in report.decisions} == {
+        ("merged", "LlamaAttention"), ("merged", "LlamaMLP"), ("norm", "LlamaRMSNorm"), ("glu", "LlamaMLP"),
+        ("rotary", "LlamaAttention"),
+    }  # fmt: skip
+    assert all(d.refused and "no module" in d.reason for d in report.decisions)
 
 
 def test_plan_of_nothing_changes_nothing() -> None:

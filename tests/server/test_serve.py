@@ -132,6 +132,32 @@ def test_flags_over_environment_over_file(folder: Path, tmp_path: Path, start: C
     assert httpx.get(child.url + "/info", trust_env=False).status_code == 401
 
 
+def test_off_is_a_word_in_a_file(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """YAML 1.1 takes it for false, which is no value of --fusion; switches take both."""
+    import typer
+    from typer.main import get_command
+
+    from fewbit.cli import serving_run
+    from fewbit.cli.serving import serve
+
+    file, seen = tmp_path / "serve.yaml", []
+    file.write_text("fusion: off\nenable-prefix-caching: off\nenforce_eager: True\nallow-credentials: no\n")
+    app = typer.Typer()
+    app.command()(serve)
+    monkeypatch.setattr(serving_run, "run", lambda given: seen.append(given) or 0)
+    for value in ("strict", ""):
+        if value:
+            monkeypatch.setenv("FEWBIT_FUSION", value)
+        get_command(app).main([str(folder), "--config", str(file)], standalone_mode=False)
+        monkeypatch.delenv("FEWBIT_FUSION", raising=False)
+    assert [given["fusion"] for given in seen] == ["strict", "off"]
+    assert (seen[0]["enable_prefix_caching"], seen[0]["enforce_eager"], seen[0]["allow_credentials"]) == (
+        False,
+        True,
+        False,
+    )
+
+
 def test_demo_once(folder: Path) -> None:
     code = "from fewbit.cli.serving_demo import demo; import typer; typer.run(demo)"
     env = {**os.environ, "DEMO_ONCE": "1"}
@@ -158,6 +184,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["MODEL", "--device", "toaster"], "auto takes what is there"),
     (["MODEL", "--device", "cuda:99"], "torch sees"),
     (["MODEL", "--enable-lora"], "--enable-lora: this version cannot"),
+    (["MODEL", "--fusion", "all"], "known are off, auto, strict"),
     (["MODEL", "--ssl-keyfile", "x"], "both"),
     (["MODEL", "--ssl-keyfile", "/no/key", "--ssl-certfile", "x"], "/no/key"),
     (["/no/such/model"], "/no/such/model"),

@@ -12,8 +12,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +41,36 @@ FULL: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The verdict on one type."""
+    """The verdict on one type.
+
+    kernels: of a layer outside attention, its own code's and fused; empty where they cannot be counted. refused: what
+    cannot be fused, and why. doubts: of how its layers are wired.
+    """
 
     type: str
     error: float
     attention: str
     why: str
     seconds: float
+    paged: bool = False
+    kernels: Sequence[int] = ()
+    refused: Sequence[str] = ()
+    doubts: int = 0
 
     @property
     def verdict(self) -> str:
         return "exact" if self.error <= 1e-4 else "refused" if not math.isfinite(self.error) else "wrong"
 
+    @property
+    def explained(self) -> bool:
+        return self.verdict == "exact" and self.paged and not self.refused
+
     def line(self) -> str:
         error = f"{self.error:.1e}" if math.isfinite(self.error) else ""
-        why = self.why.replace("|", "/")
-        return f"| {self.type} | {self.verdict} | {self.attention} | {error} | {why} |"
+        cells = [self.type, self.verdict, "paged" if self.paged else self.attention, error,
+                 " → ".join(map(str, self.kernels)), str(len(self.refused) or ""),
+                 "; ".join([self.why, *self.refused] if self.why else self.refused).replace("|", "/")]  # fmt: skip
+        return f"| {' | '.join(cells)} |"
 
 
 def config_of(model_type: str) -> Any:
@@ -74,7 +88,26 @@ def judge(model_type: str) -> Row:
         verdict = twin.check(config_of(model_type))
     except Exception as error:  # a config that cannot be made is a row of the table too
         verdict = twin.Verdict(math.inf, "", f"{type(error).__name__}: {twin.first_line(error)}")
-    return Row(model_type, verdict.error, verdict.attention, verdict.why, time.perf_counter() - start)
+    row = Row(model_type, verdict.error, verdict.attention, verdict.why, 0.0)
+    return replace(fused(row) if verdict.exact else row, seconds=time.perf_counter() - start)
+
+
+def fused(row: Row) -> Row:
+    """With what of it is paged and fused."""
+    from fewbit.engine import proof
+    from fewbit.models import fuse, fuse_count, observe
+
+    config = config_of(row.type)
+    said = [f"{d.kind} of {d.where}{f' ({d.what})' if d.kind == 'merged' else ''}: {d.reason}"
+            for d in fuse.plan(config).refused if d.refused]  # fmt: skip
+    try:
+        found = fuse_count.counted(config)
+    except Exception:  # code of a model that does not run in bfloat16
+        kernels: Sequence[int] = ()
+    else:
+        kernels = (found.plain, found.fused)
+    doubts = len(observe.observe(config).refused)
+    return replace(row, paged=proof.check(config).exact, kernels=kernels, refused=said, doubts=doubts)
 
 
 def work() -> None:
@@ -86,7 +119,7 @@ def work() -> None:
     warnings.simplefilter("ignore")
     for line in sys.stdin:
         row = judge(line.strip())
-        print(json.dumps([row.type, row.error, row.attention, row.why, row.seconds]), flush=True)
+        print(json.dumps(astuple(row)), flush=True)
 
 
 def sweep(types: list[str]) -> Iterator[Row]:
@@ -125,17 +158,25 @@ def table(rows: list[Row], version: str) -> str:
     """docs/sweep.md: the exact types first."""
     order = {"exact": 0, "wrong": 1, "refused": 2}
     counts = {verdict: sum(row.verdict == verdict for row in rows) for verdict in order}
+    explained = [row for row in rows if row.explained]
+    wired = sum(not row.doubts for row in explained)
     head = f"""# Causal language models of transformers {version}
 
 Written by `make sweep`. Each type as a tiny random twin of its full-size config, filled through the tensor names that
 transformers saves, in float32: a ragged batch and one cached step, compared with eager transformers. Exact: relative
-error of the logits at most 1e-4 (`load` refuses the others). Attention: ours (`fewbit`), or transformers' own (`eager`)
-where a type has one that ours cannot stand for.
+error of the logits at most 1e-4 (`load` refuses the others). Attention: ours over a cache of pages (`paged`), ours
+(`fewbit`), or transformers' own (`eager`) where a type has one that ours cannot stand for. Kernels: what a decoder
+layer launches outside attention for one token, of its kinds of layers the most, in its own code → fused. Refused: what
+looks as if it could be fused and is not, which `--fusion strict` makes an error; why stands in the last column. torch's
+own LayerNorm is no refusal, for it is one kernel, nor is what does not look like linears that read one tensor, a norm,
+a gated MLP or a rotary embedding.
 
 {counts["exact"]} exact, {counts["wrong"]} wrong, {counts["refused"]} refused, of {len(rows)}.
+Fully explained (exact, paged, nothing refused): {len(explained)},
+and {wired} of them with the wiring of their layers proven as well (`fewbit inspect --fusion`).
 
-| type | verdict | attention | error | why |
-|---|---|---|---|---|
+| type | verdict | attention | error | kernels | refused | why |
+|---|---|---|---|---|---|---|
 """
     lines = [row.line() for row in sorted(rows, key=lambda row: (order[row.verdict], row.type))]
     return head + "\n".join(lines) + "\n"
