@@ -157,6 +157,35 @@ static void fill(const Fill& f, int64_t n, int64_t rows, int64_t step, int64_t c
     }
 }
 
+// The same for few rows of x, bit for bit: sums stay in their tiles along a whole run of 32 rows of W, and the next columns
+// are filled in while these are multiplied, which the processor does side by side.
+template <bool TWO, class Fill, class Op>
+static void few(const Fill& f, const Op& op, const Input& x, uint16_t* y) {
+#pragma omp parallel
+    {
+        static thread_local Memory memory;
+        const int64_t bytes = 32 * STEPS * 64;
+        uint8_t* panels = memory.of(2 * bytes + 4 * C * 4);
+        float* sums = (float*)(panels + 2 * bytes);
+        const Tiles tiles(x.cols);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < f.n; n += 32) {
+            zero_c<TWO>();
+            fill(f, n, 32, 0, x.steps < STEPS ? x.steps : STEPS, panels);
+            for (int64_t step = 0; step < x.steps; step += STEPS) {
+                const int64_t next = step + STEPS, left = x.steps - step, count = left < STEPS ? left : STEPS;
+                uint8_t *here = panels + step / STEPS % 2 * bytes, *there = panels + next / STEPS % 2 * bytes;
+                steps<false, TWO>(here, STEPS * 16 * 64, x.at(0, step), 16 * 64 * x.steps, x.cols, count);
+                if (next < x.steps) fill(f, n, 32, next, x.steps - next < STEPS ? x.steps - next : STEPS, there);
+            }
+            store_c<TWO>(sums);
+            for (int64_t m = 0; m < x.rows; m += 16)
+                for (int64_t r = 0; r < 32 && n + r < f.n; r += 16)
+                    finish(op, sums + r / 16 * 2 * C + m / 16 * C, n + r, m, f.n, x.rows, y);
+        }
+    }
+}
+
 template <class Fill, class Op>
 static void product(const Fill& f, const Op& op, const Input& x, int64_t most, uint16_t* y) {
     const int64_t run = run_of(f.n, x.rows), held = x.rows < ROWS ? (x.rows + 31) / 32 * 32 : ROWS;
@@ -250,6 +279,8 @@ template <class Fill>
 static void plain(const Fill& f, const Weight* scale, const uint16_t* x, int64_t rows, uint16_t* y) {
     static thread_local Memory memory;
     const Input in{laid(memory, x, rows, f.k * 2), rows, rows < 16 ? rows : 16, f.k / 32};
+    if (rows <= 16) return few<false>(f, Plain{scale}, in, y);
+    if (rows <= 32) return few<true>(f, Plain{scale}, in, y);
     product(f, Plain{scale}, in, STEPS, y);
 }
 
