@@ -27,11 +27,13 @@ struct Dense {
 struct Lanes {
     __m512i index;
     __mmask16 held;
-    int64_t first;
-    Lanes(const Weight& w, int64_t start) : first(start / w.group) {
+    int64_t first, groups;
+    int32_t run[2];  // the same of each 128
+    Lanes(const Weight& w, int64_t start) : first(start / w.group), groups(w.k / w.group) {
         alignas(64) int32_t each[16];
         for (int64_t i = 0; i < 16; i++) each[i] = int32_t((start + 16 * i) / w.group - first);
-        const int64_t left = w.k / w.group - first;
+        run[0] = each[0], run[1] = each[8];
+        const int64_t left = groups - first;
         index = _mm512_load_si512(each);
         held = left >= 16 ? 0xffff : __mmask16((1u << left) - 1);
     }
@@ -45,8 +47,14 @@ struct Scaling {
         const __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t*)p + i);
         return narrow == 1 ? _mm512_cvtph_ps(half) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
     }
+    // One of them in all lanes
+    static __m512 each(const void* p, int32_t narrow, int64_t i) {
+        if (narrow == 0) return _mm512_set1_ps(((const float*)p)[i]);
+        const __m256i half = _mm256_set1_epi16(((const int16_t*)p)[i]);
+        return narrow == 1 ? _mm512_cvtph_ps(half) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    }
     Scaling(const Weight& w, const Lanes& lanes, int64_t r) {
-        const int64_t first = r * (w.k / w.group) + lanes.first;
+        const int64_t first = r * lanes.groups + lanes.first;
         const __m512 outer = _mm512_set1_ps(w.outer[r]);
         const __m512 s = _mm512_permutexvar_ps(lanes.index, loaded(w.scale, w.narrow, first, lanes.held));
         __m512 z = _mm512_setzero_ps();
@@ -147,10 +155,27 @@ template <int SHARE> struct Nibbles {
 // gets columns 4i + j, as `by_words` has laid x. Only the lowest 5 bits of a word are looked at
 struct Words : Nibbles<64> {
     using Nibbles<64>::Nibbles;
+    // A run with one scale and no zeros, the most usual: without the detour by 16 scales at once
+    void symmetric(const Lanes& lanes, int64_t r, int64_t count, const uint8_t* p, uint8_t* line) const {
+        const int64_t first = r * lanes.groups + lanes.first;
+        const __m512 values = table, outer = _mm512_set1_ps(w.outer[r]);  // here: what is stored could be any of a Weight
+        const void* scale = w.scale;
+        const int32_t narrow = w.narrow;
+        for (int64_t i = 0; 128 * i < count; i++, p += 64, line += 4 * TILE) {
+            const __m512i codes = _mm512_loadu_si512(p);
+            const __m512 v = _mm512_mul_ps(values, _mm512_mul_ps(Scaling::each(scale, narrow, first + lanes.run[i]), outer));
+            const __m512i found = (__m512i)_mm512_cvtne2ps_pbh(v, v);
+            _mm512_store_si512(line, _mm512_permutexvar_epi16(codes, found));
+            _mm512_store_si512(line + TILE, _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), found));
+            _mm512_store_si512(line + 2 * TILE, _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 8), found));
+            _mm512_store_si512(line + 3 * TILE, _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 12), found));
+        }
+    }
     void operator()(const Block& lanes, int64_t r, int64_t start, int64_t count, uint8_t* line) const {
+        const bool one = w.group % 128 == 0;
+        if (one && !w.zeros) return symmetric(lanes, r, count, row(r, start), line);
         const Scaling s(w, lanes, r);
         const uint8_t* p = row(r, start);
-        const bool one = w.group % 128 == 0;
         const __m512i low = _mm512_set1_epi16(15), second = behind();
         for (int64_t i = 0; 16 * i < count; i += 8, p += 64, line += 4 * TILE) {
             const __m512i codes = _mm512_loadu_si512(p);

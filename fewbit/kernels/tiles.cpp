@@ -157,26 +157,22 @@ static void fill(const Fill& f, int64_t n, int64_t rows, int64_t step, int64_t c
     }
 }
 
-// The same for few rows of x, bit for bit: sums stay in their tiles along a whole run of 32 rows of W, and the next columns
-// are filled in while these are multiplied, which the processor does side by side.
+// The same for few rows of x, bit for bit: sums stay in their tiles along a whole run of 32 rows of W.
 template <bool TWO, class Fill, class Op>
 static void few(const Fill& f, const Op& op, const Input& x, uint16_t* y) {
 #pragma omp parallel
     {
         static thread_local Memory memory;
-        const int64_t bytes = 32 * STEPS * 64;
-        uint8_t* panels = memory.of(2 * bytes + 4 * C * 4);
-        float* sums = (float*)(panels + 2 * bytes);
+        uint8_t* panel = memory.of(32 * STEPS * 64 + 4 * C * 4);
+        float* sums = (float*)(panel + 32 * STEPS * 64);
         const Tiles tiles(x.cols);
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < f.n; n += 32) {
             zero_c<TWO>();
-            fill(f, n, 32, 0, x.steps < STEPS ? x.steps : STEPS, panels);
             for (int64_t step = 0; step < x.steps; step += STEPS) {
-                const int64_t next = step + STEPS, left = x.steps - step, count = left < STEPS ? left : STEPS;
-                uint8_t *here = panels + step / STEPS % 2 * bytes, *there = panels + next / STEPS % 2 * bytes;
-                steps<false, TWO>(here, STEPS * 16 * 64, x.at(0, step), 16 * 64 * x.steps, x.cols, count);
-                if (next < x.steps) fill(f, n, 32, next, x.steps - next < STEPS ? x.steps - next : STEPS, there);
+                const int64_t count = x.steps - step < STEPS ? x.steps - step : STEPS;
+                fill(f, n, 32, step, count, panel);
+                steps<false, TWO>(panel, STEPS * 16 * 64, x.at(0, step), 16 * 64 * x.steps, x.cols, count);
             }
             store_c<TWO>(sums);
             for (int64_t m = 0; m < x.rows; m += 16)
