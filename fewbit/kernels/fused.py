@@ -25,11 +25,14 @@ NORM, GATE, ROTARY = (struct.Struct(form) for form in ("4P12q2f3i0q", "3P4q2i", 
 
 def _ours(*tensors: Tensor | None) -> bool:
     """Plain tensors of one type on a CPU that nobody goes back through, whose last axis has no gaps."""
-    held = [t for t in tensors if t is not None]
-    first = held[0]
-    alike = all(t.dtype == first.dtype and t.device.type == "cpu" and t.stride(-1) == 1 for t in held)
-    learning = torch.is_grad_enabled() and any(t.requires_grad for t in held)
-    return alike and first.dtype in DTYPES and not learning and _native() is not None
+    learning, dtype = torch.is_grad_enabled(), None
+    for t in tensors:
+        if t is None:
+            continue
+        dtype = dtype or t.dtype
+        if t.dtype != dtype or not t.is_cpu or t.stride(-1) != 1 or (learning and t.requires_grad):
+            return False
+    return dtype in DTYPES and _native() is not None
 
 
 def takes_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
