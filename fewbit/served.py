@@ -25,6 +25,7 @@ from fewbit.quant.formats import get
 from fewbit.workflows.calibration import calibration
 
 PROMPT, EACH = 32, 64  # tokens of a prompt, and of what follows
+CALIBRATED = 16  # texts that static scales come from: the same for both, so it need not be many
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ def certify(model: str | Path, form: str, tokens: int = 2000, device: str = "cpu
     prompts = calibration(tokenizer(model), None, samples=-(-tokens // EACH), length=PROMPT).ids
     asked = [torch.as_tensor(ids).tolist() for ids in prompts]
     options = {"model": str(model), "fakequant": form, "device": device, "dtype": dtype,
-               "max_model_len": PROMPT + EACH + 1}  # fmt: skip
+               "calib_size": CALIBRATED, "max_model_len": PROMPT + EACH + 1}  # fmt: skip
     wanted, found = (said(asked, options | {"kernels": name}) for name in (EMULATED, kernel))
     same, parted = compared(wanted, found)
     why = "" if parted is None else guilty(asked[parted[0]] + wanted[parted[0]], options, kernel)

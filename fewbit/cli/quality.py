@@ -77,7 +77,7 @@ def _pair(text: str, flag: str) -> tuple[str, str]:
 
 def certify(
     formats: Annotated[
-        list[str] | None, typer.Argument(metavar="[FORMAT]...", help="Rows of the table; none: all.")
+        list[str] | None, typer.Argument(metavar="[FORMAT]...", help="Formats or schemes (fp8, NVFP4 ...); none: all.")
     ] = None,
     device: Device = "cpu",
     kernel: Annotated[list[str] | None, typer.Option("--kernel", help="This kernel alone; may be repeated.")] = None,
@@ -89,9 +89,10 @@ def certify(
     as_json: Json = False,
 ) -> None:
     """Prove that kernels compute what is emulated: values, rounded inputs, sums; exit code 1 where one does not."""
-    from fewbit.workflows.certify import COLUMNS, cells, render, writable
+    from fewbit.workflows.certify import COLUMNS, cells, render, rows, writable
     from fewbit.workflows.certify import certify as run
 
+    formats = rows(formats or [])
     if model is not None:
         _served(formats or ["fp8-tensor"], model, tokens, device, (kernel or ["auto"])[0], as_json)
     names = formats or writable()

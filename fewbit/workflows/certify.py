@@ -22,6 +22,7 @@ from fewbit.quant.formats import FORMATS, get
 from fewbit.quant.qtensor import Planes, QTensor, Quantized, planes_of, scale_of, store
 from fewbit.quant.reference import assign, decode, encode, fake_quant
 from fewbit.quant.spec import Format, QuantSpec
+from fewbit.workflows import schemes
 
 N, K = 32, 256  # of the weights; K in whole blocks of all formats
 STATIC = 0.125  # a scale of inputs that is given
@@ -84,6 +85,15 @@ def certify(names: Sequence[str] = (), device: str = "cpu", which: Sequence[str]
         for kernel in linear:
             if not which or kernel.name in which:
                 yield from _each(name, form, kernel, place)
+
+
+def rows(names: Sequence[str]) -> list[str]:
+    """Rows of the table or schemes that people know -> rows."""
+    found = [schemes.resolve(name) for name in names]
+    for name, row in zip(names, found, strict=True):
+        if not isinstance(row, str) or row == schemes.DENSE:
+            raise SpecError(f"{name} is not one format: name those that it is made of")
+    return [str(row) for row in found]
 
 
 def writable() -> list[str]:

@@ -18,7 +18,7 @@ from fewbit.kernels.compiled import library
 from fewbit.kernels.registry import REFERENCE, Kernel
 from fewbit.quant.formats import FORMATS
 from fewbit.quant.reference import decode
-from fewbit.workflows.certify import certify, identity, writable
+from fewbit.workflows.certify import certify, identity, rows, writable
 
 PAGE = Path(__file__).parents[2] / "docs" / "certificate.md"
 ALL = writable()
@@ -34,6 +34,15 @@ def told() -> dict[tuple[str, str, str], tuple[str, ...]]:
         for name in names.split(", "):
             found[name, kernel, dtype] = tuple(said)
     return found
+
+
+def test_names_that_people_know() -> None:
+    assert rows(["FP8", "nvfp4", "W8A8"]) == ["fp8-tensor-static", "nvfp4", "int8-channel-a8"]
+    for name in ("Q4_K_M", "dense"):
+        with pytest.raises(SpecError, match="not one format"):
+            rows([name])
+    with pytest.raises(SpecError, match="near"):
+        rows(["fp9"])
 
 
 @pytest.mark.parametrize("names", [ALL[i::6] for i in range(6)], ids=range(6))
