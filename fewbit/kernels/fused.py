@@ -6,6 +6,9 @@ for us. A call may not be gone back through, so nothing is taken that asks for g
 
 import ctypes
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -23,8 +26,23 @@ ACTS = ("silu", "gelu_tanh", "quick_gelu", "relu", "relu2", "sigmoid")  # in fus
 NORM, GATE, ROTARY = (struct.Struct(form) for form in ("4P12q2f3i0q", "3P4q2i", "2P2P7q2P7q6q4q6i0q"))
 
 
+_LEFT: ContextVar[bool] = ContextVar("left to torch", default=False)
+
+
+@contextmanager
+def left_to_torch() -> Iterator[None]:
+    """Within, nothing is taken: what is proven of a form is not to depend on how a kernel adds up."""
+    token = _LEFT.set(True)
+    try:
+        yield
+    finally:
+        _LEFT.reset(token)
+
+
 def _ours(*tensors: Tensor | None) -> bool:
     """Plain tensors of one type on a CPU that nobody goes back through, whose last axis has no gaps."""
+    if _LEFT.get():
+        return False
     learning, dtype = torch.is_grad_enabled(), None
     for t in tensors:
         if t is None:

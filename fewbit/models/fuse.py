@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewbit.kernels.fused import left_to_torch
 from fewbit.kernels.triton_runtime import lacking
 from fewbit.models import twin
 from fewbit.models.fuse_look import look, proposals
@@ -32,7 +33,8 @@ def plan(config: Any) -> Plan:
         small = shrink(config)
         key = type(config).__name__ + small.to_json_string(use_diff=False)
         if key not in _PLANS:
-            _PLANS[key] = planned(name, small, twin.require(config))
+            with left_to_torch():
+                _PLANS[key] = planned(name, small, twin.require(config))
         return _PLANS[key]
     except Exception as error:  # whatever a model definition raises on this config is the finding
         return Plan(name, (), (Decision(name, "merged", "anything", told(error)),))

@@ -94,7 +94,7 @@ def layers(model: Any, fused: bool) -> int:
 
     with ExitStack() as stack:
         for target, name, function in (
-            (norm, "norm", count.one(norm.norm)), (glu, "act_mul", count.one(glu.act_mul)),
+            (norm, "normed", count.one(norm.normed)), (glu, "act_mul", count.one(glu.act_mul)),
             (rotary, "rotate", count.one(rotary.rotate)), (experts, "stays_on_device", lambda *_: True),
             (experts, "dense", count.one(dense)), (experts, "kernel", lambda: Routed(count, fused)),
         ):  # fmt: skip

@@ -45,6 +45,19 @@ def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: NormForm) 
     return (h if bias is None else h + bias.float()).to(x.dtype)
 
 
+def normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: NormForm) -> Tensor:
+    """The same by the kernel that takes it."""
+    run: Any = None
+    if x.is_cuda:
+        run = kernel() if kernel().takes(x) else None
+    elif fused.takes_norm(x, weight, bias):
+        run = fused
+    if run is None:
+        return norm(x, weight, bias, form)
+    y: Tensor = run.norm(x, weight, bias, form.eps, form.times, form.centred)
+    return y
+
+
 class Norm(nn.Module):
     """Stands where a model's own norm stood, its parameters shared."""
 
@@ -55,11 +68,7 @@ class Norm(nn.Module):
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda and (run := kernel()).takes(x):
-            return run.norm(x, self.weight, self.bias, self.form.eps, self.form.times, self.form.centred)
-        if fused.takes_norm(x, self.weight, self.bias):
-            return fused.norm(x, self.weight, self.bias, self.form.eps, self.form.times, self.form.centred)
-        return norm(x, self.weight, self.bias, self.form)
+        return normed(x, self.weight, self.bias, self.form)
 
     def extra_repr(self) -> str:
         return str(self.form)

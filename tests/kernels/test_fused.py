@@ -87,4 +87,7 @@ def test_what_is_gone_back_through_is_left_to_torch() -> None:
     with torch.inference_mode():
         assert fused.takes_norm(x, w, None)
     assert not fused.takes_norm(x, w.detach().bfloat16(), None) and not fused.takes_gate(x.half(), x.half(), "silu")
+    with fused.left_to_torch():
+        assert not fused.takes_norm(x, None, None)
+    assert fused.takes_norm(x, None, None)
     assert not fused.takes_norm(x.T, None, None) and not fused.takes_gate(x, x, "gelu")
