@@ -110,13 +110,13 @@ def _given(x: Tensor, how: Grid, spec: QuantSpec, planes: Planes) -> Tensor | No
     return torch.where(amax > 0, amax / most, 1.0).reshape(1)
 
 
-GIVEN_AS = struct.Struct("4P2q6i4f")  # round.cpp's Round, in the types and the alignment of C
+CALL = struct.Struct("4P2q6i4f")  # round.cpp's Round, in the types and the alignment of C
 
 
 def _on_cpu(built: ctypes.CDLL, x: Tensor, how: Grid, given: Tensor | None, cut: Tensor | None) -> Tensor:
     out = torch.empty_like(x)
     columns = how.columns or x.shape[-1]
-    built.round_values(GIVEN_AS.pack(
+    built.round_values(CALL.pack(
         x.data_ptr(), out.data_ptr(), 0 if given is None else given.data_ptr(), 0 if cut is None else cut.data_ptr(),
         x.numel() // columns, columns, DTYPES[x.dtype], how.fraction, how.least, how.rule, how.power, how.divides,
         how.low, how.high, how.reach, how.empty,
