@@ -82,7 +82,7 @@ def rounded(x: Tensor, spec: QuantSpec, planes: Planes) -> Tensor:
     """x: [..., K] -> the same, rounded. planes: static scales, as stored."""
     how = grid(spec)
     if isinstance(how, Grid) and x.numel() and (how.columns == 0 or x.shape[-1] % how.columns == 0):
-        given = _given(x, how, spec, planes)
+        given = _given(how, spec, planes)
         cut = saturation.count_of(x.device) if how.rule == GIVEN and spec.scales else None
         if x.device.type == "cuda" and triton_runtime.lacking(x.device) is None:
             from fewbit.kernels import triton_round
@@ -94,17 +94,16 @@ def rounded(x: Tensor, spec: QuantSpec, planes: Planes) -> Tensor:
     return fake_quant(x, spec, planes)
 
 
-def _given(x: Tensor, how: Grid, spec: QuantSpec, planes: Planes) -> Tensor | None:
-    """-> [1] float32: the scale of everything."""
-    if how.rule == GIVEN:
-        return planes["scale0"].float().reshape(1) if spec.scales else None
-    if how.rule != TWO:
-        return None
-    if not how.whole:
-        return planes["scale1"].float().reshape(1)
+def _given(how: Grid, spec: QuantSpec, planes: Planes) -> Tensor | None:
+    """-> [1] float32: the scale of everything, where it is given."""
+    name = {GIVEN: "scale0" if spec.scales else "", TWO: "" if how.whole else "scale1"}.get(how.rule)
+    return planes[name].float().reshape(1) if name else None
+
+
+def _searched(x: Tensor, how: Grid) -> Tensor:
+    """-> [1] float32: the outer scale, under the largest of all values."""
     low, high = torch.aminmax(x)
-    amax = torch.maximum(-low, high).float()
-    most = torch.full((), how.reach * E4M3.max, device=x.device)  # made there: a CUDA graph takes nothing from a host
+    amax, most = torch.maximum(-low, high).float(), how.reach * E4M3.max
     if how.divides:
         return (most / amax.clamp(min=torch.finfo(torch.float32).tiny)).nan_to_num(posinf=1.0).reshape(1)
     return torch.where(amax > 0, amax / most, 1.0).reshape(1)
@@ -116,6 +115,7 @@ CALL = struct.Struct("4P2q6i4f")  # round.cpp's Round, in the types and the alig
 def _on_cpu(built: ctypes.CDLL, x: Tensor, how: Grid, given: Tensor | None, cut: Tensor | None) -> Tensor:
     out = torch.empty_like(x)
     columns = how.columns or x.shape[-1]
+    given = _searched(x, how) if how.whole else given
     built.round_values(CALL.pack(
         x.data_ptr(), out.data_ptr(), 0 if given is None else given.data_ptr(), 0 if cut is None else cut.data_ptr(),
         x.numel() // columns, columns, DTYPES[x.dtype], how.fraction, how.least, how.rule, how.power, how.divides,

@@ -21,7 +21,7 @@ FEW_PARTS, MOST_PARTS = 8, 64
 MOST_HEADS = 64  # queries of a program
 MOST_TOKENS = 64
 TILE = 8192  # numbers of a tile of keys: several programs share a multiprocessor
-WARPS, STAGES = 4, 3
+WARPS, STAGES = 4, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +43,9 @@ def shape(query: Tensor, cache: Cache, table: Table, window: int | None) -> Shap
     if query.dtype == torch.float32:  # without matrix units larger tiles spill
         tokens = 16
     reach = table.reach if window is None else min(table.reach, window)
-    wanted = -(-PROGRAMS * processors(query.device) // (table.ones * key_heads * blocks))
+    wanted = PROGRAMS * processors(query.device) // (table.ones * key_heads * blocks)
     parts = max(1, min(-(-reach // tokens), wanted, MOST_PARTS))
-    return Shape(heads, blocks, tokens, triton.next_power_of_2(parts))  # few values: a kernel is compiled for each
+    return Shape(heads, blocks, tokens, 1 << parts.bit_length() - 1)  # few values: a kernel is compiled for each
 
 
 def run(
@@ -125,7 +125,7 @@ def _part(
         q, tl.zeros([HEADS, DVP], tl.float32), total, top, first, last, last, tl.zeros([HEADS], tl.int32) + last, None,
         pages + request.to(tl.int64) * p_row, key + kin * k_head, value + kin * v_head, key_scale, value_scale, k_slot,
         v_slot, key_heads, scaled(scaling, key_measured, kin), softcap, True, SIZE, TOKENS, D, DV, DP, DVP, PRECISION,
-        P,
+        P, True,
     )  # fmt: skip
     if P > 0.0:
         acc = acc / P

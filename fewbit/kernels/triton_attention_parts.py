@@ -5,6 +5,10 @@ A sink is where `top` and `total` start: a logit that takes weight and brings no
 
 Scales of each token join scores and weights on the way. Those measured for a whole head cost nothing: that of keys
 joins the scaling of scores before the walk, that of values what was gathered after it.
+
+PAIRS: codes of a byte are read two at a time, since matrix units are fed 16 bits at a time, and become float16, which
+holds them all and which GPUs make of two at once. Queries and weights follow, brought to its range by powers of two and
+by the largest scale. A product then has two halves: the even and the odd numbers of a head.
 """
 
 from functools import cache as once
@@ -51,18 +55,66 @@ def as_e4m3(x):
 
 
 @triton.jit
+def halves(pairs, CODE: tl.constexpr):
+    """int16 -> the lower and the upper code of each, as float16."""
+    if CODE.is_int():  # 0x6400 is 1024 in float16, whose last bit is 1 there
+        lower = ((pairs & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
+        upper = (((pairs >> 8) & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
+    else:
+        lower = pairs.to(tl.int8).to(CODE, bitcast=True).to(tl.float16)
+        upper = (pairs >> 8).to(tl.int8).to(CODE, bitcast=True).to(tl.float16)
+    return lower, upper
+
+
+@triton.jit
+def floats(codes, like):
+    """One by one. GPUs make no two bfloat16 of e4m3 at once, but two float16, and two bfloat16 of two float32."""
+    if codes.dtype.is_fp8() and like.dtype == tl.bfloat16:
+        codes = codes.to(tl.float16).to(tl.float32)
+    return codes.to(like.dtype)
+
+
+@triton.jit
+def sides(x, SIZE: tl.constexpr):
+    """[ROWS, SIZE] -> its even and its odd columns."""
+    return tl.split(tl.reshape(x, [x.shape[0], SIZE // 2, 2]))
+
+
+@triton.jit
+def narrowed(query):
+    """-> float16, and for each row the power of two that it was divided by: of its largest."""
+    wide = query.to(tl.float32)
+    power = (tl.max(tl.abs(wide), 1).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    power = tl.where(power > 0.0, power, 1.0)
+    return (wide / power[:, None]).to(tl.float16), power
+
+
+@triton.jit
 def walk(
     query, acc, total, top, first, last, length, at, window, pages, key, value, key_scale, value_scale, k_slot, v_slot,
     s_slot, scaling, softcap, MASKED: tl.constexpr, SIZE: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Tokens first to last for rows that stand at places `at`; MASKED where a row may not see all of them.
 
     P above 0: weights, as far as the largest seen so far is 1, are rounded to e4m3 after this factor. Products of e4m3
     are what they are in 16 bits.
     """
-    d = tl.arange(0, DP)
-    e = tl.arange(0, DVP)
+    CODE: tl.constexpr = key.dtype.element_ty
+    PAIRED: tl.constexpr = (PAIRS and CODE.primitive_bitwidth == 8 and query.dtype != tl.float32
+                            and D % 2 + DV % 2 == 0 and DP >= 32 and DVP >= 32)  # fmt: skip
+    EACH: tl.constexpr = 2 if PAIRED else 1
+    d = tl.arange(0, DP // EACH)
+    e = tl.arange(0, DVP // EACH)
+    factor = tl.zeros([query.shape[0]], tl.float32) + scaling * LOG2E
+    if PAIRED:
+        query, power = narrowed(query)
+        factor *= power
+        query, odd_query = sides(query, DP)
+        acc, odd_acc = sides(acc, DVP)
+        key = key.to(tl.pointer_type(tl.int16), bitcast=True)
+        value = value.to(tl.pointer_type(tl.int16), bitcast=True)
     for start in range(first, last, TOKENS):
         n = start + tl.arange(0, TOKENS)
         inside = n < length
@@ -71,38 +123,60 @@ def walk(
         else:
             page = tl.load(pages + n // SIZE)
         slot = page.to(tl.int64) * SIZE + n % SIZE
-        k_at = key + slot[None, :] * k_slot + d[:, None]
+        k_at = key + slot[None, :] * (k_slot // EACH) + d[:, None]
         if MASKED or D < DP:
-            keys = tl.load(k_at, mask=inside[None, :] & (d < D)[:, None], other=0.0)
+            keys = tl.load(k_at, mask=inside[None, :] & (d < D // EACH)[:, None], other=0.0)
         else:
             keys = tl.load(k_at)
-        scores = tl.dot(query, keys.to(query.dtype), input_precision=PRECISION)
+        if PAIRED:
+            keys, odd_keys = halves(keys, CODE)
+            scores = tl.dot(odd_query, odd_keys, tl.dot(query, keys))
+        else:
+            scores = tl.dot(query, floats(keys, query), input_precision=PRECISION)
         if key_scale is not None:
             scores *= tl.load(key_scale + slot * s_slot, mask=inside, other=0.0)[None, :]
-        factor = scaling * LOG2E
         if softcap is not None:  # tanh from an exponential that may overflow: 2 / inf is 0
-            scores = softcap - 2.0 * softcap / (tl.exp2(scores * (2.0 * factor / softcap)) + 1.0)
-            factor = LOG2E
+            scores = softcap - 2.0 * softcap / (tl.exp2(scores * (factor * (2.0 / softcap))[:, None]) + 1.0)
+            unit = tl.zeros_like(factor) + LOG2E
+        else:
+            unit = factor
         if MASKED:
             seen = inside[None, :] & (n[None, :] <= at[:, None])
             if window is not None:
                 seen = seen & (n[None, :] > at[:, None] - window)
             scores = tl.where(seen, scores, float("-inf"))
-        peak = tl.maximum(top, tl.max(scores, 1) * factor)
-        weights = tl.exp2(scores * factor - peak[:, None])
+        peak = tl.maximum(top, tl.max(scores, 1) * unit)
+        weights = tl.exp2(scores * unit[:, None] - peak[:, None])
         fade = tl.exp2(top - peak)
         total = total * fade + tl.sum(weights, 1)
         top = peak
         if P > 0.0:
             weights = as_e4m3(weights * P)
         if value_scale is not None:
-            weights *= tl.load(value_scale + slot * s_slot, mask=inside, other=0.0)[None, :]
-        v_at = value + slot[:, None] * v_slot + e[None, :]
+            scale = tl.load(value_scale + slot * s_slot, mask=inside, other=0.0)
+            if PAIRED:
+                most = tl.max(scale, 0)
+                most = tl.where(most > 0.0, most, 1.0)
+                scale /= most
+                fade /= most  # acc stands under this scale until the end of the turn
+            weights *= scale[None, :]
+        v_at = value + slot[:, None] * (v_slot // EACH) + e[None, :]
         if MASKED or DV < DVP:
-            values = tl.load(v_at, mask=inside[:, None] & (e < DV)[None, :], other=0.0)
+            values = tl.load(v_at, mask=inside[:, None] & (e < DV // EACH)[None, :], other=0.0)
         else:
             values = tl.load(v_at)
-        acc = tl.dot(weights.to(query.dtype), values.to(query.dtype), acc * fade[:, None], input_precision=PRECISION)
+        if PAIRED:
+            values, odd_values = halves(values, CODE)
+            acc = tl.dot(weights.to(tl.float16), values, acc * fade[:, None])
+            odd_acc = tl.dot(weights.to(tl.float16), odd_values, odd_acc * fade[:, None])
+            if value_scale is not None:
+                acc *= most
+                odd_acc *= most
+        else:
+            acc = tl.dot(weights.to(query.dtype), floats(values, query), acc * fade[:, None],
+                         input_precision=PRECISION)  # fmt: skip
+    if PAIRED:
+        acc = tl.interleave(acc, odd_acc)
     return acc, total, top
 
 

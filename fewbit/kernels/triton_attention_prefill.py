@@ -109,15 +109,15 @@ def _block(
     if window is not None:
         acc, total, top = walk(
             q, acc, total, top, first, middle, length, at, window, pages, key, value, key_scale, value_scale, k_slot,
-            v_slot, key_heads, scaling, softcap, True, SIZE, TOKENS, D, DV, DP, DVP, PRECISION, P,
+            v_slot, key_heads, scaling, softcap, True, SIZE, TOKENS, D, DV, DP, DVP, PRECISION, P, False,
         )  # fmt: skip
     acc, total, top = walk(
         q, acc, total, top, middle, common, length, at, window, pages, key, value, key_scale, value_scale, k_slot,
-        v_slot, key_heads, scaling, softcap, False, SIZE, TOKENS, D, DV, DP, DVP, PRECISION, P,
+        v_slot, key_heads, scaling, softcap, False, SIZE, TOKENS, D, DV, DP, DVP, PRECISION, P, False,
     )  # fmt: skip
     acc, total, top = walk(
         q, acc, total, top, common, highest, length, at, window, pages, key, value, key_scale, value_scale, k_slot,
-        v_slot, key_heads, scaling, softcap, True, SIZE, TOKENS, D, DV, DP, DVP, PRECISION, P,
+        v_slot, key_heads, scaling, softcap, True, SIZE, TOKENS, D, DV, DP, DVP, PRECISION, P, False,
     )  # fmt: skip
     if P > 0.0:
         acc = acc / P

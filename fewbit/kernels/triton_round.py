@@ -1,21 +1,29 @@
-"""Values rounded to multiples of a scale on a GPU, in one launch; see kernels.rounded, and round.cpp for the way."""
+"""Values rounded to multiples of a scale on a GPU; see kernels.rounded, and round.cpp for the way.
+
+One launch, and one before it where a scale of all values is searched, which leaves the largest of each of its parts.
+"""
 
 import triton
 import triton.language as tl
-from torch import Tensor, empty_like
+from torch import Tensor, empty_like, int32
 
 from fewbit.kernels.rounded import AMAX, CEIL, GIVEN, INTEGER, ROUND, TWO, Grid
 
 HELD = 16384  # columns of a row that stay in registers between the search and the rounding
 TILE = 2048  # values of a program otherwise
+PARTS = 512  # programs that look for the largest of all, at most
 G, A, C, R, T, WHOLE = (tl.constexpr(n) for n in (GIVEN, AMAX, CEIL, ROUND, TWO, INTEGER))
 EVEN = tl.constexpr(12582912.0)
 
 
 def rounded(x: Tensor, how: Grid, given: Tensor | None, cut: Tensor | None) -> Tensor:
-    """x: [..., K] -> the same. given: [1] float32; cut: what counts values beyond a given scale."""
+    """x: [..., K] -> the same. given: [1] float32, where it is; cut: what counts values beyond a given scale."""
     x = x.contiguous()
-    out, count = empty_like(x), x.numel()
+    out, count, parts = empty_like(x), x.numel(), 0
+    if how.whole:
+        parts = min(PARTS, triton.next_power_of_2(triton.cdiv(count, TILE)))
+        given = x.new_empty(parts, dtype=int32)
+        _largest[(parts,)](x, given, count, triton.cdiv(count, parts * TILE), TILE=TILE, num_warps=4)
     columns = TILE if how.rule == GIVEN else how.columns or x.shape[-1]
     width = triton.next_power_of_2(columns)
     held = min(width, HELD)
@@ -23,9 +31,37 @@ def rounded(x: Tensor, how: Grid, given: Tensor | None, cut: Tensor | None) -> T
     runs = triton.cdiv(count, columns)
     _round[(triton.cdiv(runs, each),)](
         x, out, given, cut, count, columns, how.fraction, how.least, how.low, how.high, how.rule, how.reach, how.power,
-        how.empty, how.divides, each, held, width > held, num_warps=max(1, min(16, each * held // 512)),
+        how.empty, how.divides, each, held, width > held, parts, num_warps=max(1, min(16, each * held // 512)),
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def _bits(values):
+    """Of magnitudes: as whole numbers they have the same order, and NaN is the largest."""
+    return values.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit(do_not_specialize=["turns"], do_not_specialize_on_alignment=["count"])
+def _largest(x, found, count, turns, TILE: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * turns * TILE + tl.arange(0, TILE)
+    most = tl.zeros([TILE], tl.int32)
+    for _ in range(turns):
+        most = tl.maximum(most, _bits(tl.load(x + at, mask=at < count, other=0.0)))
+        at += TILE
+    tl.store(found + tl.program_id(0), tl.max(most, 0))
+
+
+@triton.jit
+def _outer(found, PARTS: tl.constexpr, REACH: tl.constexpr, DIVIDES: tl.constexpr):
+    """The scale of all values from the largest of their parts."""
+    amax = tl.max(tl.load(found + tl.arange(0, PARTS)), 0, keep_dims=True).to(tl.float32, bitcast=True)
+    most = tl.zeros_like(amax) + REACH * 448.0
+    if DIVIDES:
+        value = tl.math.div_rn(most, tl.maximum(amax, 1.1754943508222875e-38, propagate_nan=tl.PropagateNan.ALL))
+        value = tl.where(value == float("inf"), 1.0, value)
+        return tl.where(value == value, value, 0.0)
+    return tl.where(amax > 0, tl.math.div_rn(amax, most), 1.0)
 
 
 @triton.jit(do_not_specialize_on_alignment=["count"])
@@ -33,23 +69,26 @@ def _round(
     x, out, given, cut, count, columns: tl.constexpr, FRACTION: tl.constexpr, LEAST: tl.constexpr, LOW: tl.constexpr,
     HIGH: tl.constexpr, RULE: tl.constexpr, REACH: tl.constexpr, POWER: tl.constexpr, EMPTY: tl.constexpr,
     DIVIDES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr, LONG: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     run = tl.program_id(0).to(tl.int64) * EACH + tl.arange(0, EACH)
     at = run[:, None] * columns + tl.arange(0, HELD)[None, :]
     inside = (tl.arange(0, HELD) < columns)[None, :] & (at < count)
     outer = 1.0
-    if given is not None:
+    if PARTS > 0:
+        outer = _outer(given, PARTS, REACH, DIVIDES)
+    elif given is not None:
         outer = tl.load(given)
     values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if RULE == G:
         scale = tl.zeros((EACH, 1), tl.float32) + outer
     else:
-        most = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)  # as bits, where NaN is the largest
+        most = tl.max(_bits(values), 1)
         if LONG:
             for start in range(HELD, columns, HELD):
                 more = (tl.arange(0, HELD) + start < columns)[None, :] & (at + start < count)
-                values = tl.load(x + at + start, mask=more, other=0.0).to(tl.float32)
-                most = tl.maximum(most, tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1))
+                values = tl.load(x + at + start, mask=more, other=0.0)
+                most = tl.maximum(most, tl.max(_bits(values), 1))
         scale = _scale(most.to(tl.float32, bitcast=True), outer, RULE, REACH, POWER, EMPTY, DIVIDES)[:, None]
     if cut is not None:
         many = tl.sum(tl.sum((((values < LOW * outer) | (values > HIGH * outer)) & inside).to(tl.int64), 1), 0)

@@ -66,7 +66,7 @@ def test_in_triton(name: str) -> None:
     assert isinstance(how, Grid)
     x = numbers(torch.float32, 128)  # the interpreter cuts 16-bit results off
     count = torch.zeros((), dtype=torch.int64)
-    given = module._given(x, how, s, planes(s))
+    given = module._given(how, s, planes(s))
     got = triton_round.rounded(x, how, given, count if how.rule == module.GIVEN else None)
     assert torch.equal(got, fake_quant(x, s, planes(s)))
     if how.rule == module.GIVEN:
@@ -83,3 +83,21 @@ def test_rows_longer_than_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
     how = grid(s)
     assert isinstance(how, Grid)
     assert torch.equal(triton_round.rounded(x, how, None, None), fake_quant(x, s))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", ["inputs of nvfp4", "e2m1 under the largest of all"])
+@pytest.mark.parametrize("times", [1.0, 0.0, 1e-36, torch.inf, torch.nan])
+def test_the_largest_of_all(name: str, times: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by several programs, as C++ does; also where there is none, or none that a scale can be made of."""
+    triton_round = pytest.importorskip("fewbit.kernels.triton_round")
+    monkeypatch.setattr(triton_round, "PARTS", 4)
+    s = SPECS[name]
+    how = grid(s)
+    assert isinstance(how, Grid) and how.whole
+    x = torch.randn(33, 256, generator=torch.Generator().manual_seed(0))
+    x[20:, 7] *= times
+    x[:20] *= 1.0 if times == 1.0 else 0.0
+    want = rounded(x, s, {})
+    assert times * 0 != 0 or torch.equal(want, fake_quant(x, s))  # codes of 4 bits have no NaN
+    torch.testing.assert_close(triton_round.rounded(x, how, None, None), want, rtol=0, atol=0, equal_nan=True)

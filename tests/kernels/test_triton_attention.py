@@ -92,6 +92,23 @@ CASES = {
     "int8": Case(held="int8", requests=BOTH, sinks=True),
     "int8 measured": Case(held="int8-head measured", requests=BOTH, how={"sliding_window": 20}),
     "float16 cache": Case(held=torch.float16),
+    "halves of e4m3": Case(dtype=torch.float16, held="fp8 measured"),
+    "halves of e4m3, all": Case(
+        (6, 2),
+        40,
+        24,
+        dtype=torch.float16,
+        held="fp8-head measured",
+        requests=BOTH,
+        how={"sliding_window": 30, "softcap": 3.0},
+        sinks=True,
+    ),
+    "halves of e4m3 of each token": Case(dtype=torch.float16, held="fp8_per_token_head", requests=BOTH),
+    "halves of e5m2": Case(dtype=torch.float16, held="fp8_e5m2 measured"),
+    "halves of int8": Case(dtype=torch.float16, held="int8", requests=BOTH, sinks=True, how={"softcap": 2.0}),
+    "halves of int8 measured": Case(size=80, dtype=torch.float16, held="int8-head measured", requests=BOTH),
+    "an odd size": Case(size=33, dtype=torch.float16, held="int8-head measured", requests=BOTH),
+    "a small size": Case(size=16, dtype=torch.float16, held="int8-head measured", requests=BOTH),
 }
 
 
