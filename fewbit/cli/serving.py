@@ -104,7 +104,7 @@ def serve(
     max_queue: Annotated[Count, flag("--max-queue", help="Most that wait; more get 429.")] = None,
     block_size: Annotated[Count, flag("--block-size", help="Tokens of a page of KV cache.")] = None,
     enable_prefix_caching: Prefixes = None,
-    enforce_eager: Annotated[bool | None, flag("--enforce-eager", help="No CUDA graphs.")] = None,
+    enforce_eager: Annotated[bool | None, flag("--enforce-eager", help="Record no steps.")] = None,
     trust_remote_code: Annotated[bool | None, flag("--trust-remote-code", help="Run code in the checkpoint.")] = None,
     seed: Annotated[Count, flag("--seed", help="For requests that name none.")] = None,
     kernels: Annotated[Name, flag("--kernels", help="auto, or a kernel's name: reference, triton ...")] = None,

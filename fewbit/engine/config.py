@@ -39,7 +39,7 @@ class EngineConfig:
     max_queue: int = 1024  # requests that wait; more are refused
     enable_prefix_caching: bool = True
     tensor_parallel_size: int = 1
-    enforce_eager: bool = False
+    enforce_eager: bool = False  # no steps are recorded, on a GPU as graphs or on a CPU as tapes
     seed: int = 0
     trust_remote_code: bool = False
 

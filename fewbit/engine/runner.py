@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from fewbit.engine.batch import Batch, Flight, wanted
 from fewbit.engine.graph import Graphs, fed
 from fewbit.engine.scheduler import Work
-from fewbit.engine.tables import Tables
+from fewbit.engine.tables import Slots, Tables
+from fewbit.engine.tapes import Tapes
 from fewbit.engine.transfer import sent
 from fewbit.errors import UnsupportedError
 from fewbit.modules.paged import AnyCache, Span, Step, Table, stepping
@@ -76,17 +77,27 @@ class Paged:
         self.ahead = self.device.type == "cuda" and not apart
         self.keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.tables = Tables(streams, -(-self.reach // size), self.device) if self.device.type == "cuda" else None
+        self.slots = Slots(size, self.device)
         self.graphs: Graphs | None = None
+        self.tapes: Tapes | None = None
         self.exact = False  # no rows beyond the last text, which somebody who watches would take for text
 
     def capture(self, tell: Callable[[int, int], None]) -> None:
         """Record a CUDA graph for each of some counts of decoding streams. tell: (how many are done, of how many)."""
         assert self.tables is not None
-        step = partial(
+        self.graphs = Graphs(self.tables, self.size, self.reach, self.capacity, self._step, self._model)
+        self.graphs.capture(tell)
+
+    def tape(self) -> None:
+        """Record steps of few streams on a CPU as they come."""
+        self.tapes = Tapes(self.slots, self.capacity, self._step, self._model)
+
+    @property
+    def _step(self) -> Callable[..., Step]:
+        """Of a step that is recorded."""
+        return partial(
             Step, make_spans=no_spans, caches=self.caches, capacity=self.capacity + 1, dtype=self.cache_dtype
         )
-        self.graphs = Graphs(self.tables, self.size, self.reach, self.capacity, step, self._model)
-        self.graphs.capture(tell)
 
     def run(self, works: Sequence[Work], flight: Flight | None = None) -> Logits:
         if not self.apart:
@@ -98,7 +109,9 @@ class Paged:
         batch = Batch.of(works, self.size, flight)
         if self.graphs is not None and self.graphs.takes(batch):
             return Logits(self.graphs.run(batch, flight), batch.counts)
-        return Logits(self._eager(batch, flight), batch.counts)
+        plainly = partial(self._eager, batch, flight)
+        taped = self.tapes is not None and not self.exact and self.tapes.takes(batch)
+        return Logits(self.tapes.run(batch, plainly) if taped else plainly(), batch.counts)
 
     def _eager(self, batch: Batch, flight: Flight | None) -> Tensor:
         """Rows beyond the last text make the count a rounder one; what they write goes to a slot that nobody reads."""
@@ -135,12 +148,9 @@ class Paged:
 
     def _spans(self, batch: Batch) -> list[Span]:
         held = zip(batch.works, batch.starts, batch.starts[1:], strict=False)
-        return [Span(start, stop, work.stop, self._slots(work)) for work, start, stop in held]
-
-    def _slots(self, work: Work) -> Tensor:
-        """[stop]: where every token of the text lies."""
-        pages = torch.tensor(work.stream.pages, device=self.device)
-        return (pages[:, None] * self.size + torch.arange(self.size, device=self.device)).flatten()[: work.stop]
+        found = [Span(start, stop, work.stop, self.slots.of(work.stream)[: work.stop]) for work, start, stop in held]
+        self.slots.forget()
+        return found
 
     @property
     def slot_bytes(self) -> int:
@@ -148,12 +158,12 @@ class Paged:
         return sum(cache.slot_bytes for cache in self.caches.values())
 
     def free(self) -> None:
-        self.graphs = None
+        self.graphs = self.tapes = None
         self.caches.clear()
 
 
 def no_spans() -> list[Span]:
-    raise UnsupportedError("inside a CUDA graph attention must have a kernel")
+    raise UnsupportedError("where a step is recorded attention must have a kernel")
 
 
 class Alone:

@@ -105,10 +105,14 @@ class Loaded:
 
     def record(self, runner: Any, eager: bool) -> None:
         """CUDA graphs of decoding, where they can be had. One that cannot be recorded is said, and runs without."""
-        if eager or self.team is not None or not runner.ahead:
+        if eager or self.team is not None:
             return
         if self.session is not None and self.session.measures:
             return  # a graph does not call who watches
+        if isinstance(runner, Paged) and not runner.apart and self.device.type == "cpu":
+            runner.tape()
+        if not runner.ahead:
+            return
         if any(hasattr(module, INSIDE) for module in self.model.modules()):
             LOG.warning("attention computes in plain torch, and decoding without CUDA graphs: %s; blocking the types "
                         "Matmul, Softmax and ModuleFusedSDPA leaves it to kernels", PLAIN)  # fmt: skip

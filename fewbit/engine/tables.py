@@ -1,8 +1,9 @@
-"""Tables: the pages of every running text as rows of one array on a GPU, of which only what changes is sent."""
+"""Where texts lie. Tables: pages as rows of one array on a GPU, of which only what changes is sent. Slots: of each."""
 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from fewbit.engine.request import Stream
 from fewbit.engine.transfer import sent
@@ -39,3 +40,26 @@ class Tables:
     def _forget(self, streams: set[Stream]) -> None:
         for stream in [s for s in self._held if not s.pages and s not in streams]:
             self._free.append(self._held.pop(stream)[0])
+
+
+class Slots:
+    """Where the tokens of each text lie, as a tensor that is made anew when the text gets a page."""
+
+    def __init__(self, size: int, device: torch.device):
+        self._size, self._device = size, device
+        self._held: dict[Stream, tuple[list[int], int, Tensor]] = {}  # the very list of pages, how many, slots
+
+    def of(self, stream: Stream) -> Tensor:
+        """[slots of its pages]"""
+        pages, count, slots = self._held.get(stream, (None, 0, None))
+        if slots is None or pages is not stream.pages or count != len(stream.pages):
+            places = torch.arange(self._size, device=self._device)
+            each = torch.tensor(stream.pages, device=self._device)[:, None] * self._size + places
+            slots = each.flatten()
+            self._held[stream] = stream.pages, len(stream.pages), slots
+        return slots
+
+    def forget(self) -> None:
+        """Those that have no pages any more."""
+        for stream in [s for s in self._held if not s.pages]:
+            del self._held[stream]

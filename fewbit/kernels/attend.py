@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewbit.kernels.cache import Cache
 from fewbit.kernels.cache_packed import PackedCache
-from fewbit.kernels.compiled import library
+from fewbit.kernels.compiled import call, library
 from fewbit.quant import elements
 
 FEW = 4  # queries of one request up to which each reads the cache for itself
@@ -89,7 +89,7 @@ def attend(
     codes = None if cache.element is None else elements.values(cache.element)
     scales = (cache.key_measured, cache.value_measured) if cache.key_scale is None else (
         cache.key_scale, cache.value_scale)  # fmt: skip
-    _native().attend(ctypes.byref(Attend(
+    call(_native().attend, ctypes.byref(Attend(
         query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), queries.rows.data_ptr(),
         queries.slots.data_ptr(), queries.lengths.data_ptr(), _at(held), _at(codes), _at(scales[0]), _at(scales[1]),
         len(queries.rows), query.shape[1], key.shape[1], query.shape[2], value.shape[2], window or 0,

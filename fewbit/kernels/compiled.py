@@ -1,7 +1,7 @@
 """C++ beside the Python: compiled for this very processor when first needed, kept in the cache by what it was made of.
 
-OpenMP is the one that torch brought, so that there is one pool of threads: our part is linked against none and finds
-torch's in the process.
+All of it is called by `call`, so that who listens can call it again: see engine.tape. OpenMP is the one that torch
+brought, so that there is one pool of threads: our part is linked against none and finds torch's in the process.
 """
 
 import ctypes
@@ -10,12 +10,24 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from functools import cache
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from fewbit import env
 
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno")
+
+LISTENER: ContextVar[Callable[[Callable[[], Any]], None] | None] = ContextVar("who hears of calls", default=None)
+
+
+def call(function: Any, *arguments: Any) -> None:
+    """A function of a library, told to the listener with all that it was given. What pointers point to is not held."""
+    function(*arguments)
+    if (listener := LISTENER.get()) is not None:
+        listener(partial(function, *arguments))
 
 
 @cache

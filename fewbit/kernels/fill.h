@@ -86,12 +86,23 @@ template <int KIND> struct Values {
         const Scaling s(w, lanes, r);
         const uint8_t* p = row(r, start);
         const int64_t bytes = 8 * w.bits;
+        if (KIND == INT8 || KIND == UINT8) {
+            for (int64_t i = 0; 16 * i < count; i += 2, p += 32, line += TILE)
+                _mm512_store_si512(line, (__m512i)_mm512_cvtne2ps_pbh(byte(p + 16, s, i + 1), byte(p, s, i)));
+            return;
+        }
         for (int64_t i = 0; 16 * i < count; i += 4, p += bytes, line += 2 * TILE) {
             __m512i a, b;
             decode.two(p, a, b);
             _mm512_store_si512(line, scaled(a, s, i));
             _mm512_store_si512(line + TILE, scaled(b, s, i + 2));
         }
+    }
+    // 16 codes that are whole numbers
+    static __m512 byte(const uint8_t* p, const Scaling& s, int64_t i) {
+        const __m128i codes = _mm_loadu_si128((const __m128i*)p);
+        const __m512 v = _mm512_cvtepi32_ps(KIND == INT8 ? _mm512_cvtepi8_epi32(codes) : _mm512_cvtepu8_epi32(codes));
+        return _mm512_fmsub_ps(v, _mm512_set1_ps(s.scale[i]), _mm512_set1_ps(s.less[i]));
     }
 };
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit.kernels.compiled import library
+from fewbit.kernels.compiled import call, library
 from fewbit.kernels.rows import leading
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -62,7 +62,7 @@ def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, time
     y = torch.empty_like(x)
     (_, n1, n2), strides, made = leading(x, y)
     d = x.shape[-1]
-    _native().fused_norm(NORM.pack(
+    call(_native().fused_norm, NORM.pack(
         x.data_ptr(), 0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(),
         n1, n2, *strides, n1, n2, *made, x.numel() // d, d, eps, times == "plus", DTYPES[x.dtype], times == "late",
         centred,
@@ -79,7 +79,7 @@ def act_mul(gate: Tensor, up: Tensor, act: str) -> Tensor:
     y = torch.empty(gate.shape, dtype=gate.dtype)
     n = gate.shape[-1]
     gate, up = gate.reshape(-1, n), up.reshape(-1, n)
-    _native().fused_gate(GATE.pack(
+    call(_native().fused_gate, GATE.pack(
         gate.data_ptr(), up.data_ptr(), y.data_ptr(), len(gate), n, gate.stride(0), up.stride(0), DTYPES[gate.dtype],
         ACTS.index(act),
     ))  # fmt: skip
@@ -112,7 +112,7 @@ def rotate(
     def steps(x: Tensor) -> tuple[int, int, int]:
         return x.stride(0) * (x.shape[0] > 1), x.stride(1) * (x.shape[1] > 1), 0
 
-    _native().fused_rotary(ROTARY.pack(
+    call(_native().fused_rotary, ROTARY.pack(
         cos.data_ptr(), sin.data_ptr(), *turned(q, q_out), *turned(k, k_out), *steps(cos), *steps(sin), q.shape[0],
         q.shape[token], q.shape[3], cos.shape[-1] * (2 if table == "short" else 1), DTYPES[q.dtype], DTYPES[cos.dtype],
         reads, writes, table == "own", wide,

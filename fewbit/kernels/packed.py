@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fewbit.kernels import tiles, torch_dequant
-from fewbit.kernels.compiled import library
+from fewbit.kernels.compiled import call, library
 from fewbit.kernels.rounded import rounded
 from fewbit.kernels.torch_dequant import Rows, expert, low_rank
 from fewbit.quant import elements
@@ -170,7 +170,7 @@ def times(x: Tensor, packed: Packed) -> Tensor:
 def few(x: Tensor, packed: Packed) -> Tensor:
     w = packed.weight
     y = x.new_empty(len(x), w.n)
-    _native().packed_times(ctypes.byref(w), x.data_ptr(), len(x), y.data_ptr())
+    call(_native().packed_times, ctypes.byref(w), x.data_ptr(), len(x), y.data_ptr())
     return y
 
 
@@ -181,7 +181,7 @@ def many(x: Tensor, packed: Packed) -> Tensor:
     buffer = x.new_empty(min(step, w.n), w.k)
     for start in range(0, w.n, step):
         stop = min(start + step, w.n)
-        _native().packed_decode(ctypes.byref(w), start, stop, buffer.data_ptr())
+        call(_native().packed_decode, ctypes.byref(w), start, stop, buffer.data_ptr())
         y[:, start:stop] = linear(x, buffer[: stop - start])
     return y
 
@@ -207,7 +207,7 @@ def _dense(rows: int, k: int) -> Callable[[Tensor, Tensor], Tensor] | None:
 
 def dense_rows(x: Tensor, weight: Tensor) -> Tensor:
     y = x.new_empty(len(x), len(weight))
-    _native().packed_dense(weight.data_ptr(), *weight.shape, x.data_ptr(), len(x), y.data_ptr())
+    call(_native().packed_dense, weight.data_ptr(), *weight.shape, x.data_ptr(), len(x), y.data_ptr())
     return y
 
 

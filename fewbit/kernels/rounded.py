@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fewbit.kernels import saturation, triton_runtime
-from fewbit.kernels.compiled import library
+from fewbit.kernels.compiled import call, library
 from fewbit.quant.elements import E4M3, E8M0, F32
 from fewbit.quant.qtensor import Planes
 from fewbit.quant.reference import fake_quant
@@ -116,7 +116,7 @@ def _on_cpu(built: ctypes.CDLL, x: Tensor, how: Grid, given: Tensor | None, cut:
     out = torch.empty_like(x)
     columns = how.columns or x.shape[-1]
     given = _searched(x, how) if how.whole else given
-    built.round_values(CALL.pack(
+    call(built.round_values, CALL.pack(
         x.data_ptr(), out.data_ptr(), 0 if given is None else given.data_ptr(), 0 if cut is None else cut.data_ptr(),
         x.numel() // columns, columns, DTYPES[x.dtype], how.fraction, how.least, how.rule, how.power, how.divides,
         how.low, how.high, how.reach, how.empty,

@@ -5,6 +5,9 @@ A GPU is not waited for: what is read is what had come to the host when it was l
 A scale that is chosen at each call cuts nothing off. Kernels that round inputs to codes themselves do not count.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -24,6 +27,17 @@ def count(x: Tensor, spec: QuantSpec, planes: Planes) -> None:
             fake_quant(x.new_full((1, 1), end, dtype=torch.float32), spec, planes) for end in (-ENDLESS, ENDLESS)
         )
         count_of(x.device).add_(((x < low) | (x > high)).sum())
+
+
+@contextmanager
+def uncounted(device: torch.device) -> Iterator[None]:
+    """Within, nothing is counted there: the values were, once already."""
+    held = count_of(device)
+    before = held.clone()
+    try:
+        yield
+    finally:
+        held.copy_(before)
 
 
 def total() -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fewbit.kernels.compiled import library
+from fewbit.kernels.compiled import call, library
 from fewbit.quant.elements import F32, INT8
 from fewbit.quant.spec import QuantSpec, Scale
 
@@ -33,21 +33,21 @@ def whole(act: QuantSpec) -> bool:
 def values(x: Tensor, weight: "Weight") -> Tensor:
     """x: [M, K] bfloat16, contiguous -> [M, N], weights rounded to bfloat16."""
     y = x.new_empty(len(x), weight.n)
-    native().tiles_values(ctypes.byref(weight), x.data_ptr(), len(x), y.data_ptr())
+    call(native().tiles_values, ctypes.byref(weight), x.data_ptr(), len(x), y.data_ptr())
     return y
 
 
 def codes(x: Tensor, weight: "Weight", rule: str) -> Tensor:
     """The same with x rounded to int8."""
     y = x.new_empty(len(x), weight.n)
-    native().tiles_whole(ctypes.byref(weight), x.data_ptr(), len(x), REACH[rule], LEAST[rule], y.data_ptr())
+    call(native().tiles_whole, ctypes.byref(weight), x.data_ptr(), len(x), REACH[rule], LEAST[rule], y.data_ptr())
     return y
 
 
 def dense(x: Tensor, weight: Tensor) -> Tensor:
     """weight: [N, K] bfloat16."""
     y = x.new_empty(len(x), len(weight))
-    native().tiles_dense(weight.data_ptr(), *weight.shape, x.data_ptr(), len(x), y.data_ptr())
+    call(native().tiles_dense, weight.data_ptr(), *weight.shape, x.data_ptr(), len(x), y.data_ptr())
     return y
 
 

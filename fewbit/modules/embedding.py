@@ -13,6 +13,8 @@ from fewbit.quant.qtensor import QTensor, Quantized
 from fewbit.quant.reference import decode
 from fewbit.quant.spec import Format
 
+FEW = 16  # ids of which each may be looked up for itself
+
 
 class Embedding(nn.Module):
     """Wraps transformers' own embedding, which may scale what it looks up: it is given the rows needed, renumbered."""
@@ -26,7 +28,8 @@ class Embedding(nn.Module):
         self.num_embeddings, self.embedding_dim = table.shape
 
     def forward(self, ids: Tensor) -> Tensor:
-        self.host.weight, places = self.on_device(ids) if ids.is_cuda else self.distinct(ids)
+        each = ids.is_cuda or ids.numel() <= FEW
+        self.host.weight, places = self.each(ids) if each else self.distinct(ids)
         try:
             return self.host(places)
         finally:
@@ -37,10 +40,10 @@ class Embedding(nn.Module):
         needed, places = ids.unique(return_inverse=True)
         return rows(self.table, needed).to(self.dtype), places
 
-    def on_device(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The same, a row for each id: to know which are distinct is to wait, which no CUDA graph holds."""
+    def each(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, a row for each id: to know which are distinct is to look at them, which nothing recorded can."""
         places = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
-        if lacking(self.table.spec) or triton_runtime.lacking(ids.device):
+        if not ids.is_cuda or lacking(self.table.spec) or triton_runtime.lacking(ids.device):
             return rows(self.table, ids.reshape(-1)).to(self.dtype), places
         if self.coded is None:
             self.coded = coded(Quantized(Format(self.table.spec), self.table))

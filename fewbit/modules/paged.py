@@ -55,6 +55,7 @@ class Step:
     dtype: torch.dtype | None = None  # of a new cache that holds values; None: the model's
     table: Table | None = None  # what the spans say, for kernels on a GPU
     refused: str | None = None  # why those do not take the step: there before make_spans is called
+    queries: attend.Queries | None = None  # what the spans say, where each is one query for the kernel of such
     masks: dict[tuple[int, int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -64,12 +65,14 @@ class Step:
     @cached_property
     def few(self) -> attend.Queries | None:
         """Of spans short enough for the kernel of single queries."""
+        if self.queries is not None:
+            return self.queries
         short = [(s.start, s.stop, s.length, s.slots) for s in self.spans if s.stop - s.start <= attend.FEW]
         return attend.Queries.of(short) if short else None
 
     @cached_property
     def rest(self) -> list[Span]:
-        return [s for s in self.spans if s.stop - s.start > attend.FEW]
+        return [] if self.queries is not None else [s for s in self.spans if s.stop - s.start > attend.FEW]
 
     def cache(self, layer: int, key: Tensor, value: Tensor, kv: Rounding | None = None) -> AnyCache:
         if layer not in self.caches:
@@ -156,14 +159,13 @@ def _by_table(query: Tensor, key: Tensor, value: Tensor, cache: Cache, slots: Te
 
 def _by_spans(query: Tensor, cache: AnyCache, value_size: int, step: Step, how: How, inside: Inside | None) -> Tensor:
     out = query.new_zeros(query.shape[2], query.shape[1], value_size)  # rows of no request stay finite
-    spans = step.spans
     *plain, p = how
     alone = not p and inside is None
-    if alone and step.few is not None and attend.refusal(query, cache) is None:
+    taken = alone and step.few is not None and attend.refusal(query, cache) is None
+    if taken:
         assert isinstance(cache, Cache)
         attend.attend(query[0].transpose(0, 1).contiguous(), cache, out, step.few, *plain)
-        spans = step.rest
-    for span in spans:
+    for span in step.rest if taken else step.spans:
         out[span.start : span.stop] = _attend(query[:, :, span.start : span.stop], cache, span, step, *how, inside)
     return out
 
