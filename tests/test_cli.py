@@ -57,6 +57,14 @@ MISTAKES: list[tuple[tuple[str, ...], str, int]] = [
     (("inspect", "MODEL", "--frob"), "--frob", 2),
     *([] if torch.cuda.is_available() else [(("inspect", "MODEL", "--device", "cuda"), "no CUDA device", 1)]),
     (("verify", "MODEL/model.safetensors"), "no config.json", 1),
+    (
+        ("calibrate", "MODEL", "-o", "OUT", "--fakequant", "int8-channel", "--tokens", "1"),
+        "--fakequant and --tokens",
+        1,
+    ),
+    (("calibrate", "MODEL", "-o", "OUT", "--kv-fakequant", "fp8", "--max-memory", "1GB"), "--max-memory belong", 1),
+    (("calibrate", "MODEL", "-o", "OUT", "--kv", "fp8", "--tokens", "2"), "--kv and --tokens belong", 1),
+    (("calibrate", "MODEL", "--inc", "CONFIG", "--max-memory", "1GB"), "--inc and --max-memory belong", 1),
     (("convert", "MODEL"), "--to", 2),
     (("frobnicate",), "frobnicate", 2),
 ]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from fewbit.cli.quantizing import Calib, Chat, Device, Dtype, Memory, Order, Seed, nbytes
-from fewbit.cli.show import Json, Model, table
+from fewbit.cli.show import Json, Model, Trust, table, trusting
 
 Rounded = Annotated[str | None, typer.Option("--fakequant", help=(
     "For serving a float model as if quantized: a preset of ModelOpt, its config (.json, .yaml), a format or a recipe."
@@ -19,8 +19,9 @@ Inc = Annotated[Path | None, typer.Option("--inc", metavar="CONFIG", help=(
     "Measure as Intel Neural Compressor does: its JSON, of mode MEASURE, says what and where files go."))]  # fmt: skip
 Ranks = Annotated[int, typer.Option("--tensor-parallel-size", "-tp", min=1, help=(
     "Ranks that measure, with --inc; what else is calibrated is the same for any number."))]  # fmt: skip
-Tokens = Annotated[int, typer.Option("--tokens", min=1, help="Generated after each sample, with --inc.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code in the checkpoint.")]
+Tokens = Annotated[
+    int | None, typer.Option("--tokens", min=1, help="Generated after each sample, with --inc; left out: 1.")
+]
 Batch = Annotated[int, typer.Option("--calib-batch-size", min=1, help="Samples run at once.")]
 
 
@@ -45,7 +46,7 @@ def calibrate(
     overwrite: Annotated[bool, typer.Option(help="Replace a model that is already in OUTPUT.")] = False,
     tensor_parallel_size: Ranks = 1,
     trust_remote_code: Trust = False,
-    tokens: Tokens = 1,
+    tokens: Tokens = None,
     as_json: Json = False,
 ) -> None:
     """Write float weights and, beside them, the magnitudes that serving them with --fakequant and --amax-file takes.
@@ -56,7 +57,8 @@ def calibrate(
     batch = None if calib_batch_size == 1 else calib_batch_size
     text = {"samples": calib_samples, "length": calib_len, "seed": seed, "chat": chat, "order": order}
     if kv is not None:
-        others = {"--inc": inc, "--fakequant": fakequant, "--kv-fakequant": kv_fakequant, "--calib-batch-size": batch}
+        others = {"--inc": inc, "--fakequant": fakequant, "--kv-fakequant": kv_fakequant, "--calib-batch-size": batch,
+                  "--tokens": tokens}  # fmt: skip
         measure_cache(model, kv, out, others, as_json, tensor_parallel_size, calib=calib, device=device, dtype=dtype,
                       max_memory=nbytes(max_memory), overwrite=overwrite, trust_remote_code=trust_remote_code,
                       **text)  # fmt: skip
@@ -64,7 +66,7 @@ def calibrate(
     if inc is not None:
         others = {"--output": out, "--fakequant": fakequant, "--kv-fakequant": kv_fakequant, "--max-memory": max_memory,
                   "--calib-batch-size": batch}  # fmt: skip
-        measure(model, inc, others, as_json, calib=calib, tokens=tokens, tensor_parallel_size=tensor_parallel_size,
+        measure(model, inc, others, as_json, calib=calib, tokens=tokens or 1, tensor_parallel_size=tensor_parallel_size,
                 device=device, dtype=dtype or "auto", trust_remote_code=trust_remote_code, **text)  # fmt: skip
         return
     from fewbit.compat.fakequant import calibrate as run
@@ -74,6 +76,8 @@ def calibrate(
     if out is None:
         raise RequestError("calibrate: --output says where float weights and their magnitudes go; --kv FORMAT measures "
                            "scales of a KV cache instead, --inc CONFIG for --quantization inc")  # fmt: skip
+    alone("--kv-fakequant" if fakequant is None and kv_fakequant is not None else "--fakequant",
+          {"--tokens": tokens, "--max-memory": max_memory})  # fmt: skip
     text |= {"data": calib}
     with progress("calibrating") as tell:
         state = run(model, out, fakequant, kv_fakequant, text=text, batch=calib_batch_size, device=device, dtype=dtype,
@@ -84,7 +88,7 @@ def calibrate(
         return
     print(f"{out}: float weights, and the state of quantizers in {len(state)} tensors (quant_amax.st, quant_amax.pth)")
     whole(tensor_parallel_size)
-    print(f"next:   fewbit serve {out} --amax-file {out}")
+    print(f"next:   fewbit serve {out} --amax-file {out}{trusting(trust_remote_code)}")
 
 
 def measure_cache(model: str, kv: str, out: Path | None, others: dict[str, Any], as_json: bool, ranks: int,
@@ -105,7 +109,7 @@ def measure_cache(model: str, kv: str, out: Path | None, others: dict[str, Any],
     rows = [(name, f"{k:.6g}", f"{v:.6g}") for name, (k, v) in found.modules.items()]
     table(f"{found.format} on {found.tokens} tokens", ["attention", "scale of keys", "scale of values"], rows)
     whole(ranks)
-    print(f"next:   fewbit serve {model} --kv-scales {out}")
+    print(f"next:   fewbit serve {model} --kv-scales {out}{trusting(options['trust_remote_code'])}")
 
 
 def whole(ranks: int) -> None:
@@ -135,7 +139,8 @@ def measure(model: str, config: Path, others: dict[str, Any], as_json: bool, **o
     print(f"{done.nodes} nodes measured on {done.samples} samples, {done.tokens} tokens of {done.source}")
     print(*done.written, sep="\n")
     print("next:   export QUANT_CONFIG=FILE, a config of mode QUANTIZE with the same dump_stats_path\n"
-          f"        fewbit serve {model} --quantization inc --kv-cache-dtype fp8_inc")  # fmt: skip
+          f"        fewbit serve {model} --quantization inc --kv-cache-dtype fp8_inc"
+          f"{trusting(options['trust_remote_code'])}")  # fmt: skip
 
 
 def summary(out: Path, state: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fewbit.cli.show import Json, Model, progress, table
+from fewbit.cli.show import Json, Model, Trust, progress, table
 
 
 def inspect(
@@ -19,18 +19,19 @@ def inspect(
     activations: Annotated[str, typer.Option(help="As a server is asked: hardware, declared, fast, off.")] = "hardware",
     fusion: Annotated[bool, typer.Option("--fusion", help="Show what is fused, as its twin proves it.")] = False,
     kv_scales: Annotated[Path | None, typer.Option(help="As a server is given: a file of fewbit calibrate.")] = None,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Show what a checkpoint is: dialect, formats, sizes, what is left dense and which rule says so."""
     from fewbit.workflows.inspect import inspect as run
     from fewbit.workflows.inspect import size, summary
 
-    info = run(model, device, activations, kv_scales)
+    info = run(model, device, activations, kv_scales, trust_remote_code)
     fused = None
     if fusion:
         from fewbit.workflows.inspect_fusion import fusion as fusing
 
-        fused = fusing(model)
+        fused = fusing(model, trust_remote_code)
     if as_json:
         print(json.dumps(info.to_json() | ({"fusion": fused.to_json()} if fused else {}), indent=2))
         return
@@ -64,11 +65,11 @@ def inspect(
         print(f"\nFusion\n{fused}")
 
 
-def verify(model: Model, as_json: Json = False) -> None:
+def verify(model: Model, trust_remote_code: Trust = False, as_json: Json = False) -> None:
     """Prove a checkpoint whole without running it; exit code 1 when it is not."""
     from fewbit.models.verify import verify as run
 
-    findings = run(model)
+    findings = run(model, trust_remote_code)
     errors = sum(f.severity == "error" for f in findings)
     if as_json:
         print(json.dumps({"path": model, "errors": errors, "findings": [asdict(f) for f in findings]}, indent=2))
@@ -88,6 +89,7 @@ def convert(
     dtype: Annotated[str | None, typer.Option(help="With --to dense: bf16, f16 or f32.")] = None,
     max_shard: Annotated[int, typer.Option(help="Largest shard, in bytes.")] = 5_000_000_000,
     overwrite: Annotated[bool, typer.Option(help="Replace a model that is already in OUTPUT.")] = False,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Rewrite a checkpoint in another dialect, with proof that nothing changed (or by how much)."""
@@ -97,7 +99,7 @@ def convert(
     if format and not requantize:
         raise RequestError("--format chooses new codes: say --requantize as well")
     done = run(src, out, to, requantize=format or requantize, dtype=dtype, max_shard=max_shard, overwrite=overwrite,
-               progress=progress)  # fmt: skip
+               trust_remote_code=trust_remote_code, progress=progress)  # fmt: skip
     if as_json:
         report = asdict(done) | {"codes_equal": done.codes_equal, "difference": done.difference}
         print(json.dumps(report, indent=2, default=str))

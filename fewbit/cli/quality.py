@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fewbit.cli.show import Json, Model, progress, table
+from fewbit.cli.show import Json, Model, Trust, progress, table
 
 Text = Annotated[str | None, typer.Option("--text", help=(
     "What to score: a text, .jsonl, .json or .parquet file; not the one calibrated on."))]  # fmt: skip
@@ -23,13 +23,14 @@ def eval_(
     windows: Annotated[int | None, typer.Option(help="At most so many windows.")] = None,
     device: Device = "cpu",
     dtype: Dtype = None,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Perplexity, and against a base KL divergence and top-1 agreement, each with its 95 % interval."""
     from fewbit.workflows.evaluate import evaluate, rows
 
     found = evaluate(model, text=text, against=against, format=format, context=context, windows=windows,
-                     device=device, dtype=dtype, progress=progress)  # fmt: skip
+                     device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)  # fmt: skip
     if as_json:
         print(json.dumps(found.to_json(), indent=2))
         return
@@ -47,6 +48,7 @@ def diff(
     activations: Annotated[str, typer.Option(help="Of A and of B: declared,fast ...")] = "declared,declared",
     device: Device = "cpu",
     dtype: Dtype = None,
+    trust_remote_code: Trust = False,
     all: Annotated[bool, typer.Option("--all", help="One line for every module.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -56,7 +58,7 @@ def diff(
 
     found = run(a, b, text=text, format=format, tokens=tokens, context=context, kernels=_pair(kernels, "--kernels"),
                 activations=_pair(activations, "--activations"), device=device, dtype=dtype,
-                progress=progress)  # fmt: skip
+                trust_remote_code=trust_remote_code, progress=progress)  # fmt: skip
     if as_json:
         print(json.dumps(found.to_json(), indent=2))
         return

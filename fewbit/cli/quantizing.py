@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fewbit.cli.show import Json, Model, shares, table
+from fewbit.cli.show import Json, Model, Trust, shares, table, trusting
 
 Format = Annotated[str, typer.Option("--format", "-f", help=(
     "A format (`fewbit formats` of Python lists them), a scheme (W4A16, FP8_DYNAMIC, FP8_BLOCK, W8A8, NVFP4, MXFP4, "
@@ -58,13 +58,14 @@ def common(
     device: Device = "cpu",
     dtype: Dtype = None,
     max_memory: Memory = None,
+    trust_remote_code: Trust = False,
 ) -> dict[str, Any]:
     """The arguments of both verbs, as the workflow takes them."""
     return {
         "algo": algo, "options": options_of(option or []), "to": to, "group_size": group_size, "kv": kv,
         "ignore": ignore or [], "calib": calib, "samples": calib_samples, "length": calib_len, "seed": seed,
         "chat": chat, "order": order, "observer": observer, "experts": experts, "device": device, "dtype": dtype,
-        "max_memory": nbytes(max_memory),
+        "max_memory": nbytes(max_memory), "trust_remote_code": trust_remote_code,
     }  # fmt: skip
 
 
@@ -99,7 +100,7 @@ def quantize(
     table("Most lost", ["module", "format", "algorithm", "relative error"], rows)
     if report:
         print(f"report: {done.report}")
-    print(f"next:   fewbit eval {done.out} --against {model} --text FILE")
+    print(f"next:   fewbit eval {done.out} --against {model} --text FILE{trusting(given['trust_remote_code'])}")
 
 
 @shares(common)

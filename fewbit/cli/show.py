@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder, or one .gguf or .safetensors file.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code in the checkpoint.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 
 
@@ -30,6 +31,11 @@ def shares(options: Callable[..., Any]) -> Callable[[Callable[..., None]], Calla
         return run
 
     return around
+
+
+def trusting(asked: bool) -> str:
+    """The flag again, in a command that comes next."""
+    return " --trust-remote-code" if asked else ""
 
 
 def table(title: str, columns: list[str], rows: Iterable[tuple[Any, ...]]) -> None:

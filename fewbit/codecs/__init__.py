@@ -43,14 +43,19 @@ _register()
 READERS.append(plan_of)
 
 
-def open(path: str | Path) -> Source:
-    """Open a folder or a file, find the one dialect that claims it, and sort its tensors."""
+def open(path: str | Path, trust_remote_code: bool = False) -> Source:
+    """Open a folder or a file, find the one dialect that claims it, and sort its tensors.
+
+    trust_remote_code: whoever builds the model of this source may import code of its folder.
+    """
     checkpoint = open_checkpoint(path)
     try:
-        return _open(checkpoint)
+        source = _open(checkpoint)
     except BaseException:
         checkpoint.close()
         raise
+    source.trusted = trust_remote_code
+    return source
 
 
 def _open(checkpoint: Checkpoint) -> Source:

@@ -47,6 +47,7 @@ class Source:
     problems: list[tuple[str, str, str]] = field(default_factory=list)  # (finding, name, text), met while grouping
     tokenizer: Mapping[str, bytes] | None = None  # files rebuilt from GGUF metadata; None = files of the folder
     explicit: bool = True
+    trusted: bool = False  # code in its folder may be imported
     reader: Callable[[str], Tensor] | None = None  # of dense tensors, when the dialect rewrites them
 
     def read(self, name: str) -> Quantized | Tensor:

@@ -31,7 +31,7 @@ from fewbit.files.pickled import read_pickled
 from fewbit.files.safetensors import open_safetensors
 from fewbit.models.emulation import Emulation
 from fewbit.models.layers import Layers
-from fewbit.models.text import tokenizer
+from fewbit.models.text import tokenizer, tokenizer_of
 from fewbit.workflows import calibration_sets as sets
 from fewbit.workflows.calibration import Samples, calibration
 
@@ -95,22 +95,23 @@ def check(config: EngineConfig, given: Mapping[str, Any]) -> Fakequant | None:
 def emulation(model: str | Path, asked: Fakequant, device: torch.device, dtype: Any, words: str | None = None,
               tell: Any = lambda done, total: None, trust_remote_code: bool = False) -> Emulation:  # fmt: skip
     """words: where the tokenizer is, None for the model's own place."""
-    with codecs.open(model) as source:
-        layers = opened(source, device, dtype, trust_remote_code)
+    with codecs.open(model, trust_remote_code) as source:
+        layers = opened(source, device, dtype)
         if asked.amax_file is not None:
             return from_file(asked, layers, source)
         wanted = wish(asked.fakequant, asked.kv_fakequant, layers)
-        batches = batches_of(asked, words or model, trust_remote_code)(wanted, layers) if needs_data(wanted) else []
+        batches = batches_of(asked, words or model)(wanted, layers) if needs_data(wanted) else []
         held = run(layers, wanted, batches, tell)
         return Maker(wanted, layers, Reader(held.state, "calibration"), held.codes).emulation()
 
 
-def batches_of(asked: Fakequant, words: str | Path, trust_remote_code: bool = False) -> Any:
+def batches_of(asked: Fakequant, words: str | Path) -> Any:
     """What calibration runs on, where it needs a text."""
 
     def batches(wanted: Wish, layers: Layers) -> list[Tensor]:
         reach = int(getattr(layers.config.get_text_config(), "max_position_embeddings", None) or LONGEST)
-        found = samples(tokenizer(words, trust_remote_code), asked.calib_dataset, asked.calib_size, min(LONGEST, reach))
+        read = tokenizer(words, layers.source.trusted)
+        found = samples(read, asked.calib_dataset, asked.calib_size, min(LONGEST, reach))
         LOG.info("calibrating on %d samples of %d tokens: %s", len(found.ids), len(found.ids[0]), found.source)
         return found.batches(asked.calib_batch_size)
 
@@ -124,11 +125,11 @@ def calibrate(model: str | Path, out: str | Path, fakequant: Asked = None, kv_fa
     options: device, dtype, max_shard, overwrite, trust_remote_code, tell, of fakequant_write.calibrate.
     """
     asked = dict(text or {})
-    data, trusted = asked.pop("data", None), bool(options.get("trust_remote_code", False))
+    data = asked.pop("data", None)
 
     def batches(wanted: Wish, layers: Layers) -> list[Tensor]:
         ids = isinstance(data, list | tuple | Tensor)
-        return calibration(None if ids else tokenizer(model, trusted), data, **asked).batches(batch)
+        return calibration(None if ids else tokenizer_of(layers.source), data, **asked).batches(batch)
 
     return write(model, out, fakequant, kv_fakequant, batches, **options)
 

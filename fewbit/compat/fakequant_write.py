@@ -28,21 +28,20 @@ from fewbit.models.emulation import Emulation
 from fewbit.models.fill import Filler
 from fewbit.models.layers import Layers
 from fewbit.models.placement import Placement, cut
-from fewbit.models.verify import model_config
 from fewbit.quant.qtensor import make, scale_of, store
 from fewbit.quant.reference import decode
-from fewbit.workflows.convert import small_files
+from fewbit.workflows.small_files import small_files
 
 AMAX, PICKLED = "quant_amax.st", "quant_amax.pth"
 KEY = "fewbit_quantizers"  # in the metadata of a state file: what each quantizer does
 Batches = Callable[[Wish, Layers], list[Tensor]]
 
 
-def opened(source: Source, device: torch.device, dtype: Any, trust_remote_code: bool = False) -> Layers:
+def opened(source: Source, device: torch.device, dtype: Any) -> Layers:
     if source.modules:
         reason = f"it is {source.dialect} already: serve it as it is, or its float original"
         raise UnsupportedError(f"{source.path}: fakequant rounds float weights", [reason])
-    return Layers(source, dtype=dtype, device=device, config=model_config(source, trust_remote_code), plain=True)
+    return Layers(source, dtype=dtype, device=device, plain=True)
 
 
 def calibrate(model: str | Path, out: str | Path, fakequant: Asked, kv_fakequant: Asked, batches: Batches, *,
@@ -56,27 +55,21 @@ def calibrate(model: str | Path, out: str | Path, fakequant: Asked, kv_fakequant
     check_free(Path(out), overwrite)
     if config_of(fakequant) is None and config_of(kv_fakequant) is None:
         raise RequestError("calibrate: nothing says what to calibrate for: give --fakequant, --kv-fakequant")
-    with codecs.open(model) as source:
+    with codecs.open(model, trust_remote_code) as source:
         if Path(out).resolve() == source.path.resolve():
             raise RequestError(f"{out}: is the model that is read; give another folder")
-        layers = opened(source, torch.device(device), dtype, trust_remote_code)
+        layers = opened(source, torch.device(device), dtype)
         wanted = wish(fakequant, kv_fakequant, layers)
         found = run(layers, wanted, batches(wanted, layers) if needs_data(wanted) else [], tell)
         made = Maker(wanted, layers, Reader(found.state, "calibration"), found.codes).emulation()
         layout = {name: (e.dtype, tuple(e.shape)) for name, e in source.dense.items()}
         weights = Weights(layers, made, source)
         with SafetensorsWriter(out, layout, max_shard=max_shard, overwrite=overwrite) as writer:
-            beside = code_of(source) if trust_remote_code else {}
-            for name, data in (small_files(source, {}) | beside | files_of(found.state, static(wanted))).items():
+            for name, data in (small_files(source, {}) | files_of(found.state, static(wanted))).items():
                 writer.add_file(name, data)
             for name in source.dense:
                 writer.put(name, weights.read(name))
     return found.state
-
-
-def code_of(source: Source) -> dict[str, bytes]:
-    """What the folder has the model's own code in."""
-    return {p.name: p.read_bytes() for p in sorted(source.path.glob("*.py")) if p.is_file()}
 
 
 def files_of(state: State, quantizers: Mapping[str, Rounding]) -> dict[str, bytes]:

@@ -71,10 +71,11 @@ def roundings(quant_cfg: Asked, config: Mapping[str, Any], state: State) -> Mapp
         return {}
     from types import SimpleNamespace
 
+    from fewbit.models import hf
     from fewbit.models.layers import Layers
 
-    empty = SimpleNamespace(config=dict(config), modules={}, dense={}, kv={})
-    return static(wish(quant_cfg, None, Layers(empty, plain=True)))
+    empty = SimpleNamespace(modules={}, dense={}, kv={})
+    return static(wish(quant_cfg, None, Layers(empty, config=hf.read_config(config), plain=True)))
 
 
 HEADS = re.compile(r"self_attention\.linear_qkv\.(.+)")

@@ -66,12 +66,12 @@ class Session:
         """Decide what the weights of a checkpoint become. cached: keys and values are stored in FP8."""
         if not self.quantizes:
             return
-        with codecs.open(model) as source:
+        with codecs.open(model, trust_remote_code) as source:
             if source.modules:
                 reason = f"it is {source.dialect}; leave --quantization inc and QUANT_CONFIG out to serve it as it is"
                 raise UnsupportedError(f"{model}: already quantized, and mode QUANTIZE needs float weights", [reason])
             with building(source):
-                empty = hf.build(model_config(source, trust_remote_code), torch.bfloat16)
+                empty = hf.build(model_config(source), torch.bfloat16)
             self._plan(source, empty, cached)
 
     def _plan(self, source: codecs.Source, model: Any, cached: bool) -> None:

@@ -73,12 +73,12 @@ def load(
         raise SpecError(f"activations={activations!r}: known are {', '.join(ACTIVATIONS)}")
     known_or_raise(kernels)
     unsafe_skip_verify = (*unsafe_skip_verify, *(cached.skipped if cached is not None else ()))
-    with codecs.open(path) as source:
+    with codecs.open(path, trust_remote_code) as source:
         if format is not None and source.modules:
             told = f"format={format!r}" if isinstance(format, str | Format | Plan) else "to quantize it on arrival"
             raise UnsupportedError(f"{path}: already quantized ({source.dialect}); {told} needs float weights")
         with building(source):
-            config = model_config(source, trust_remote_code)
+            config = model_config(source)
             options = Options(kernels, activations, resolve_dtype(dtype, config))
             model = hf.build(config, options.dtype, attend(config))
         refuse_on_errors(source.path, verify_source(source, model), unsafe_skip_verify)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, revert_weight_conversion
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -22,7 +22,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fewbit.errors import CheckpointError, UnsupportedError
-from fewbit.files.text import load_json
 from fewbit.models.placement import Placement, Rules
 from fewbit.modules import attention, experts
 
@@ -34,38 +33,33 @@ AttentionMaskInterface.register(OURS, eager_mask)
 ALL_EXPERTS_FUNCTIONS.register(OURS, experts.forward)
 
 
-def read_config(source: Mapping[str, Any] | str | Path, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """A config.json (as a dict, or the folder that holds it) -> the config object.
+def read_config(source: Mapping[str, Any], code: Path | None = None) -> PreTrainedConfig:
+    """A config.json -> the config object.
 
-    Nothing is imported from the folder unless it is trusted, given as a path, and of a type transformers does not have.
+    code: a folder that is trusted; nothing is imported from it but a type that transformers does not have.
     """
-    folder = None if isinstance(source, Mapping) else Path(source)
-    raw = dict(source) if isinstance(source, Mapping) else _read_json(Path(source) / "config.json")
-    model_type = raw.get("model_type")
+    raw = {key: value for key, value in source.items() if key not in ("quantization_config", "compression_config")}
+    model_type, named = raw.get("model_type"), raw.get("auto_map")
     if model_type not in CONFIG_MAPPING:
-        if trust_remote_code and folder and "auto_map" in raw:
-            return AutoConfig.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
-        raise UnsupportedError(f"config.json: model_type {model_type!r} is not known", _unknown(raw))
-    for key in ("quantization_config", "auto_map", "compression_config"):
-        raw.pop(key, None)
+        if code is None or not isinstance(named, Mapping) or "AutoConfig" not in named:
+            raise UnsupportedError(f"config.json: model_type {model_type!r} is not known", _unknown(raw, code))
+        cls = get_class_from_dynamic_module(named["AutoConfig"], str(code), local_files_only=True)
+        config = cls.from_dict(raw)
+        config.name_or_path = str(code)  # where model_class finds the rest
+        return config
+    raw.pop("auto_map", None)
     try:
         return CONFIG_MAPPING[model_type].from_dict(raw)
     except Exception as error:  # config classes validate in ways of their own
         raise CheckpointError(f"config.json: not a config of {model_type}: {error}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    found = load_json(path.read_bytes(), str(path))
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: not an object")
-    return found
-
-
-def _unknown(raw: Mapping[str, Any]) -> list[str]:
+def _unknown(raw: Mapping[str, Any], code: Path | None) -> list[str]:
     known = f"transformers {VERSION} knows {len(CONFIG_MAPPING.keys())} types"
     near = [f"{known}; architectures says {raw.get('architectures')}"]
     if "auto_map" in raw:
-        near.append("auto_map names code in the checkpoint; trust_remote_code=True would import and run it")
+        would = "trust_remote_code=True would import and run it" if code is None else "none of it is an AutoConfig"
+        near.append(f"auto_map names code in the checkpoint; {would}")
     return near
 
 

@@ -26,6 +26,7 @@ from fewbit.models.fill import Filler, ask, assign, owner, prepare
 from fewbit.models.hidden import Hidden
 from fewbit.models.placement import Placement, natural
 from fewbit.models.shrink import shrink
+from fewbit.models.verify import model_config
 from fewbit.modules.linear import Options
 from fewbit.quant.qtensor import Quantized
 
@@ -84,7 +85,7 @@ class Layers:
     ):
         """plain: linears stay transformers' own."""
         self.source, self.device = source, present(device)
-        self.config = hf.read_config(source.config) if config is None else config
+        self.config = model_config(source) if config is None else config
         self.options = Options("decoded", activations, resolve_dtype(dtype, self.config))
         self.model = hf.build(self.config, self.options.dtype, attention or twin.require(self.config))
         if not plain:

@@ -19,6 +19,7 @@ from fewbit.models.observe_roles import Role, roles, turned, untied, untied_raw
 from fewbit.models.observe_values import Group, Source, bias_of, parameter
 from fewbit.models.observe_wiring import Wiring
 from fewbit.models.placement import Placement, cut
+from fewbit.models.verify import model_config
 from fewbit.transforms.rotate import matrix, rotate_out, rotation, turn
 
 ROWS = 1 << 14  # rows of a matrix turned together
@@ -108,7 +109,7 @@ class Rotated:
         self, source: Any, wiring: Wiring, *, seed: int = 0, dtype: torch.dtype | None = None, config: Any = None
     ):
         refuse(source, wiring)
-        given = hf.read_config(source.config) if config is None else config
+        given = model_config(source) if config is None else config
         self.source, self.dtype = source, dtype
         self.hf_config = untied(given)
         self.config = untied_raw(source.config) if config is None else {}

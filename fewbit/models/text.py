@@ -5,26 +5,31 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from fewbit import codecs
+from fewbit.codecs.source import Source
 from fewbit.errors import CheckpointError
 from fewbit.models import hf
 
 
 def tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
     """-> transformers' tokenizer object."""
-    with codecs.open(path) as source:
-        files = source.tokenizer
+    with codecs.open(path, trust_remote_code) as source:
+        return tokenizer_of(source)
+
+
+def tokenizer_of(source: Source) -> Any:
+    """The same of a checkpoint that is open."""
+    if source.tokenizer is None:
         folder = source.path if source.path.is_dir() else source.path.parent
-    if files is None:
-        return _read(folder, folder, trust_remote_code)
+        return _read(folder, folder, source.trusted)
     with TemporaryDirectory() as place:
-        for name, data in files.items():
+        for name, data in source.tokenizer.items():
             (Path(place) / name).write_bytes(data)
-        return _read(Path(place), Path(path))
+        return _read(Path(place), source.path, False)
 
 
-def _read(folder: Path, asked: Path, trust_remote_code: bool = False) -> Any:
+def _read(folder: Path, asked: Path, trusted: bool) -> Any:
     try:
-        return hf.tokenizer(folder, trust_remote_code)
+        return hf.tokenizer(folder, trusted)
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0].strip()
         more = "; trust_remote_code=True would import and run it" if "custom code" in first else ""

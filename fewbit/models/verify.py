@@ -61,38 +61,37 @@ class Known:
         return frozenset(f"{n}.weight" for n, m in self.model.named_modules() if isinstance(m, torch.nn.Linear))
 
 
-def verify(path: str | Path) -> list[Finding]:
+def verify(path: str | Path, trust_remote_code: bool = False) -> list[Finding]:
     """Every finding about a checkpoint; an empty list means sound. Errors make `load` refuse."""
     try:
-        with codecs.open(path) as source:
+        with codecs.open(path, trust_remote_code) as source:
             return [*_manifest(source), *verify_source(source), *value_findings(source)]
     except FewbitError as error:
         return [Finding("error", "unreadable", str(path), str(error))]
 
 
-def verify_source(source: Source, model: Any = None, trust_remote_code: bool = False) -> list[Finding]:
+def verify_source(source: Source, model: Any = None) -> list[Finding]:
     """What headers and config alone can say; reads no weights."""
     try:
-        known = Known(source, model if model is not None else _skeleton(source, trust_remote_code))
+        known = Known(source, model if model is not None else _skeleton(source))
     except FewbitError as error:
         return [*_grouping(source), Finding("error", "no-model", "config.json", str(error))]
     return [finding for rule in HEADER_RULES for finding in rule(known)]
 
 
-def _skeleton(source: Source, trust_remote_code: bool = False) -> Any:
+def _skeleton(source: Source) -> Any:
     from fewbit.models import hf
 
     with building(source):
-        return hf.build(model_config(source, trust_remote_code), torch.bfloat16)
+        return hf.build(model_config(source), torch.bfloat16)
 
 
-def model_config(source: Source, trust_remote_code: bool = False) -> Any:
-    """The config object of a checkpoint, plausible beside its files; by code of its folder only where trusted."""
+def model_config(source: Source) -> Any:
+    """The config object of a checkpoint, plausible beside its files; by code of its folder only where it is trusted."""
     from fewbit.models import hf
 
     with building(source):
-        folder = trust_remote_code and source.path.is_dir()
-        config = hf.read_config(source.path if folder else source.config, trust_remote_code)
+        config = hf.read_config(source.config, source.path if source.trusted else None)
         plausible(source, config)
         return config
 
@@ -352,8 +351,11 @@ def _tokenizer(known: Known) -> Iterator[Finding]:
 
 
 def _remote_code(known: Known) -> Iterator[Finding]:
+    said = "nothing of it is imported; transformers' own class is used"
+    if known.source.trusted:
+        said = "trusted: imported and run where transformers has no class of its own"
     for text in known.source.checkpoint.remote_code:
-        yield Finding("warning", "remote-code", text, "nothing of it is imported; transformers' own class is used")
+        yield Finding("warning", "remote-code", text, said)
 
 
 def _kv_declared(known: Known) -> Iterator[Finding]:

@@ -18,7 +18,7 @@ from fewbit.models import kv, kv_file
 from fewbit.models.finding import refuse_on_errors
 from fewbit.models.kv_file import KvScales, shapes_of
 from fewbit.models.layers import WHOLE, Layers
-from fewbit.models.verify import model_config, verify_source
+from fewbit.models.verify import verify_source
 from fewbit.quant.kv import HEAD, KV_FORMATS, MEASURED
 from fewbit.workflows.job import Calibration, samples_of
 from fewbit.workflows.layer_work import attention_name
@@ -71,11 +71,10 @@ def calibrate_kv(
         raise RequestError(f"{out}: there is no such folder")
     per_head, element = kv_format.endswith(HEAD), KV_FORMATS[name].element
     asked = Calibration(calib, samples, length, seed, chat, order)
-    with codecs.open(src) as source, torch.no_grad():
-        refuse_on_errors(source.path, verify_source(source, trust_remote_code=trust_remote_code), kv.FINDINGS)
-        config = model_config(source, trust_remote_code)
-        layers = Layers(source, dtype=dtype, device=device, config=config, cached=kv.Asked("float32"))
-        text = samples_of(asked, source.path, layers.config, trust_remote_code)
+    with codecs.open(src, trust_remote_code) as source, torch.no_grad():
+        refuse_on_errors(source.path, verify_source(source), kv.FINDINGS)
+        layers = Layers(source, dtype=dtype, device=device, cached=kv.Asked("float32"))
+        text = samples_of(asked, source, layers.config)
         state = layers.start(text.batches(max(1, asked.batch_tokens // asked.length)), max_memory)
         layers.release()
         found = {}

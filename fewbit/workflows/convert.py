@@ -4,11 +4,9 @@ Two passes over the source, one module at a time. The first recasts every module
 after, and learns the layout; the second writes. A conversion that needs new codes is refused unless asked for.
 """
 
-import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,12 +22,12 @@ from fewbit.quant.qtensor import Quantized
 from fewbit.quant.spec import Format
 from fewbit.workflows.proof import ModuleProof, compare, refuse_inexact, rounding
 from fewbit.workflows.refit import effective, refit, shared_outer
+from fewbit.workflows.small_files import small_files, tokenizer_files
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 ON_DISK = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.uint8: "U8", torch.int8: "I8",
            torch.int32: "I32", torch.int64: "I64", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
            torch.int16: "I16", torch.float64: "F64", torch.bool: "BOOL", torch.float8_e8m0fnu: "F8_E8M0"}  # fmt: skip
-COPIED = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "generation_config", "chat_template")
 Progress = Callable[[Iterable[str], str], Iterable[str]]
 
 
@@ -66,16 +64,18 @@ def convert(
     dtype: str | None = None,
     max_shard: int = 5_000_000_000,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress = quiet,
 ) -> Conversion:
     """Rewrite a checkpoint in another dialect.
 
     to: a dialect of `fewbit.dialects()`, or "dense". requantize: allow new codes where the old ones do not carry over,
     in the nearest format the dialect holds, or in the one named (dense linears too, head and routers aside).
-    dtype: bf16 | f16 | f32, of `to="dense"`.
+    dtype: bf16 | f16 | f32, of `to="dense"`. trust_remote_code: of a model whose code lies in its folder, which goes
+    with it.
     """
     name = to.replace("_", "-")
-    with codecs.open(src) as source:
+    with codecs.open(src, trust_remote_code) as source:
         _check_target(source, Path(out), name, max_shard, overwrite)
         refuse_on_errors(source.path, verify_source(source))
         if name == "gguf":
@@ -236,34 +236,3 @@ def kv_tensors(source: Source, codec: Codec) -> dict[str, Tensor]:
             tensor = source.checkpoint.read(name)
             out[module + ending] = tensor.reshape(codec.kv_shape) if tensor.numel() == 1 else tensor
     return out
-
-
-def tokenizer_files(source: Source) -> dict[str, bytes]:
-    """Tokenizer and generation files, carried over or rebuilt from GGUF metadata."""
-    if source.tokenizer is not None:
-        return dict(source.tokenizer)
-    if not source.path.is_dir():
-        return {}
-    names = (p for p in sorted(source.path.iterdir()) if p.is_file() and p.name.startswith(COPIED))
-    return {p.name: p.read_bytes() for p in names if p.stat().st_size < 1 << 28 and p.suffix in SMALL}
-
-
-SMALL = (".json", ".jinja", ".model", ".txt")
-
-
-def small_files(
-    source: Source, extra: Mapping[str, dict[str, Any]], more: dict[str, Any] | None = None
-) -> dict[str, bytes]:
-    config = {k: v for k, v in source.config.items() if k not in ("quantization_config", "compression_config")}
-    if isinstance(config.get("text_config"), dict):
-        config["text_config"] = {k: v for k, v in config["text_config"].items() if k != "quantization_config"}
-    if "torch_dtype" in config and more:
-        config.pop("torch_dtype")
-    config |= more or {}
-    files = tokenizer_files(source)
-    for name, value in extra.items():
-        if name == "quantization_config":
-            config[name] = value
-        else:
-            files[name] = json.dumps(value, indent=2).encode()
-    return {"config.json": json.dumps(config, indent=2).encode(), **files}

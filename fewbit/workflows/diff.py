@@ -96,17 +96,18 @@ def diff(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str | None = None,
     seed: int = 0,
+    trust_remote_code: bool = False,
     progress: Progress = quiet,
 ) -> Difference:
     """Compare b with a. b: another checkpoint, or a itself (None) under another format, kernel or activations.
 
     kernels, activations: of a and of b, as `load` takes them. format: rounds b's float weights as they are read.
-    dtype: of both; None = as a says.
+    dtype: of both; None = as a says. trust_remote_code: of both.
     """
     if b is None and format is None and kernels[0] == kernels[1] and activations[0] == activations[1]:
         raise RequestError(f"{a}: compared with what? Name another checkpoint, or a format, kernels or activations")
     with ExitStack() as stack, torch.no_grad():
-        sources = [stack.enter_context(codecs.open(p)) for p in (a, a if b is None else b)]
+        sources = [stack.enter_context(codecs.open(p, trust_remote_code)) for p in (a, a if b is None else b)]
         for source in sources:
             refuse_on_errors(source.path, verify_source(source))
         other: Any = sources[1] if format is None else rounded(sources[1], format)
@@ -115,7 +116,7 @@ def diff(
         for layers, kernel in zip((mine, theirs), kernels, strict=True):
             layers.options = replace(layers.options, kernels=kernel)
         check_same(mine, theirs)
-        cut = chosen_windows(text, ids, tokenizer, sources[0].path, context, max(1, -(-tokens // context)))
+        cut = chosen_windows(text, ids, tokenizer, sources[0], context, max(1, -(-tokens // context)))
         check_ids(mine, cut.largest, max(map(len, cut.rows)))
         pair = Pair(mine, theirs, cut)
         pair.run(stack, progress)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from fewbit import codecs
+from fewbit.codecs.source import Source
 from fewbit.errors import CheckpointError, RequestError
 from fewbit.models.finding import refuse_on_errors
 from fewbit.models.layers import Layers
-from fewbit.models.text import tokenizer as read_tokenizer
+from fewbit.models.text import tokenizer_of
 from fewbit.models.verify import verify_source
 from fewbit.quant.plan import Plan
 from fewbit.quant.spec import Format
@@ -72,18 +73,19 @@ def evaluate(
     seed: int = 0,
     resamples: int = RESAMPLES,
     max_memory: int | None = None,
+    trust_remote_code: bool = False,
     progress: Progress = quiet,
 ) -> Evaluation:
     """Score a model over a text file (or token ids), and against a base where one is named.
 
     format: round the weights to it as they are read; the checkpoint itself is then the base unless another is named.
     windows: at most so many; batch: windows run together; max_memory: bytes of hidden states kept in memory, the rest
-    goes to a file; seed: of the bootstrap. dtype: None = as the base says.
+    goes to a file; seed: of the bootstrap. dtype: None = as the base says. trust_remote_code: of both.
     """
     if format is not None and against is None:
         against = path
     with ExitStack() as stack, torch.no_grad():
-        sources = [stack.enter_context(codecs.open(p)) for p in (path, against) if p is not None]
+        sources = [stack.enter_context(codecs.open(p, trust_remote_code)) for p in (path, against) if p is not None]
         for source in sources:
             refuse_on_errors(source.path, verify_source(source))
         base = Layers(sources[-1], dtype=DTYPES.get(str(dtype), dtype), device=device)
@@ -92,7 +94,7 @@ def evaluate(
             of = sources[0] if format is None else rounded(sources[0], format)
             all_layers.insert(0, Layers(of, dtype=base.options.dtype, device=device))
             check_vocabularies(*all_layers)
-        cut = chosen_windows(text, ids, tokenizer, sources[-1].path, context, windows)
+        cut = chosen_windows(text, ids, tokenizer, sources[-1], context, windows)
         check_ids(base, cut.largest, max(map(len, cut.rows)))
         sums = _sums(all_layers, cut, batch, max_memory, stack, progress)
     if not bool(sums.isfinite().all()):
@@ -128,7 +130,7 @@ def batched(cut: Windows, batch: int | None, device: torch.device) -> list[list[
 
 
 def chosen_windows(
-    text: str | Path | None, ids: Tensor | Sequence[Tensor] | None, tokenizer: Any, path: Path, context: int,
+    text: str | Path | None, ids: Tensor | Sequence[Tensor] | None, tokenizer: Any, base: Source, context: int,
     most: int | None,
 ) -> Windows:  # fmt: skip
     """The windows asked for; the tokenizer is the base's unless one is given."""
@@ -136,7 +138,7 @@ def chosen_windows(
         raise RequestError("evaluation runs over text=FILE (.txt, .jsonl, .parquet) or ids=TENSOR: give one of them")
     if text is None:
         return windows_of_ids(ids, context, most)
-    return windows_of_text(text, tokenizer or read_tokenizer(path), context, most)
+    return windows_of_text(text, tokenizer or tokenizer_of(base), context, most)
 
 
 def by_document(sums: Tensor, cut: Windows) -> Tensor:

@@ -11,6 +11,7 @@ from fewbit.errors import UnsupportedError
 from fewbit.models import hf
 from fewbit.models.build import online, resolve_dtype
 from fewbit.models.fill import is_stack, owner, prepare
+from fewbit.models.verify import model_config
 from fewbit.quant.plan import Plan
 from fewbit.quant.qtensor import Quantized
 from fewbit.quant.reference import encode
@@ -58,7 +59,7 @@ def rounded(source: Source, format: str | Format | Plan) -> Rounded:
         raise UnsupportedError(
             f"{source.path}: already quantized ({source.dialect}); format={format!r} needs float weights"
         )
-    config = hf.read_config(source.config)
+    config = model_config(source)
     model = hf.build(config, resolve_dtype(None, config))
     prepare(model)
     chosen, made = online(model, format), {}

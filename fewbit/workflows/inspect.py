@@ -13,8 +13,9 @@ from fewbit.codecs.source import Source
 from fewbit.errors import RequestError
 from fewbit.kernels.capability import lacking, not_fast, run_as
 from fewbit.kernels.select import select
-from fewbit.models import hf, kv_file
+from fewbit.models import kv_file
 from fewbit.models.build import ACTIVATIONS
+from fewbit.models.verify import model_config
 from fewbit.quant.formats import name_of
 from fewbit.quant.kv import KV_FORMATS, measured
 from fewbit.quant.spec import Format, describe
@@ -77,11 +78,16 @@ class Info:
 
 
 def inspect(
-    path: str | Path, device: str = "cpu", activations: str = "hardware", kv_scales: str | Path | None = None
+    path: str | Path,
+    device: str = "cpu",
+    activations: str = "hardware",
+    kv_scales: str | Path | None = None,
+    trust_remote_code: bool = False,
 ) -> Info:
     """Dialect, architecture, per-module format, sizes, ignored modules and why, kernels and why not others.
 
     activations, kv_scales: as a server would be asked; "fast" says of each module what that comes to.
+    trust_remote_code: only kv_scales ask for the model's config object; all else is read without.
     """
     if activations not in ACTIVATIONS:
         raise RequestError(f"activations={activations!r}: known are {', '.join(ACTIVATIONS)}")
@@ -91,7 +97,7 @@ def inspect(
         raise RequestError(f"device {device!r} is not known: cpu, cuda and cuda:N are") from error
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise RequestError(f"device {device!r}: no CUDA device is here, and what a kernel takes depends on which it is")
-    with codecs.open(path) as source:
+    with codecs.open(path, trust_remote_code) as source:
         return _info(source, device, activations, kv_scales)
 
 
@@ -128,7 +134,7 @@ def _info(source: Source, device: str, activations: str, kv_scales: str | Path |
 def _cache(source: Source, kv_scales: str | Path | None) -> tuple[str, str]:
     """What a server would cache by itself, and where its scales come from."""
     if kv_scales is not None:
-        found = kv_file.read(kv_scales, hf.read_config(source.config))
+        found = kv_file.read(kv_scales, model_config(source))
         how = f"measured on {found.measured.get('text')}, {found.measured.get('tokens')} tokens"
         return describe(measured(KV_FORMATS[found.format], found.per_head)), f"file {kv_scales}, {how}"
     spec = source.plan.kv

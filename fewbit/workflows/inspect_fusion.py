@@ -53,8 +53,8 @@ def _said(decision: Decision) -> dict[str, Any]:
 
 def fusion(path: str | Path, trust_remote_code: bool = False) -> Fusion:
     """Of the architecture of a folder or a .gguf file. Reads headers alone."""
-    with codecs.open(path) as source:
-        config = model_config(source, trust_remote_code)
+    with codecs.open(path, trust_remote_code) as source:
+        config = model_config(source)
     plan, wiring = fuse.plan(config), observe(config)
     try:
         return Fusion(plan, wiring, counted(config))

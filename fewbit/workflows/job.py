@@ -19,8 +19,8 @@ from fewbit.models.build import ROUTERS
 from fewbit.models.fill import owner
 from fewbit.models.finding import refuse_on_errors
 from fewbit.models.layers import Layers, State, Unit, layer_of
-from fewbit.models.text import tokenizer
-from fewbit.models.verify import verify_source
+from fewbit.models.text import tokenizer_of
+from fewbit.models.verify import model_config, verify_source
 from fewbit.modules.linear import Linear
 from fewbit.quant.kv import FP8, measured
 from fewbit.quant.spec import QuantSpec
@@ -132,6 +132,7 @@ def prepare(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
     max_memory: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Job:
     """Resolve what was asked against the model; nothing is computed and nothing written."""
     recipe = format if isinstance(format, Recipe) else recipes.load(format)
@@ -142,7 +143,7 @@ def prepare(
     if recipe.kv not in KV:
         raise RequestError(f"kv {recipe.kv!r} is not known; known: {', '.join(KV)}")
     codec = dialect(to)
-    source = codecs.open(src)
+    source = codecs.open(src, trust_remote_code)
     try:
         refuse_on_errors(source.path, verify_source(source))
         floats, recipe_in = _rotated(source, recipe, dtype)
@@ -171,9 +172,7 @@ def _rotated(source: Source, recipe: Recipe, dtype: Any) -> tuple[Any, Recipe]:
     from fewbit.models.observe import observe
     from fewbit.models.rewrite import Rotated
 
-    return Rotated(floats, observe(hf.read_config(source.config))), recipes.with_options(
-        recipe, algo=rest or recipes.AUTO
-    )
+    return Rotated(floats, observe(model_config(source))), recipes.with_options(recipe, algo=rest or recipes.AUTO)
 
 
 def places_of(layers: Layers) -> dict[str, Place]:
@@ -211,13 +210,13 @@ def _kind(module: Any, name: str, expert: int | None, head: Any, embedding: Any)
 def gather(job: Job) -> Samples:
     """The calibration samples, tokenized."""
     if job.samples is None:
-        job.samples = samples_of(job.calibrate, job.source.path, job.layers.config)
+        job.samples = samples_of(job.calibrate, job.source, job.layers.config)
     return job.samples
 
 
-def samples_of(c: Calibration, path: Path, config: Any, trust_remote_code: bool = False) -> Samples:
+def samples_of(c: Calibration, source: Source, config: Any) -> Samples:
     """The same for a checkpoint, checked against the tokens that its model has."""
-    words = tokenizer(path, trust_remote_code) if not _ids(c.data) else None
+    words = tokenizer_of(source) if not _ids(c.data) else None
     found = calibration(words, c.data, samples=c.samples, length=c.length, seed=c.seed, chat=c.chat, order=c.order)
     top, size = max(int(row.max()) for row in found.ids), int(config.get_text_config().vocab_size)
     if top >= size:
@@ -265,7 +264,8 @@ def model_files(source: Source) -> list[Path]:
     path = source.path
     if path.is_file():
         return [path]
-    return sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".json", ".gguf") and p.is_file())
+    endings = (".safetensors", ".json", ".gguf", *((".py",) if source.trusted else ()))
+    return sorted(p for p in path.iterdir() if p.suffix in endings and p.is_file())
 
 
 def _identity(path: Path) -> str:

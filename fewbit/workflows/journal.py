@@ -149,9 +149,18 @@ class Journal:
 
 def _differences(folder: Path, found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     differing = [key for key in sorted({*found, *asked}) if found.get(key) != asked.get(key)]
-    lines = [f"  - {key}: begun with {_short(found.get(key))}, now {_short(asked.get(key))}" for key in differing]
+    pairs = {key: _apart(found.get(key), asked.get(key)) for key in differing}
+    lines = [f"  - {key}: begun with {_short(old)}, now {_short(new)}" for key, (old, new) in pairs.items()]
     head = f"{folder}: holds an unfinished run that depends on something else:"
     return "\n".join([head, *lines, "Go on with what it was begun with, or begin anew with --restart."])
+
+
+def _apart(old: Any, new: Any) -> tuple[Any, Any]:
+    """Of two mappings what is not in both, or else the line would be cut off before it."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return old, new
+    one, two = ({k: v for k, v in a.items() if b.get(k) != v} for a, b in ((old, new), (new, old)))
+    return one, two
 
 
 def _short(value: Any) -> str:

@@ -23,7 +23,6 @@ from fewbit.quant.qtensor import Quantized
 from fewbit.quant.spec import Format
 from fewbit.workflows import job as jobs
 from fewbit.workflows.assemble import GGUF, Contents, assemble
-from fewbit.workflows.convert import tokenizer_files
 from fewbit.workflows.job import Job
 from fewbit.workflows.journal import FOLDER, Journal
 from fewbit.workflows.layer_work import Done, advance, encode_unseen, passed, quantize_layer
@@ -32,6 +31,7 @@ from fewbit.workflows.quantize_report import LOG, described, distributions, leav
 from fewbit.workflows.recipe import Recipe
 from fewbit.workflows.report import NAME
 from fewbit.workflows.run_log import RunLog
+from fewbit.workflows.small_files import carried
 from fewbit.workflows.unit_file import Stored, kv_tensors, module_tensors, part
 from fewbit.workflows.weights import as_stored
 
@@ -96,6 +96,7 @@ def quantize(
     max_shard: int = 5_000_000_000,
     overwrite: bool = False,
     restart: bool = False,
+    trust_remote_code: bool = False,
     show: bool = False,
     report: bool = True,
     command: str = "",
@@ -107,11 +108,12 @@ def quantize(
     calib: None for the text that ships, a file, a data set's name, or token ids. max_memory: bytes of activations kept
     in memory. The same command goes on where an interrupted one stopped; restart=True begins anew. show: progress on
     stderr. report: forecast first, and leave a page, a model card and the recipe beside the model.
+    trust_remote_code: of a model whose code lies in its folder; it goes with it.
     """
     job = jobs.prepared(src, format, algo=algo, options=options, to=to, group_size=group_size, kv=kv, ignore=ignore,
                         calib=calib, samples=samples, length=length, seed=seed, chat=chat, order=order,
-                        observer=observer, experts=experts, device=device, dtype=dtype,
-                        max_memory=max_memory)  # fmt: skip
+                        observer=observer, experts=experts, device=device, dtype=dtype, max_memory=max_memory,
+                        trust_remote_code=trust_remote_code)  # fmt: skip
     try:
         return run(job, Path(out), max_shard, overwrite, restart, show, report, command)
     finally:
@@ -275,7 +277,7 @@ def contents_of(job: Job, stored: Stored, modules: Sequence[Mapping[str, Any]]) 
         return stored.module(name, formats[name], job.places[name].shape)
 
     ordered = {name: formats[name] for name in job.targets if name in formats}
-    return Contents(_config(job), ordered, module, dense, tensor, tokenizer_files(job.source), left, job.kv)
+    return Contents(_config(job), ordered, module, dense, tensor, carried(job.source), left, job.kv)
 
 
 def _config(job: Job) -> dict[str, Any]:

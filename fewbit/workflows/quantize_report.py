@@ -58,6 +58,7 @@ def described(
         "format": job.recipe.format,
         "algo": job.recipe.algo,
         "dialect": job.to,
+        "trusted": job.source.trusted,
         "out": str(out),
         "sizes": _sizes(job),
         "error_means": "relative output error on the calibration text" if job.needs else "relative weight error",

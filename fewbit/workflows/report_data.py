@@ -160,6 +160,7 @@ class Run(TypedDict):
     format: NotRequired[str]
     algo: NotRequired[str]
     dialect: NotRequired[str]
+    trusted: NotRequired[bool]  # code of the model's folder came with it
     out: NotRequired[str]
     sizes: NotRequired[Sizes]
     error_means: NotRequired[str]  # in words, such as "relative output error"

@@ -15,7 +15,7 @@ def serve(run: Run, out: str | None = None) -> list[Serve]:
         return run["serve"]
     if not run.get("dialect"):
         return []
-    path = shlex.quote(out or run.get("out") or ".")
+    path = shlex.quote(out or run.get("out") or ".") + (" --trust-remote-code" if run.get("trusted") else "")
     found = [Serve(engine="fewbit", command=f"fewbit serve {path}")]
     if vllm_reads(run):
         found.append(Serve(engine="vLLM", command=f"vllm serve {path}"))

@@ -1,9 +1,7 @@
 """Calibrating a model whose code lies in its folder: not without trust; with it, as the same model of transformers."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,56 +14,13 @@ from fewbit.compat import fakequant, inc
 from fewbit.errors import CheckpointError, FewbitError, UnsupportedError
 from fewbit.models.layers import WHOLE, Layers
 from fewbit.models.text import tokenizer
-from fewbit.models.verify import model_config
 from fewbit.workflows.calibrate_kv import calibrate_kv
+from tests import own_code
 from tests.compat import small
-from tests.tiny import edit_config
+from tests.own_code import MODELING, REFUSED, WORDS, said, with_code, with_words
 
-MODELING = """
-from pathlib import Path
-from transformers import LlamaConfig, LlamaForCausalLM
-(Path(__file__).parent / "imported").touch()
-class OwnConfig(LlamaConfig):
-    model_type = "fewbit_own"
-class OwnForCausalLM(LlamaForCausalLM):
-    config_class = OwnConfig
-"""
 ASKED = {"fakequant": "FP8_DEFAULT_CFG", "kv_fakequant": "FP8_KV_CFG"}
-REFUSED = r"(?s)'fewbit_own' is not known.*trust_remote_code=True would import and run it"
-
-
-@pytest.fixture
-def plain(tmp_path: Path) -> Path:
-    return small.folder(tmp_path / "plain")
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where transformers puts code before it imports it."""
-    place = tmp_path / "cache"
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(place))
-    return place
-
-
-@pytest.fixture
-def own(tmp_path: Path, cache: Path) -> Path:
-    """The same weights, of a type that transformers does not have."""
-    return with_code(small.folder(tmp_path / "own"), MODELING)
-
-
-@pytest.fixture(autouse=True)
-def nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """transformers asks at the terminal, and waits for an answer, where it is not told whether to trust."""
-    asked: list[str] = []
-    monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or "n")
-    yield
-    assert not asked
-
-
-def with_code(folder: Path, code: str) -> Path:
-    (folder / "own.py").write_text(code)
-    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
-    return edit_config(folder, lambda config: config.update(auto_map=names, model_type="fewbit_own"))
+plain, cache, own, nobody_is_asked = own_code.plain, own_code.cache, own_code.own, own_code.nobody_is_asked
 
 
 def test_fakequant(plain: Path, own: Path, cache: Path, tmp_path: Path) -> None:
@@ -83,12 +38,6 @@ def test_fakequant(plain: Path, own: Path, cache: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=REFUSED):
         LLM(out, amax_file=out)
     assert said(out, amax_file=out, trust_remote_code=True) == said(tmp_path / "want", amax_file=str(tmp_path / "want"))
-
-
-def said(model: str | Path, **options: Any) -> list[list[int]]:
-    with LLM(model, dtype="float32", **options) as llm:
-        params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
-        return [list(o.outputs[0].token_ids) for o in llm.generate([row.tolist() for row in small.ids()], params)]
 
 
 def test_an_engine_that_calibrates_as_it_starts(plain: Path, own: Path, cache: Path) -> None:
@@ -146,26 +95,16 @@ TWICE = (
 def test_code_whose_layers_do_not_run_one_by_one(plain: Path, tmp_path: Path, cache: Path) -> None:
     """Then the whole model is the one layer, and the values are the same."""
     folder = with_code(small.folder(tmp_path / "twice"), TWICE)
-    with codecs.open(folder) as source:
-        assert [unit.name for unit in Layers(source, config=model_config(source, True)).units] == [WHOLE]
+    with codecs.open(folder, trust_remote_code=True) as source:
+        assert [unit.name for unit in Layers(source).units] == [WHOLE]
     found = fakequant.calibrate(folder, tmp_path / "out", **ASKED, text={"data": small.ids()}, trust_remote_code=True)
     want = fakequant.calibrate(plain, tmp_path / "want", **ASKED, text={"data": small.ids()})
     assert found.keys() == want.keys() and all(torch.equal(found[key], t) for key, t in want.items())
 
 
-WORDS = """
-from transformers import PreTrainedTokenizerFast
-class OwnWords(PreTrainedTokenizerFast):
-    pass
-"""
-
-
 def test_words_of_its_own(own: Path, cache: Path, tmp_path: Path) -> None:
     """A tokenizer whose code lies in the folder, where there is no other."""
-    (own / "words.py").write_text(WORDS)
-    file = own / "tokenizer_config.json"
-    said_of_it = {"auto_map": {"AutoTokenizer": [None, "words.OwnWords"]}, "tokenizer_class": "OwnWords"}
-    file.write_text(json.dumps(json.loads(file.read_text()) | said_of_it))
+    with_words(own)
     with pytest.raises(CheckpointError, match=r"no tokenizer can be read.*trust_remote_code=True would import"):
         tokenizer(own)
     assert not cache.exists()
