@@ -67,7 +67,7 @@ def repeated(func: Any, args: Any, kwargs: dict[str, Any], given: Any) -> Again 
         return None
     if name in ZEROS:
         return partial(given.zero_)
-    if name == "_to_copy":
+    if name in ("_to_copy", "to"):
         return partial(given.copy_, args[0])
     if (into := writing(func)) is not None:
         outs = [a.name for a in into._schema.arguments if a.is_out]

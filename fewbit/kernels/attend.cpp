@@ -129,6 +129,26 @@ static void chosen(const Attend& a) {
     else tasks<T>(a, (const T*)a.key, (const T*)a.value);
 }
 
+struct Keep {
+    const uint8_t *key, *value;       // [tokens, heads, bytes], with strides
+    uint8_t *key_plane, *value_plane; // [slots, heads, bytes]
+    const int64_t* slots;             // [tokens]
+    int64_t tokens, heads;
+    int64_t key_bytes, key_token, key_head;
+    int64_t value_bytes, value_token, value_head;
+};
+
+// Keys and values of tokens to their slots, as they are.
+extern "C" void keep(const Keep* a) {
+#pragma omp parallel for schedule(static) if (a->tokens > 64)
+    for (int64_t t = 0; t < a->tokens; t++)
+        for (int64_t h = 0; h < a->heads; h++) {
+            const int64_t at = a->slots[t] * a->heads + h;
+            memcpy(a->key_plane + at * a->key_bytes, a->key + t * a->key_token + h * a->key_head, a->key_bytes);
+            memcpy(a->value_plane + at * a->value_bytes, a->value + t * a->value_token + h * a->value_head, a->value_bytes);
+        }
+}
+
 extern "C" void attend(const Attend* a) {
     if (a->narrow) chosen<uint16_t>(*a);
     else chosen<float>(*a);

@@ -1,6 +1,7 @@
 """Attention of a few queries over a paged cache on a CPU; the work is in attend.cpp. Its oracle is modules.paged."""
 
 import ctypes
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -97,6 +98,23 @@ def attend(
     )))  # fmt: skip
 
 
+KEEP = struct.Struct("5P8q")  # attend.cpp's Keep
+
+
+def write(cache: Cache | PackedCache, slots: Tensor, key: Tensor, value: Tensor) -> None:
+    """As cache.write; of values that stay what they are in one call."""
+    plain = isinstance(cache, Cache) and cache.element is None and not isinstance(library("attend"), str)
+    pairs = ((key, cache.key), (value, cache.value)) if plain and isinstance(cache, Cache) else ()
+    if not pairs or any(not t.is_cpu or t.dtype != plane.dtype or t.stride(3) != 1 for t, plane in pairs):
+        cache.write(slots, key, value)
+        return
+    sizes = [n * t.element_size() for t, _ in pairs for n in (t.shape[3], t.stride(2), t.stride(1))]
+    call(_native().keep, KEEP.pack(
+        *(t.data_ptr() for t, _ in pairs), *(plane.data_ptr() for _, plane in pairs), slots.contiguous().data_ptr(),
+        key.shape[2], key.shape[1], *sizes,
+    ))  # fmt: skip
+
+
 def _at(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -105,5 +123,6 @@ def _at(tensor: Tensor | None) -> int | None:
 def _native() -> Any:
     found = library("attend")
     assert not isinstance(found, str), found
-    found.attend.argtypes, found.attend.restype = [ctypes.c_void_p], None
+    found.attend.argtypes, found.keep.argtypes = [ctypes.c_void_p], [ctypes.c_char_p]
+    found.attend.restype = found.keep.restype = None
     return found

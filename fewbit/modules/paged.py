@@ -144,7 +144,7 @@ def _attended(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, step
         if step.refused is None:
             assert isinstance(cache, Cache)
             return _by_table(query, key, value, cache, step.slots, step.table, how)
-    cache.write(step.slots, key, value)
+    attend.write(cache, step.slots, key, value)
     return _by_spans(query, cache, value.shape[3], step, how, inside)
 
 

@@ -89,3 +89,30 @@ def test_says_why_not() -> None:
     assert attend.refusal(full, Cache(full, full)) is None
     packed = room(1, full[None], full[None], None, (FORMATS["nvfp4"], {}, {}))
     assert "codes of a byte" in (attend.refusal(full, packed) or "")
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 200])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("held", [None, torch.float32, torch.bfloat16, torch.float16, "fp8_per_token_head"])
+def test_writes_what_the_cache_would(
+    held: torch.dtype | str | None, shape: tuple[int, int, int, int], tokens: int
+) -> None:
+    """Heads and tokens in either order, numbers of a head next to each other or not."""
+    _, heads, size, value_size = shape
+    draw = torch.Generator().manual_seed(3)
+    slots = torch.randperm(250, generator=draw)[:tokens]
+    for dtype, turned in ((torch.float32, False), (torch.bfloat16, True)):
+        made = [torch.randn(1, tokens, heads, d, generator=draw).to(dtype).transpose(1, 2) for d in (size, value_size)]
+        spread = [torch.stack([t, t], -1).flatten(3)[..., ::2] for t in made] if turned else made
+        coded = rounding(held, heads) if isinstance(held, str) else None
+        caches = [Cache.like(250, *made, None if coded else held, coded) for _ in range(3)]  # type: ignore[arg-type]
+        for cache in caches:
+            for plane in (cache.key, cache.value, cache.key_scale, cache.value_scale):
+                if plane is not None:
+                    plane.zero_()
+        caches[0].write(slots, *made)
+        attend.write(caches[1], slots, *made)
+        attend.write(caches[2], slots, *spread)
+        for cache in caches[1:]:
+            assert torch.equal(cache.key.float(), caches[0].key.float())
+            assert torch.equal(cache.value.float(), caches[0].value.float())
