@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewbit.errors import UnsupportedError
+from fewbit.kernels import fused
 from fewbit.kernels.compiled import LISTENER
 
 Again = Callable[[], Any]
@@ -29,7 +30,7 @@ class Tape(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._calls: list[Again] = []
-        self._held: list[Any] = []  # what operations gave: calls have its addresses
+        self._held: list[Any] = []  # what operations gave, and took: calls have its addresses
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -45,7 +46,7 @@ class Tape(TorchDispatchMode):
         given = func(*args, **kwargs)
         if LOOKS & set(func.tags) and not (isinstance(given, Tensor) and shares(given, args)):  # no dropout: its input
             raise UnsupportedError(f"{func} looks at values, or draws them")
-        self._held.append(given)
+        self._held.append((given, args))
         if (again := repeated(func, args, kwargs, given)) is not None:
             self._calls.append(again)
         return given
@@ -67,6 +68,8 @@ def repeated(func: Any, args: Any, kwargs: dict[str, Any], given: Any) -> Again 
         return None
     if name in ZEROS:
         return partial(given.zero_)
+    if func is torch.ops.aten.add.Tensor and not kwargs and (ours := fused.adding(*args, given)) is not None:
+        return ours
     if name in ("_to_copy", "to"):
         return partial(given.copy_, args[0])
     if (into := writing(func)) is not None:

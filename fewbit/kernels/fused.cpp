@@ -115,6 +115,11 @@ template <class T> static void gates_by_act(const Gate& f) {
     }
 }
 
+template <class T> static void adds(const T* a, const T* b, T* y, int64_t n) {
+#pragma omp parallel for simd schedule(static) if (n > ALONE)
+    for (int64_t i = 0; i < n; i++) store(y + i, load(a + i) + load(b + i));
+}
+
 struct Steps { int64_t batch, token, head; };  // strides
 
 struct Turned {  // queries, or keys
@@ -179,6 +184,10 @@ extern "C" {
 
 void fused_norm(const Norm* f) { f->type == 0 ? norms<float>(*f) : norms<uint16_t>(*f); }
 void fused_gate(const Gate* f) { f->type == 0 ? gates_by_act<float>(*f) : gates_by_act<uint16_t>(*f); }
+void fused_add(const void* a, const void* b, void* y, int64_t n, int32_t type) {
+    if (type == 0) adds((const float*)a, (const float*)b, (float*)y, n);
+    else adds((const uint16_t*)a, (const uint16_t*)b, (uint16_t*)y, n);
+}
 void fused_rotary(const Rotary* f) {
     if (f->type == 0) rotaries<float, float>(*f);
     else if (f->table_type == 0) rotaries<uint16_t, float>(*f);

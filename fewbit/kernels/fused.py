@@ -6,10 +6,10 @@ for us. A call may not be gone back through, so nothing is taken that asks for g
 
 import ctypes
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -86,6 +86,15 @@ def act_mul(gate: Tensor, up: Tensor, act: str) -> Tensor:
     return y
 
 
+def adding(a: Tensor, b: Any, y: Tensor) -> Callable[[], None] | None:
+    """What adds into y as torch does, for who does so again and again; None: not for us."""
+    if not isinstance(b, Tensor) or not a.shape == b.shape == y.shape or not _ours(a, b, y):
+        return None
+    if not (a.is_contiguous() and b.is_contiguous() and y.is_contiguous()):
+        return None
+    return partial(_native().fused_add, a.data_ptr(), b.data_ptr(), y.data_ptr(), y.numel(), DTYPES[y.dtype])
+
+
 def takes_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, width: int, heads: int) -> bool:
     """Four axes and three, tables of q's type or float32: what modules.rotary.fits has found."""
     b, t = q.shape[0], q.shape[3 - heads]
@@ -128,4 +137,7 @@ def _native() -> Any:
         return None
     for run in (found.fused_norm, found.fused_gate, found.fused_rotary):
         run.argtypes, run.restype = [ctypes.c_char_p], None
+    pointer = ctypes.c_void_p
+    found.fused_add.argtypes = [pointer, pointer, pointer, ctypes.c_int64, ctypes.c_int32]
+    found.fused_add.restype = None
     return found
