@@ -1,6 +1,7 @@
 // What stands between the linears of a layer, each in one pass over memory: norm, gated activation, rotary embedding.
 // Results are rounded where models round them. Rows are shared among threads where there are many.
 
+#include <cfloat>
 #include <cmath>
 #include <initializer_list>
 #include <omp.h>
@@ -77,11 +78,11 @@ static inline float sigmoid(float x) { return 1.0f / (1.0f + exp_of(-x)); }
 
 enum { SILU, GELU_TANH, QUICK_GELU, RELU, RELU2, SIGMOID };
 
-template <int ACT> static inline float act(float x) {
+template <int ACT> static inline float act(float x, float alpha) {
     switch (ACT) {
     case SILU: return x / (1.0f + exp_of(-x));
     case GELU_TANH: return x * sigmoid(1.5957691216057308f * (x + 0.044715f * x * x * x));
-    case QUICK_GELU: return x * sigmoid(1.702f * x);
+    case QUICK_GELU: return x * sigmoid(alpha * x);
     case RELU: return x < 0 ? 0.0f : x;
     case RELU2: return x < 0 ? 0.0f : x * x;
     default: return sigmoid(x);
@@ -91,28 +92,43 @@ template <int ACT> static inline float act(float x) {
 struct Gate {
     const void *gate, *up;  // [rows, n]
     void* y;
-    int64_t rows, n, gate_row, up_row;
+    int64_t rows, n, gate_row, up_row, step;  // step: 1, or 2 where gate and up are interleaved
+    float alpha, limit, plus;
     int32_t type, act;
 };
 
-template <class T, int ACT> static void gates(const Gate& f) {
+// HELD: within a limit, and up with a number added to it; what has neither takes a fifth less time without
+template <class T, int ACT, int STEP, bool HELD> static void gates(const Gate& f) {
+    const float alpha = f.alpha, limit = f.limit, plus = f.plus;
 #pragma omp parallel for schedule(static) if (f.rows * f.n > ALONE)
     for (int64_t row = 0; row < f.rows; row++) {
         const T *gate = (const T*)f.gate + row * f.gate_row, *up = (const T*)f.up + row * f.up_row;
         T* y = (T*)f.y + row * f.n;
 #pragma omp simd
-        for (int64_t i = 0; i < f.n; i++) store(y + i, as<T>(act<ACT>(load(gate + i))) * load(up + i));
+        for (int64_t i = 0; i < f.n; i++) {
+            float g = load(gate + STEP * i), u = load(up + STEP * i);
+            if (HELD) {  // NaN stays
+                g = g > limit ? limit : g;
+                u = as<T>((u > limit ? limit : u < -limit ? -limit : u) + plus);
+            }
+            store(y + i, as<T>(act<ACT>(g, alpha)) * u);
+        }
     }
 }
-template <class T> static void gates_by_act(const Gate& f) {
+template <class T, int STEP, bool HELD> static void gates_by_act(const Gate& f) {
     switch (f.act) {
-    case SILU: return gates<T, SILU>(f);
-    case GELU_TANH: return gates<T, GELU_TANH>(f);
-    case QUICK_GELU: return gates<T, QUICK_GELU>(f);
-    case RELU: return gates<T, RELU>(f);
-    case RELU2: return gates<T, RELU2>(f);
-    default: return gates<T, SIGMOID>(f);
+    case SILU: return gates<T, SILU, STEP, HELD>(f);
+    case GELU_TANH: return gates<T, GELU_TANH, STEP, HELD>(f);
+    case QUICK_GELU: return gates<T, QUICK_GELU, STEP, HELD>(f);
+    case RELU: return gates<T, RELU, STEP, HELD>(f);
+    case RELU2: return gates<T, RELU2, STEP, HELD>(f);
+    default: return gates<T, SIGMOID, STEP, HELD>(f);
     }
+}
+template <class T> static void gates_by_kind(const Gate& f) {
+    if (f.step == 2) gates_by_act<T, 2, true>(f);
+    else if (f.plus == 0 && f.limit > FLT_MAX) gates_by_act<T, 1, false>(f);
+    else gates_by_act<T, 1, true>(f);
 }
 
 template <class T> static void adds(const T* a, const T* b, T* y, int64_t n) {
@@ -183,7 +199,7 @@ template <class T, class C> static void rotaries(const Rotary& f) {
 extern "C" {
 
 void fused_norm(const Norm* f) { f->type == 0 ? norms<float>(*f) : norms<uint16_t>(*f); }
-void fused_gate(const Gate* f) { f->type == 0 ? gates_by_act<float>(*f) : gates_by_act<uint16_t>(*f); }
+void fused_gate(const Gate* f) { f->type == 0 ? gates_by_kind<float>(*f) : gates_by_kind<uint16_t>(*f); }
 void fused_add(const void* a, const void* b, void* y, int64_t n, int32_t type) {
     if (type == 0) adds((const float*)a, (const float*)b, (float*)y, n);
     else adds((const uint16_t*)a, (const uint16_t*)b, (uint16_t*)y, n);

@@ -20,10 +20,11 @@ from fewbit.kernels.rows import leading
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTS = ("silu", "gelu_tanh", "quick_gelu", "relu", "relu2", "sigmoid")  # in fused.cpp's order
+STEPS = (1, 2)  # along gate and up: halves side by side, or interleaved
 
 
 # fused.cpp's structs, in the types and the alignment of C
-NORM, GATE, ROTARY = (struct.Struct(form) for form in ("4P12q2f3i0q", "3P4q2i", "2P2P7q2P7q6q4q6i0q"))
+NORM, GATE, ROTARY = (struct.Struct(form) for form in ("4P12q2f3i0q", "3P5q3f2i0q", "2P2P7q2P7q6q4q6i0q"))
 
 
 _LEFT: ContextVar[bool] = ContextVar("left to torch", default=False)
@@ -39,8 +40,8 @@ def left_to_torch() -> Iterator[None]:
         _LEFT.reset(token)
 
 
-def _ours(*tensors: Tensor | None) -> bool:
-    """Plain tensors of one type on a CPU that nobody goes back through, whose last axis has no gaps."""
+def _ours(*tensors: Tensor | None, step: int = 1) -> bool:
+    """Plain tensors of one type on a CPU that nobody goes back through, whose last axis has this stride."""
     if _LEFT.get():
         return False
     learning, dtype = torch.is_grad_enabled(), None
@@ -48,7 +49,7 @@ def _ours(*tensors: Tensor | None) -> bool:
         if t is None:
             continue
         dtype = dtype or t.dtype
-        if t.dtype != dtype or not t.is_cpu or t.stride(-1) != 1 or (learning and t.requires_grad):
+        if t.dtype != dtype or not t.is_cpu or t.stride(-1) != step or (learning and t.requires_grad):
             return False
     return dtype in DTYPES and _native() is not None
 
@@ -71,17 +72,19 @@ def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, time
 
 
 def takes_gate(gate: Tensor, up: Tensor, act: str) -> bool:
-    return act in ACTS and gate.shape == up.shape and gate.numel() > 0 and _ours(gate, up)
+    if act not in ACTS or gate.shape != up.shape or gate.numel() == 0:
+        return False
+    return (step := gate.stride(-1)) in STEPS and _ours(gate, up, step=step)
 
 
-def act_mul(gate: Tensor, up: Tensor, act: str) -> Tensor:
-    """gate, up: [..., N] -> [..., N]; as modules.glu.act_mul."""
+def act_mul(gate: Tensor, up: Tensor, act: str, alpha: float, limit: float, plus: float) -> Tensor:
+    """gate, up: [..., N] -> [..., N]; as modules.glu.multiplied."""
     y = torch.empty(gate.shape, dtype=gate.dtype)
     n = gate.shape[-1]
     gate, up = gate.reshape(-1, n), up.reshape(-1, n)
     call(_native().fused_gate, GATE.pack(
-        gate.data_ptr(), up.data_ptr(), y.data_ptr(), len(gate), n, gate.stride(0), up.stride(0), DTYPES[gate.dtype],
-        ACTS.index(act),
+        gate.data_ptr(), up.data_ptr(), y.data_ptr(), len(gate), n, gate.stride(0), up.stride(0), gate.stride(1), alpha,
+        limit, plus, DTYPES[gate.dtype], ACTS.index(act),
     ))  # fmt: skip
     return y
 

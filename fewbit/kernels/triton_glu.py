@@ -1,6 +1,6 @@
-"""act(gate) * up in one launch. gate and up may be halves of one output, side by side; what is made has no gaps.
+"""act(gate) * (up + plus) in one launch. gate and up may be halves of one output; what is made has no gaps.
 
-The activation is rounded to the type of gate before it is multiplied, as models do that write the two apart.
+Both factors are rounded to the type of gate before they are multiplied, as models do that write the two apart.
 """
 
 import torch
@@ -10,11 +10,12 @@ from torch import Tensor
 
 ACTS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "sigmoid")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+STEPS = (1, 2)  # along gate and up: halves side by side, or interleaved
 FULL = 1 << 18  # values from which on every processor has work in large tiles
 
 
 @triton.jit
-def _act(x, ACT: tl.constexpr):
+def _act(x, alpha, ACT: tl.constexpr):
     if ACT == "silu":
         y = x * tl.sigmoid(x)
     elif ACT == "gelu":
@@ -22,7 +23,7 @@ def _act(x, ACT: tl.constexpr):
     elif ACT == "gelu_tanh":  # 0.5 * (1 + tanh(u)) = sigmoid(2 u)
         y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     elif ACT == "quick_gelu":
-        y = x * tl.sigmoid(1.702 * x)
+        y = x * tl.sigmoid(alpha * x)
     elif ACT == "sigmoid":
         y = tl.sigmoid(x)
     elif ACT == "relu":
@@ -34,24 +35,30 @@ def _act(x, ACT: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def _act_mul(gate_at, up_at, y_at, n, blocks, gate_row, up_row, ACT: tl.constexpr, BLOCK: tl.constexpr):
+def _act_mul(
+    gate_at, up_at, y_at, n, blocks, gate_row, gate_step, up_row, up_step, alpha, limit, plus,
+    ACT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     pid = tl.program_id(0)
     row = (pid // blocks).to(tl.int64)
     at = pid % blocks * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(gate_at + row * gate_row + at, at < n)
-    up = tl.load(up_at + row * up_row + at, at < n)
-    a = _act(gate.to(tl.float32), ACT).to(gate.dtype).to(tl.float32)
-    tl.store(y_at + row * n + at, (a * up.to(tl.float32)).to(y_at.dtype.element_ty), at < n)
+    dtype = y_at.dtype.element_ty
+    gate = tl.load(gate_at + row * gate_row + at * gate_step, at < n).to(tl.float32)
+    up = tl.load(up_at + row * up_row + at * up_step, at < n).to(tl.float32)
+    gate = tl.where(gate > limit, limit, gate)  # NaN stays
+    up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+    a = _act(gate, alpha, ACT).to(dtype).to(tl.float32)
+    tl.store(y_at + row * n + at, (a * (up + plus).to(dtype).to(tl.float32)).to(dtype), at < n)
 
 
 def takes(gate: Tensor, up: Tensor) -> bool:
     """Whether the kernel runs on them."""
     alike = gate.shape == up.shape and gate.dtype == up.dtype and gate.dtype in FLOATS
-    return alike and gate.dim() > 0 and gate.stride(-1) == 1 == up.stride(-1)
+    return alike and gate.dim() > 0 and gate.stride(-1) in STEPS and up.stride(-1) in STEPS
 
 
-def act_mul(gate: Tensor, up: Tensor, act: str) -> Tensor:
-    """gate, up: [..., N] -> [..., N]; as modules.glu.act_mul."""
+def act_mul(gate: Tensor, up: Tensor, act: str, alpha: float, limit: float, plus: float) -> Tensor:
+    """gate, up: [..., N] -> [..., N]; as modules.glu.multiplied."""
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if y.numel() == 0:
         return y
@@ -60,6 +67,6 @@ def act_mul(gate: Tensor, up: Tensor, act: str) -> Tensor:
     block = 1024 if y.numel() >= FULL else 256
     blocks = triton.cdiv(n, block)
     _act_mul[(gate.shape[0] * blocks,)](
-        gate, up, y, n, blocks, gate.stride(0), up.stride(0), act, block, num_warps=block // 256
+        gate, up, y, n, blocks, *gate.stride(), *up.stride(), alpha, limit, plus, act, block, num_warps=block // 256
     )
     return y

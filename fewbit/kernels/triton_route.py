@@ -1,4 +1,7 @@
-"""From a router's choices to rows sorted by expert and back, each in one launch. Only the device knows the counts."""
+"""From a router's choices to rows sorted by expert and back, and the biases of experts, each in one launch.
+
+Only the device knows the counts.
+"""
 
 import torch
 import triton
@@ -43,6 +46,19 @@ def _combine(y_at, choices_at, place_at, weights_at, out_at, n, experts, K: tl.c
     tl.store(out_at + token * n + at, total.to(out_at.dtype.element_ty), at < n)
 
 
+@triton.jit
+def _add_bias(y_at, bias_at, rows_at, n, experts, POWER: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    each = tl.arange(0, POWER)
+    ends = tl.cumsum(tl.load(rows_at + each, each < experts, 0).to(tl.int32), 0)
+    mine = tl.sum(((ends <= row) & (each < experts)).to(tl.int32), 0)
+    known = (at < n) & (mine < experts)
+    bias = tl.load(bias_at + mine.to(tl.int64) * n + at, known, 0.0).to(tl.float32)
+    y = tl.load(y_at + row * n + at, known, 0.0).to(tl.float32)
+    tl.store(y_at + row * n + at, (y + bias).to(y_at.dtype.element_ty), known)
+
+
 def route(choices: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """choices: [T, k] -> the token of each sorted row [S], the row of each choice [S], rows of each expert [E].
 
@@ -66,3 +82,13 @@ def combine(y: Tensor, choices: Tensor, place: Tensor, weights: Tensor, experts:
         grid = (tokens, triton.cdiv(n, block))
         _combine[grid](y.contiguous(), choices.contiguous(), place, weights.contiguous(), out, n, experts, k, block)
     return out
+
+
+def add_bias(y: Tensor, bias: Tensor, rows: Tensor) -> Tensor:
+    """y: [S, N] sorted by expert, bias: [E, N], rows: [E] -> y, with its expert's bias added to each row in place."""
+    y, n = y.contiguous(), y.shape[-1]
+    if y.numel():
+        block = min(BLOCK, triton.next_power_of_2(n))
+        grid = (len(y), triton.cdiv(n, block))
+        _add_bias[grid](y, bias.contiguous(), rows, n, len(rows), triton.next_power_of_2(len(rows)), block)
+    return y

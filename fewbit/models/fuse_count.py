@@ -122,9 +122,8 @@ class Routed:
     """What kernels.triton_route does, in one launch each, or by the operations of torch that they stand for."""
 
     def __init__(self, count: Count, fused: bool):
-        self.route, self.combine = self.routed, self.combined
-        if fused:
-            self.route, self.combine = count.one(self.routed), count.one(self.combined)
+        ways = self.routed, self.combined, self.biased
+        self.route, self.combine, self.add_bias = map(count.one, ways) if fused else ways
 
     @staticmethod
     def routed(choices: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,6 +134,11 @@ class Routed:
     @staticmethod
     def combined(y: Tensor, choices: Tensor, place: Tensor, weights: Tensor, experts: int, dtype: Any) -> Tensor:
         return (y[place].view(*choices.shape, -1) * weights[..., None]).sum(1).to(dtype)
+
+    @staticmethod
+    def biased(y: Tensor, bias: Tensor, rows: Tensor) -> Tensor:
+        owner = torch.searchsorted(rows.cumsum(0), torch.arange(len(y)), right=True)
+        return y + bias[owner.clamp_(max=len(rows) - 1)]  # the last one's, in rows that belong to none
 
 
 DENSE = experts.dense

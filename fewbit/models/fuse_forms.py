@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from itertools import permutations
+from itertools import permutations, product
 from math import inf
 from typing import Any
 
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from fewbit.models import twin
 from fewbit.models.fuse_values import ALREADY
 from fewbit.modules import glu, norm, rotary
-from fewbit.modules.glu import ACTIVATIONS, GluForm
+from fewbit.modules.glu import ACTIVATIONS, ALPHA, HALVES, Gating, GluForm
 from fewbit.modules.norm import TIMES, NormForm
 from fewbit.modules.rotary import FORMS, RotaryForm
 
 LIMIT = 1e-6  # relative, in float32
+REACH = torch.tensor([1.0, 1.0, 30.0, 30.0, 1e3, 1e3])[:, None, None]  # a limit shows only in values beyond it
 HEAD = 16
 Types = tuple[torch.dtype, torch.dtype]
 ALIKE = tuple((dtype, dtype) for dtype in (torch.float32, torch.bfloat16))
@@ -66,8 +67,9 @@ def glu_form(module: nn.Module, names: Sequence[str], width: int) -> GluForm | s
     if not forms:
         return None
     x = random(6, 5, width)
-    wanted = module(x)
-    errors = {f: off(glu.forward(module, f, x), wanted) for f in forms}
+    beyond = x * REACH
+    wanted = module(beyond)
+    errors = {f: each_off(glu.forward(module, f, beyond), wanted) for f in forms}
     forms = [f for f, error in errors.items() if error <= LIMIT]
     if not forms:
         return unknown("gated MLP", errors.values())
@@ -83,30 +85,35 @@ def glu_form(module: nn.Module, names: Sequence[str], width: int) -> GluForm | s
 @torch.no_grad()
 def gate_form(stack: Any) -> GluForm | str:
     """What a stack of experts does between its projections, if that is act(gate) * up of two halves."""
-    x = random(6, 64)
+    x = random(6, 5, 64) * REACH
     wanted, rounded = stack._apply_gate(x), stack._apply_gate(x.bfloat16())
     errors, parted = [], []
-    for act in ACTIVATIONS:
-        for last in (False, True):
-            halves = [t.chunk(2, -1)[:: -1 if last else 1] for t in (x, x.bfloat16())]
-            got, narrow = (glu.act_mul(*pair, act) for pair in halves)
-            errors.append(off(got, wanted))
-            if errors[-1] <= LIMIT:
-                parted.append(differing(narrow, rounded))
-                if not parted[-1]:
-                    return GluForm(act, "gate_up_proj", "", "down_proj", last)
+    for gating, half in product(gatings(stack), HALVES):
+        got, narrow = (glu.act_mul(*HALVES[half](t), gating) for t in (x, x.bfloat16()))
+        errors.append(each_off(got, wanted))
+        if errors[-1] <= LIMIT:
+            parted.append(differing(narrow, rounded))
+            if not parted[-1]:
+                return GluForm(gating, "gate_up_proj", "", "down_proj", half)
     return elsewhere(parted) if parted else unknown("gate", errors)
 
 
 def glu_forms(module: nn.Module, names: Sequence[str]) -> Iterator[GluForm]:
     sizes = {name: (m.in_features, m.out_features) for name in names if (m := getattr(module, name))}
-    for act in ACTIVATIONS:
-        for gate, *up, down in permutations(names):
-            width = sizes[down][0]
-            if up and sizes[gate] == sizes[up[0]] and sizes[gate][1] == width:
-                yield GluForm(act, gate, up[0], down)
-            elif not up and sizes[gate][1] == 2 * width:
-                yield from (GluForm(act, gate, "", down, last) for last in (False, True))
+    for gating, (gate, *up, down) in product(gatings(module), permutations(names)):
+        width = sizes[down][0]
+        if up and sizes[gate] == sizes[up[0]] and sizes[gate][1] == width:
+            yield GluForm(gating, gate, up[0], down)
+        elif not up and sizes[gate][1] == 2 * width:
+            yield from (GluForm(gating, gate, "", down, half) for half in HALVES)
+
+
+def gatings(module: nn.Module) -> Iterator[Gating]:
+    """Of every activation, with the numbers that a module holds; those without come first."""
+    held = {value: None for value in vars(module).values() if isinstance(value, float) and 0 < value < inf}
+    for plus, limit, act in product((0.0, 1.0), (inf, *held), ACTIVATIONS):
+        alphas = {ALPHA[act]: None, **held} if act in ALPHA else {1.0: None}
+        yield from (Gating(act, alpha, limit, plus) for alpha in alphas)
 
 
 @torch.no_grad()
@@ -154,6 +161,11 @@ def elsewhere(shares: Iterable[float]) -> str:
 
 def off(got: Tensor, wanted: Tensor) -> float:
     return twin.relative(got, wanted) if got.dtype == wanted.dtype else inf
+
+
+def each_off(got: Tensor, wanted: Tensor) -> float:
+    """The most of any along the first axis, whose sizes differ."""
+    return max(map(off, got, wanted), default=inf) if got.shape == wanted.shape else inf
 
 
 def close(got: Tensor, wanted: Tensor) -> bool:

@@ -139,8 +139,8 @@ def gated(host: Any, x: Tensor) -> Tensor:
     if form is None:
         y: Tensor = host._apply_gate(x)
         return y
-    gate, up = x.chunk(2, -1)[:: -1 if form.last else 1]
-    return glu.act_mul(gate, up, form.act)
+    gate, up = glu.HALVES[form.half](x)
+    return glu.act_mul(gate, up, form.gating)
 
 
 def lowered(host: Any, x: Tensor, rows: Rows) -> Tensor:
@@ -160,14 +160,9 @@ def project(host: Any, name: str, x: Tensor, rows: Rows) -> Tensor:
     if bias is None:
         return y
     if isinstance(rows, Tensor):
-        return y + bias[owners(rows, len(y))]
+        added: Tensor = kernel().add_bias(y, bias, rows)
+        return added
     return y + bias.repeat_interleave(torch.tensor(rows, device=x.device), dim=0, output_size=x.shape[0])
-
-
-def owners(rows: Tensor, size: int) -> Tensor:
-    """-> [size]: which expert a row belongs to; the last one, of rows that belong to none."""
-    places = torch.arange(size, device=rows.device)
-    return torch.searchsorted(rows.cumsum(0), places, right=True).clamp_(max=len(rows) - 1)
 
 
 def dense(x: Tensor, weight: Tensor, transposed: bool, rows: Rows) -> Tensor:

@@ -1,12 +1,14 @@
 """Gated MLP: down(act(gate(x)) * up(x)), gate and up two linears or the halves of one; act * up is one kernel.
 
-An activation is a row of ACTIVATIONS: a function of torch, and the name under which the kernel knows it.
+An activation is a row of ACTIVATIONS: a function of torch, and the name under which the kernel knows it. Some models
+hold gate and up within a limit before that, and add a number to up: a Gating says all of it.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
-from typing import Any
+from functools import cache
+from math import inf
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,51 +16,82 @@ from torch.nn import functional
 
 from fewbit.kernels import fused
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": functional.relu,
-    "relu2": lambda x: functional.relu(x).square(),
-    "sigmoid": torch.sigmoid,
+ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "silu": lambda x, _: functional.silu(x),
+    "gelu": lambda x, _: functional.gelu(x),
+    "gelu_tanh": lambda x, _: functional.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x, alpha: x * torch.sigmoid(alpha * x),
+    "relu": lambda x, _: functional.relu(x),
+    "relu2": lambda x, _: functional.relu(x).square(),
+    "sigmoid": lambda x, _: torch.sigmoid(x),
+}
+ALPHA = {"quick_gelu": 1.702}  # the number of those that have one, as their name alone means it
+Half = Literal["first", "last", "even"]
+HALVES: dict[Half, Callable[[Tensor], tuple[Tensor, ...]]] = {  # -> gate, up
+    "first": lambda x: x.chunk(2, -1),
+    "last": lambda x: x.chunk(2, -1)[::-1],
+    "even": lambda x: (x[..., ::2], x[..., 1::2]),
 }
 
 
 @dataclass(frozen=True, slots=True)
-class GluForm:
-    """Names of the linears in the module. up "": gate is the first half of what `gate` gives, or the last half."""
+class Gating:
+    """act(gate) * (up + plus), of a gate of at most `limit` and an up within it on both sides."""
 
     act: str
+    alpha: float = 1.0  # of those that have one
+    limit: float = inf
+    plus: float = 0.0
+
+    def __str__(self) -> str:
+        """Of the activation alone."""
+        alpha = f" {self.alpha:g}" if self.alpha != ALPHA.get(self.act, 1.0) else ""
+        return self.act + alpha
+
+
+@dataclass(frozen=True, slots=True)
+class GluForm:
+    """Names of the linears in the module. up "": gate is one half of what `gate` gives."""
+
+    gating: Gating
     gate: str
     up: str
     down: str
-    last: bool = False
+    half: Half = "first"
 
     def __str__(self) -> str:
-        packed = f"{'last' if self.last else 'first'} half of {self.gate}"
-        return f"{self.down}({self.act}({self.gate if self.up else packed}) * {self.up or 'the other'})"
+        by, gate = self.gating, self.gate if self.up else f"{self.half} half of {self.gate}"
+        up = self.up or "the other"
+        up = f"({up} + {by.plus:g})" if by.plus else up
+        return f"{self.down}({by}({gate}) * {up}{f', both within {by.limit:g}' if by.limit < inf else ''})"
 
 
 def forward(module: nn.Module, form: GluForm, x: Tensor) -> Tensor:
     """What stands for a gated MLP's own forward. x: [..., K] -> [..., K]."""
     gate = getattr(module, form.gate)(x)
-    if form.up:
-        up = getattr(module, form.up)(x)
-    else:
-        gate, up = gate.chunk(2, -1)[:: -1 if form.last else 1]
-    y: Tensor = getattr(module, form.down)(act_mul(gate, up, form.act))
+    gate, up = (gate, getattr(module, form.up)(x)) if form.up else HALVES[form.half](gate)
+    y: Tensor = getattr(module, form.down)(act_mul(gate, up, form.gating))
     return y
 
 
-def act_mul(gate: Tensor, up: Tensor, act: str) -> Tensor:
-    """gate, up: [..., N], also strided -> act(gate) * up."""
-    if gate.is_cuda and (run := kernel()).takes(gate, up):
-        y: Tensor = run.act_mul(gate, up, act)
-        return y
-    if fused.takes_gate(gate, up, act):
-        return fused.act_mul(gate, up, act)
-    return ACTIVATIONS[act](gate) * up
+def act_mul(gate: Tensor, up: Tensor, by: Gating) -> Tensor:
+    """gate, up: [..., N], also strided -> [..., N], by the kernel that takes them."""
+    run: Any = None
+    if gate.is_cuda:
+        run = kernel() if kernel().takes(gate, up) else None
+    elif fused.takes_gate(gate, up, by.act):
+        run = fused
+    if run is None:
+        return multiplied(gate, up, by)
+    y: Tensor = run.act_mul(gate, up, by.act, by.alpha, by.limit, by.plus)
+    return y
+
+
+def multiplied(gate: Tensor, up: Tensor, by: Gating) -> Tensor:
+    """The same in the operations that models write; the oracle."""
+    if by.limit < inf:
+        gate, up = gate.clamp(max=by.limit), up.clamp(-by.limit, by.limit)
+    return ACTIVATIONS[by.act](gate, by.alpha) * (up + by.plus if by.plus else up)
 
 
 @cache

@@ -18,7 +18,7 @@ from fewbit.engine.tape import Tape
 from fewbit.engine.tapes import PROOFS, Tapes
 from fewbit.errors import UnsupportedError
 from fewbit.kernels import fused, saturation
-from fewbit.modules.glu import act_mul
+from fewbit.modules.glu import Gating, act_mul
 from fewbit.modules.norm import NormForm, normed
 from tests.engine.test_engine import GREEDY, drain, prompts, tokens
 from tests.models import saved
@@ -39,7 +39,7 @@ CODE: dict[str, Callable[[Tensor], Any]] = {
     "a product and a softmax": lambda x: (x @ x.T).softmax(-1) @ x,
     "sums": lambda x: x.sum(-1, keepdim=True).rsqrt().nan_to_num() + x.mean() + x.argmax(-1, keepdim=True),
     "made of numbers": lambda x: x + torch.arange(64) + torch.tensor([1.0]) + torch.ones(64),
-    "kernels": lambda x: act_mul(normed(x, W, None, NormForm(1e-6)), x, "silu"),
+    "kernels": lambda x: act_mul(normed(x, W, None, NormForm(1e-6)), x, Gating("silu")),
     "no dropout": lambda x: functional.dropout(x, 0.5, training=False) + 1,
     "several results": lambda x: [x + 1, torch.sort(x)[0]],
 }  # fmt: skip

@@ -9,6 +9,7 @@ from torch import Tensor
 from fewbit.models import fuse, hf, twin
 from fewbit.models.fill import settle
 from fewbit.modules import glu, norm, rotary
+from fewbit.modules.glu import Gating
 from tests.gpu.causal import CAUSAL
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -54,16 +55,24 @@ def test_norm(times: Any, centred: bool, dtype: torch.dtype) -> None:
         assert got.stride() == (heads + 0).stride()
 
 
+GATINGS = [Gating(act, glu.ALPHA.get(act, 1.0)) for act in glu.ACTIVATIONS]
+GATINGS += [Gating("quick_gelu", 1.5, limit=3.0, plus=1.0), Gating("silu", limit=3.0), Gating("relu", plus=1.0)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("act", glu.ACTIVATIONS)
-def test_glu(act: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("by", GATINGS, ids=repr)
+def test_glu(by: Gating, dtype: torch.dtype) -> None:
     from fewbit.kernels import triton_glu
 
     for n in (96, 1000, 14336):
         for rows in ROWS:
-            gate, up = (4 * random(1, rows, 2 * n, dtype=dtype)).chunk(2, -1)
-            near(triton_glu.act_mul(gate, up, act), glu.ACTIVATIONS[act](gate) * up, of=4.0)
-            near(triton_glu.act_mul(up, gate, act), glu.ACTIVATIONS[act](up) * gate, of=4.0)
+            both = 4 * random(1, rows, 2 * n, dtype=dtype)
+            for gate, up in (half(both) for half in glu.HALVES.values()):
+                got = triton_glu.act_mul(gate, up, by.act, by.alpha, by.limit, by.plus)
+                near(got, glu.multiplied(gate, up, by), of=4.0)
+    none, one = torch.full((3,), torch.nan, device="cuda", dtype=dtype), torch.ones(3, device="cuda", dtype=dtype)
+    for pair in ((none, one), (one, none)):
+        assert bool(triton_glu.act_mul(*pair, "quick_gelu", 1.7, 7.0, 1.0).isnan().all())
 
 
 @pytest.mark.parametrize(("dtype", "tables"), [*((d, d) for d in DTYPES), (torch.bfloat16, torch.float32)], ids=str)

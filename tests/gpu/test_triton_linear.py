@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewbit.kernels import triton_experts, triton_linear
+from fewbit.kernels import triton_experts, triton_linear, triton_route
 from fewbit.kernels.coded import coded, lacking
 from fewbit.kernels.registry import KERNELS
 from fewbit.modules.embedding import Embedding
-from fewbit.modules.experts import ATTRIBUTE, Experts, by_host, forward
+from fewbit.modules.experts import ATTRIBUTE, GATE, Experts, by_host, forward
+from fewbit.modules.glu import Gating, GluForm
 from fewbit.modules.linear import Options, Part
 from fewbit.quant.formats import FORMATS
 from fewbit.quant.qtensor import QTensor, Quantized
@@ -169,11 +170,25 @@ def test_experts_in_a_graph(form: str | None, tokens: int, kind: dict[str, bool]
     host = Wide(**kind)
     if form is not None:
         experts(host, 256, 512, form)
+    if kind:
+        gating = Gating("quick_gelu", 1.702, limit=2.0, plus=1.0)
+        setattr(host, GATE, GluForm(gating, "gate_up_proj", "", "down_proj", "even"))
     held, other = drawn(tokens, False), drawn(tokens, True)
     got = replayed(lambda: forward(host, *held), lambda: [a.copy_(b) for a, b in zip(held, other, strict=True)])
     assert torch.equal(got, forward(host, *other))
     want = by_host(host, *other)
     assert float((got - want).float().norm() / want.float().norm()) < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("counts", [[1, 0, 3, 0], [0, 0, 0, 300], [0] * 127 + [7]], ids=len)
+def test_biases_of_experts(counts: list[int], dtype: torch.dtype) -> None:
+    size, rows = sum(counts), torch.tensor(counts, device="cuda")
+    for n in (40, 2880):
+        y = torch.randn(size + 2, n, device="cuda").to(dtype)  # two rows belong to none
+        bias = torch.randn(len(counts), n, device="cuda").to(dtype)
+        want = y[:size] + bias.repeat_interleave(rows, dim=0)
+        assert torch.equal(triton_route.add_bias(y, bias, rows)[:size], want)
 
 
 @pytest.mark.parametrize("name", ["q6_k", "q4_k", "int8-channel", "fp8-tensor", "nf4", "nf4-dq", "fp8-block"])

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fewbit.kernels import fused
 from fewbit.modules import glu, norm, rotary
+from fewbit.modules.glu import Gating
 
 pytestmark = pytest.mark.skipif(fused._native() is None, reason="needs a C++ compiler")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -43,16 +44,22 @@ def test_norm(form: norm.NormForm, dtype: torch.dtype) -> None:
         assert got.stride() == (x + 0).stride()
 
 
-@pytest.mark.parametrize("act", fused.ACTS)
+GATINGS = [Gating(act, glu.ALPHA.get(act, 1.0)) for act in fused.ACTS]
+GATINGS += [Gating("quick_gelu", 1.5, limit=2.0, plus=1.0), Gating("silu", limit=2.0), Gating("relu", plus=1.0)]
+
+
+@pytest.mark.parametrize("by", GATINGS, ids=repr)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_glu(act: str, dtype: torch.dtype) -> None:
+def test_glu(by: Gating, dtype: torch.dtype) -> None:
+    numbers = by.act, by.alpha, by.limit, by.plus
     both = 3 * random(70, 2, 600, dtype=dtype)
     ends = torch.tensor([0.0, -0.0, 1e-30, 20.0, -20.0, 200.0, -200.0, 1e4, -1e4], dtype=dtype)
-    for gate, up in (both.chunk(2, -1), (both[:, 0], both[:, 1]), (ends, ends.new_ones(9))):
-        assert fused.takes_gate(gate, up, act)
-        near(fused.act_mul(gate, up, act), glu.ACTIVATIONS[act](gate) * up, of=4.0)
-    none = torch.full((3,), torch.nan, dtype=dtype)
-    assert bool(fused.act_mul(none, none, act).isnan().all())
+    halves = [half(both) for half in glu.HALVES.values()]
+    for gate, up in (*halves, (both[:, 0], both[:, 1]), (ends, ends.new_ones(9)), (ends.new_ones(9), ends)):
+        assert fused.takes_gate(gate, up, by.act)
+        near(fused.act_mul(gate, up, *numbers), glu.multiplied(gate, up, by), of=4.0)
+    none, one = torch.full((3,), torch.nan, dtype=dtype), torch.ones(3, dtype=dtype)
+    assert all(bool(fused.act_mul(*pair, *numbers).isnan().all()) for pair in ((none, one), (one, none)))
 
 
 @pytest.mark.parametrize("form", rotary.FORMS, ids=str)
@@ -91,3 +98,4 @@ def test_what_is_gone_back_through_is_left_to_torch() -> None:
         assert not fused.takes_norm(x, None, None)
     assert fused.takes_norm(x, None, None)
     assert not fused.takes_norm(x.T, None, None) and not fused.takes_gate(x, x, "gelu")
+    assert not fused.takes_gate(x.T, x.T, "silu") and not fused.takes_gate(x[:, ::2], x[:, :8], "silu")

@@ -4,14 +4,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
 
 from fewbit.kernels import torch_dequant, triton_experts, triton_linear, triton_route
 from fewbit.kernels.registry import KERNELS
 from fewbit.kernels.triton_linear import Tiling
-from fewbit.modules import experts
+from fewbit.models.fuse_count import Routed
+from fewbit.modules import experts, glu
 from fewbit.modules.experts import ATTRIBUTE, Experts, by_device, by_host
-from fewbit.modules.glu import GluForm
+from fewbit.modules.glu import Gating, GluForm
 from fewbit.modules.linear import Options, Part
 from fewbit.quant.formats import FORMATS
 from fewbit.quant.qtensor import Quantized, Transform
@@ -116,12 +116,24 @@ def test_route_and_back(tokens: int, k: int, count: int, monkeypatch: pytest.Mon
     torch.testing.assert_close(got, terms.sum(1).bfloat16())
 
 
-@pytest.mark.parametrize("last", [False, True])
-def test_gate_in_one_launch(last: bool) -> None:
+@pytest.mark.parametrize("half", glu.HALVES)
+def test_gate_in_one_launch(half: glu.Half) -> None:
     host, x = Host(), torch.randn(6, 2 * M)
-    halves = x.chunk(2, -1)[:: -1 if last else 1]
-    setattr(host, experts.GATE, GluForm("gelu", "gate_up_proj", "", "down_proj", last))
-    assert torch.equal(experts.gated(host, x), torch.nn.functional.gelu(halves[0]) * halves[1])
+    gate, up = glu.HALVES[half](x)
+    setattr(host, experts.GATE, GluForm(Gating("gelu"), "gate_up_proj", "", "down_proj", half))
+    assert torch.equal(experts.gated(host, x), torch.nn.functional.gelu(gate) * up)
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_biases_in_one_launch(counts: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_route, "BLOCK", 32)
+    size, rows = sum(counts), torch.tensor(counts)
+    y, bias = torch.randn(size + 2, 70).to(dtype), torch.randn(4, 70).to(dtype)  # two rows belong to none
+    want = Routed.biased(y, bias, rows)[:size]
+    got = triton_route.add_bias(y, bias, rows)
+    assert got is y
+    torch.testing.assert_close(got[:size], want)
 
 
 def test_norm_after_the_experts() -> None:
@@ -142,5 +154,5 @@ def test_a_cpu_goes_by_host() -> None:
 
 
 def test_owners() -> None:
-    found: Tensor = experts.owners(torch.tensor([2, 0, 1]), 5)
-    assert found.tolist() == [0, 0, 2, 2, 2]
+    found = Routed.biased(torch.zeros(5, 1), torch.arange(3.0)[:, None], torch.tensor([2, 0, 1]))
+    assert found[:, 0].tolist() == [0, 0, 2, 2, 2]

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fewbit.kernels.triton_runtime import lacking
 from fewbit.modules import glu, norm, rotary
+from fewbit.modules.glu import Gating
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
@@ -67,15 +68,20 @@ def test_norm_with_a_weight_of_another_type() -> None:
         near(got.bfloat16(), want.bfloat16())
 
 
-@pytest.mark.parametrize("act", glu.ACTIVATIONS)
+GATINGS = [Gating(act, glu.ALPHA.get(act, 1.0)) for act in glu.ACTIVATIONS]
+GATINGS += [Gating("quick_gelu", 1.5, limit=2.0, plus=1.0), Gating("silu", limit=2.0), Gating("relu", plus=1.0)]
+
+
+@pytest.mark.parametrize("by", GATINGS, ids=repr)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_glu(act: str, dtype: torch.dtype) -> None:
+def test_glu(by: Gating, dtype: torch.dtype) -> None:
     from fewbit.kernels import triton_glu
 
     both = 3 * random(1, 2, 600, dtype=dtype)
-    for gate, up in (both.chunk(2, -1), (both[0, 0], both[0, 1])):
+    for gate, up in (*(half(both) for half in glu.HALVES.values()), (both[0, 0], both[0, 1])):
         assert triton_glu.takes(gate, up)
-        near(triton_glu.act_mul(gate, up, act), glu.ACTIVATIONS[act](gate) * up, of=4.0)
+        got = triton_glu.act_mul(gate, up, by.act, by.alpha, by.limit, by.plus)
+        near(got, glu.multiplied(gate, up, by), of=4.0)
     assert set(triton_glu.ACTS) == set(glu.ACTIVATIONS)
 
 
@@ -83,8 +89,17 @@ def test_glu_in_large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     from fewbit.kernels import triton_glu
 
     monkeypatch.setattr(triton_glu, "FULL", 1)
-    gate, up = random(2, 1100).chunk(2, -1)
-    near(triton_glu.act_mul(gate, up, "silu"), glu.ACTIVATIONS["silu"](gate) * up)
+    for half in glu.HALVES.values():
+        gate, up = half(random(2, 1100))
+        near(triton_glu.act_mul(gate, up, "silu", 1.0, 0.5, 0.0), glu.multiplied(gate, up, Gating("silu", limit=0.5)))
+
+
+def test_no_limit_hides_nan() -> None:
+    from fewbit.kernels import triton_glu
+
+    none, one = torch.full((3,), torch.nan, device=DEVICE), torch.ones(3, device=DEVICE)
+    for pair in ((none, one), (one, none)):
+        assert bool(triton_glu.act_mul(*pair, "quick_gelu", 1.7, 7.0, 1.0).isnan().all())
 
 
 @pytest.mark.parametrize("form", rotary.FORMS, ids=str)

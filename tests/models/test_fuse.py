@@ -11,7 +11,8 @@ from fewbit.models import build, fuse, hf, twin
 from fewbit.models.fuse_place import put_back
 from fewbit.models.fuse_values import Decision, Fused, Plan
 from fewbit.models.shrink import shrink
-from fewbit.modules import experts
+from fewbit.modules import experts, glu
+from fewbit.modules.glu import Gating, GluForm
 from fewbit.modules.linear import Linear
 from fewbit.modules.merged import Slice
 from fewbit.modules.norm import Norm
@@ -27,7 +28,7 @@ TYPES: tuple[tuple[str, int, int, int, int], ...] = (
     ("gemma3_text", 2, 6, 1, 1),
     ("phi3", 0, 2, 1, 1),
     ("mixtral", 1, 2, 1, 1),
-    ("gpt_oss", 1, 2, 0, 1),
+    ("gpt_oss", 1, 2, 1, 1),
     ("glm4", 1, 4, 1, 1),
     ("olmo2", 2, 4, 1, 1),
     ("cohere2", 2, 1, 1, 1),
@@ -90,7 +91,7 @@ def test_another_model_of_the_class_is_untouched() -> None:
     assert any("forward" in vars(m) for m in model.modules())
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "mixtral", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "mixtral", "gpt_oss", "gpt_neox"])
 def test_put_back(model_type: str) -> None:
     """transformers' code again where it was fused, then fused again, to the bit and to the module."""
     model, report, before, after = fused_twin(model_type)
@@ -106,6 +107,44 @@ def test_put_back(model_type: str) -> None:
     assert not put_back(model, ())
 
 
+def gating(model_type: str, **changes: Any) -> GluForm:
+    """Of its experts."""
+    plan = fuse.plan(hf.read_config({"model_type": model_type, **changes}))
+    assert not any(d.kind == "glu" for d in plan.refused)
+    return next(r.form for r in plan.rewrites if isinstance(r.form, GluForm) and "Experts" in r.target.name)
+
+
+GATES: tuple[tuple[str, dict[str, float], Gating, glu.Half], ...] = (
+    ("gpt_oss", {}, Gating("quick_gelu", 1.702, 7.0, 1.0), "even"),
+    ("gpt_oss", {"swiglu_alpha": 1.25, "swiglu_limit": 2.5}, Gating("quick_gelu", 1.25, 2.5, 1.0), "even"),
+    ("minimax_m3_vl_text", {}, Gating("quick_gelu", 1.702, 7.0, 1.0), "first"),
+    ("deepseek_v4", {}, Gating("silu", limit=10.0), "first"),
+    ("deepseek_v4", {"swiglu_limit": 200.0}, Gating("silu", limit=200.0), "first"),
+    ("mixtral", {"head_dim": 128}, Gating("silu"), "first"),
+)
+
+
+@pytest.mark.parametrize(("model_type", "changes", "found", "half"), GATES)
+def test_gates_with_numbers(model_type: str, changes: dict[str, float], found: Gating, half: glu.Half) -> None:
+    """Read off the module; a limit is seen although few values are ever beyond it."""
+    assert gating(model_type, **changes) == GluForm(found, "gate_up_proj", "", "down_proj", half)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gate_by_our_kernel(dtype: torch.dtype) -> None:
+    """Against transformers' own operations: float32 to rounding, 16 bits no further from float32 than those."""
+    form, host = gating("gpt_oss"), saved.model("gpt_oss").model.layers[0].mlp.experts
+    x = (4 * torch.randn(9, 2 * host.intermediate_size, generator=torch.Generator().manual_seed(0))).to(dtype)
+    with torch.no_grad():
+        want, truth = host._apply_gate(x), host._apply_gate(x.float())
+        setattr(host, experts.GATE, form)
+        got = experts.gated(host, x)
+    assert bool((x > 7).any()) and got.dtype == dtype
+    if dtype == torch.float32:
+        assert twin.relative(got, want) <= fuse.LIMIT
+    assert float((got - truth).norm()) <= float((want - truth).norm()) + 1e-5 * float(truth.norm())
+
+
 def test_report() -> None:
     _, report, *_ = fused_twin("opt")
     assert "torch's own is one kernel already" in str(report) and "k_proj + v_proj + q_proj" in str(report)
@@ -115,8 +154,6 @@ def test_report() -> None:
 
 def test_what_the_twin_refutes_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel's form that is wrong in one place takes only its own rewrite with it."""
-    from fewbit.modules import glu
-
     monkeypatch.setattr(fuse, "_PLANS", {})
     real = glu.act_mul
     monkeypatch.setattr(glu, "act_mul", lambda gate, up, act: real(gate, up, act) * (1.001 if up.shape[0] == 2 else 1))

@@ -8,8 +8,8 @@ NAMED = [
     "llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gemma3", "phi3", "opt", "gpt_oss", "mixtral", "qwen3_moe",
     "deepseek_v3", "glm4",
 ]  # fmt: skip
-REFUSED = ["gpt_oss", "nemotron", "whisper"]
-LEAST, EXPLAINED = 170, 90
+REFUSED = ["nemotron", "whisper"]
+LEAST, EXPLAINED = 170, 92
 
 
 def committed() -> dict[str, list[str]]:
@@ -25,7 +25,10 @@ def test_named_types_are_exact(model_type: str) -> None:
     assert row.error < 1e-5
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2", "mamba", "mixtral", "deepseek_v3", *REFUSED])
+SAME = ["llama", "gemma3_text", "gpt2", "mamba", "mixtral", "gpt_oss", "deepseek_v3", *REFUSED]
+
+
+@pytest.mark.parametrize("model_type", SAME)
 def test_rows_stay_true(model_type: str) -> None:
     """All but the error, which depends on the machine."""
     verdict, attention, _, *rest = committed()[model_type]
