@@ -38,8 +38,8 @@ from fewbit.errors import RequestError, UnsupportedError
 from fewbit.models import hf
 from fewbit.models.fill import is_stack
 from fewbit.quant.formats import TENSOR_FP8
-from fewbit.workflows.convert import COPIED, SMALL
 from fewbit.workflows.export import export
+from fewbit.workflows.small_files import COPIED, SMALL
 
 UNSEEN = 16.0  # the largest magnitude of an input that no example reached
 HEAD = "re:.*lm_head"
