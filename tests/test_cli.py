@@ -94,11 +94,22 @@ def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
         assert not out.exists() or not list(out.iterdir())
 
 
+UP = """
+import sys
+from fewbit.__main__ import main
+class Up:
+    def find_spec(self, name, *_):
+        if name == "fewbit.cli":
+            print("up", flush=True)
+sys.meta_path.insert(0, Up())
+main()
+"""
+
+
 @pytest.mark.parametrize("after", [0.0, 0.3, 1.0, 2.5, 5.0])
 def test_interrupt_of_verify(model: Path, after: float) -> None:
-    """Ctrl-C at any time from our first line on, the slow imports included, ends quietly."""
-    code = "import sys; from fewbit.__main__ import main; print('up', flush=True); main()"
-    command = [sys.executable, "-c", code, "verify", str(model)]
+    """Ctrl-C at any time from our first import on, the slow ones included, ends quietly."""
+    command = [sys.executable, "-c", UP, "verify", str(model)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert child.stdout is not None and child.stdout.readline() == "up\n"
     time.sleep(after)

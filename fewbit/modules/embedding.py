@@ -28,8 +28,8 @@ class Embedding(nn.Module):
         self.num_embeddings, self.embedding_dim = table.shape
 
     def forward(self, ids: Tensor) -> Tensor:
-        each = ids.is_cuda or ids.numel() <= FEW
-        self.host.weight, places = self.each(ids) if each else self.distinct(ids)
+        find = self.on_device if ids.is_cuda else self.each if ids.numel() <= FEW else self.distinct
+        self.host.weight, places = find(ids)
         try:
             return self.host(places)
         finally:
@@ -42,13 +42,20 @@ class Embedding(nn.Module):
 
     def each(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The same, a row for each id: to know which are distinct is to look at them, which nothing recorded can."""
-        places = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
-        if not ids.is_cuda or lacking(self.table.spec) or triton_runtime.lacking(ids.device):
-            return rows(self.table, ids.reshape(-1)).to(self.dtype), places
+        return rows(self.table, ids.reshape(-1)).to(self.dtype), self.numbered(ids)
+
+    def on_device(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """As each, in one kernel where there is one."""
+        if lacking(self.table.spec) or triton_runtime.lacking(ids.device):
+            return self.each(ids)
         if self.coded is None:
             self.coded = coded(Quantized(Format(self.table.spec), self.table))
         out = torch.empty(ids.numel(), self.embedding_dim, dtype=self.dtype, device=ids.device)
-        return decode_rows(self.coded, out, index=ids.reshape(-1)), places
+        return decode_rows(self.coded, out, index=ids.reshape(-1)), self.numbered(ids)
+
+    @staticmethod
+    def numbered(ids: Tensor) -> Tensor:
+        return torch.arange(ids.numel(), device=ids.device).view(ids.shape)
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and "table" in self.__dict__:

@@ -96,6 +96,8 @@ def test_embedding(name: str) -> None:
     ids = torch.tensor([[3, 19, 3], [0, 7, 3]])
     found, places = layer.on_device(ids)
     torch.testing.assert_close(found[places], layer(ids), rtol=1e-3, atol=1e-6)
+    for found, places in (layer.each(ids), layer.distinct(ids)):
+        assert torch.equal(found[places], layer(ids))
 
 
 @pytest.mark.parametrize("name", ["int4-g32", "q6_k", "nvfp4-a16"])
