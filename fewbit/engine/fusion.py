@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("fewbit.engine")
 STRICT = "strict"
-KINDS: tuple[Kind, ...] = ("norm", "glu", "rotary")  # what can be put back
+KINDS: tuple[Kind, ...] = ("norm", "glu", "rotary", "route")  # what can be put back
 TEXT, TOKENS = "The capital of France is Paris, and that of Italy is Rome.", 8
 TIMES = 4  # what fused modules may change, in what one rounding of each of their outputs changes
 
@@ -132,7 +132,9 @@ def noisy(loaded: "Loaded", modules: Sequence[nn.Module]) -> Tensor:
         return (t.float() * (1 + noise)).to(t.dtype)
 
     def hook(module: nn.Module, given: Any, made: Any) -> Any:
-        return (rounded(made[0]), *made[1:]) if isinstance(made, tuple) else rounded(made)
+        if not isinstance(made, tuple):
+            return rounded(made)
+        return tuple(rounded(t) if isinstance(t, Tensor) and t.is_floating_point() else t for t in made)
 
     with ExitStack() as stack:
         for module in modules:

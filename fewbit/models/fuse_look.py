@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fewbit.models import twin
 from fewbit.models.fill import is_stack
 from fewbit.models.fuse_forms import gate_form, glu_form, norm_form, rotary_form
+from fewbit.models.fuse_route import is_router, route_form
 from fewbit.models.fuse_values import Called, Decision, Rewrite, Siblings, Signature
 from fewbit.modules.linear import Linear
 
@@ -21,12 +22,13 @@ AXIS = "unsqueeze_dim"
 
 @dataclass(slots=True)
 class Seen:
-    """One module's calls, as far as they have one tensor in and one out."""
+    """One module's calls, as far as they have one tensor in and one out, or are a router's."""
 
     path: str
     module: nn.Module
     calls: int = 0
     plain: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    routed: tuple[list[Tensor], Tensor] | None = None  # a call of a router, and its logits
 
 
 def look(model: nn.Module, config: Any) -> list[Seen]:
@@ -39,6 +41,8 @@ def look(model: nn.Module, config: Any) -> list[Seen]:
         given = [value for value in (*args, *kwargs.values()) if value is not None]
         if len(given) == 1 and all(isinstance(t, Tensor) and t.is_floating_point() for t in (given[0], output)):
             found.plain.append((given[0], output))
+        elif is_router(given, output):
+            found.routed = given, output[0]
 
     with ExitStack() as stack:
         for module in model.modules():
@@ -52,7 +56,7 @@ def proposals(seen: list[Seen]) -> Iterator[Rewrite | Decision]:
     yield from siblings(seen)
     known: set[Signature] = set()
     for found in seen:
-        for rewrite in (norm(found), glu(found), rotary(found)):
+        for rewrite in (norm(found), glu(found), rotary(found), route(found)):
             if isinstance(rewrite, Rewrite) and rewrite.target not in known:
                 known.add(rewrite.target)
                 yield rewrite
@@ -125,8 +129,13 @@ def rotary(found: Seen) -> Rewrite | Decision | None:
     return None
 
 
+def route(found: Seen) -> Rewrite | Decision | None:
+    form = route_form(found.module, *found.routed) if found.routed else None
+    return form and rewrite(found.module, form, "route")
+
+
 def rewrite(module: nn.Module, form: Any, kind: Any) -> Rewrite | Decision:
     """form: or why there is none."""
     if isinstance(form, str):
         return Decision(type(module).__name__, kind, type(module).__name__, form)
-    return Rewrite(Signature.of(module, kind in ("norm", "glu")), form)
+    return Rewrite(Signature.of(module, kind in ("norm", "glu", "route")), form)

@@ -12,11 +12,12 @@ from torch import nn
 from fewbit.errors import UnsupportedError
 from fewbit.models.fill import is_stack
 from fewbit.models.fuse_values import Called, Decision, Form, Kind, Rewrite, Siblings
-from fewbit.modules import experts, glu
+from fewbit.modules import experts, glu, router
 from fewbit.modules.glu import GluForm
 from fewbit.modules.merged import merge
 from fewbit.modules.norm import Norm, NormForm
 from fewbit.modules.rotary import Rotate
+from fewbit.modules.router import RouteForm
 
 OWN = "own"  # where a Norm holds what stood in its place
 
@@ -44,6 +45,8 @@ def put(model: nn.Module, path: str, module: nn.Module, form: Form, holders: Cou
         setattr(module, experts.GATE, form)
     elif isinstance(form, GluForm):
         module.forward = partial(glu.forward, module, form)
+    elif isinstance(form, RouteForm):
+        module.forward = partial(router.forward, module, form)
     else:
         key = type(module), form.name
         if key not in functions:
@@ -106,5 +109,7 @@ def kind_of(module: nn.Module, held: Any) -> Kind | None:
     """Of what stands in a module in place of its class's own."""
     if isinstance(held, GluForm) or (isinstance(held, partial) and held.func is glu.forward):
         return "glu"
+    if isinstance(held, partial) and held.func is router.forward:
+        return "route"
     rotary = isinstance(held, MethodType) and getattr(held, "__wrapped__", None) is type(module).forward
     return "rotary" if rotary else None

@@ -10,8 +10,9 @@ from torch import nn
 from fewbit.modules.glu import GluForm
 from fewbit.modules.norm import NormForm
 from fewbit.modules.rotary import RotaryForm
+from fewbit.modules.router import RouteForm
 
-Kind = Literal["merged", "norm", "glu", "rotary"]
+Kind = Literal["merged", "norm", "glu", "rotary", "route"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +37,10 @@ class Called:
         return f"{self.name}: {self.form}"
 
 
-Form = Siblings | NormForm | GluForm | Called
+Form = Siblings | NormForm | GluForm | Called | RouteForm
 ALREADY = "torch's own is one kernel already"  # a reason that refuses nothing: there is nothing to gain
-KINDS: dict[type, Kind] = {Siblings: "merged", NormForm: "norm", GluForm: "glu", Called: "rotary"}
-NUMBERED = (NormForm, GluForm)  # what these do may depend on a module's numbers
+KINDS: dict[type, Kind] = {Siblings: "merged", NormForm: "norm", GluForm: "glu", Called: "rotary", RouteForm: "route"}
+NUMBERED = (NormForm, GluForm, RouteForm)  # what these do may depend on a module's numbers
 
 
 @dataclass(frozen=True, slots=True)

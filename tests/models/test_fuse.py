@@ -1,5 +1,6 @@
 """What is fused in which architecture, and that nothing of what a model computes changes."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,15 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fewbit.engine.fusion import KINDS
 from fewbit.models import build, fuse, hf, twin
 from fewbit.models.fuse_place import put_back
 from fewbit.models.fuse_values import Decision, Fused, Plan
 from fewbit.models.shrink import shrink
-from fewbit.modules import experts, glu
+from fewbit.modules import experts, glu, router
 from fewbit.modules.glu import Gating, GluForm
 from fewbit.modules.linear import Linear
 from fewbit.modules.merged import Slice
 from fewbit.modules.norm import Norm
+from fewbit.modules.router import Choice, Groups, RouteForm
 from tests.models import saved
 from tests.tiny import llama
 
@@ -91,13 +94,13 @@ def test_another_model_of_the_class_is_untouched() -> None:
     assert any("forward" in vars(m) for m in model.modules())
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "mixtral", "gpt_oss", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "mixtral", "gpt_oss", "ernie4_5_moe", "gpt_neox"])
 def test_put_back(model_type: str) -> None:
     """transformers' code again where it was fused, then fused again, to the bit and to the module."""
     model, report, before, after = fused_twin(model_type)
     modules = [id(m) for m in model.modules()]
-    back = put_back(model, ("norm", "glu", "rotary"))
-    assert len(back) == sum(report.count(kind) for kind in ("norm", "glu", "rotary"))
+    back = put_back(model, KINDS)
+    assert len(back) == sum(report.count(kind) for kind in KINDS)
     assert not any(isinstance(m, Norm) or {"forward", experts.GATE} & vars(m).keys() for m in model.modules())
     assert all(torch.equal(a, b) for a, b in zip(twin.logits(model, model.config), before, strict=True))
     for one in back:
@@ -143,6 +146,63 @@ def test_a_gate_by_our_kernel(dtype: torch.dtype) -> None:
     if dtype == torch.float32:
         assert twin.relative(got, want) <= fuse.LIMIT
     assert float((got - truth).norm()) <= float((want - truth).norm()) + 1e-5 * float(truth.norm())
+
+
+BIAS, SCALE = "e_score_correction_bias", "routed_scaling_factor"
+GROUPS = Groups("num_group", "topk_group")
+DEEPSEEK = RouteForm("top_k", "wide", "sigmoid", BIAS, groups=GROUPS, divide="plus", eps=1e-20, scale=SCALE,
+                     ordered=False)  # fmt: skip
+ROUTERS: tuple[tuple[str, dict[str, Any], RouteForm], ...] = (
+    ("deepseek_v3", {}, DEEPSEEK),
+    ("deepseek_v3", {"norm_topk_prob": False}, replace(DEEPSEEK, divide="no", eps=0.0)),
+    ("glm4_moe", {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}, DEEPSEEK),
+    ("glm4_moe", {}, replace(DEEPSEEK, groups=None, scale="")),
+    ("minimax_m2", {}, RouteForm("top_k", "own", "sigmoid", router.GIVEN, divide="plus", ordered=False)),
+    ("ernie4_5_moe", {}, RouteForm("top_k", "wide", "softmax", "moe_statics." + BIAS, divide="least", eps=1e-12,
+                                   narrow=True)),
+    ("mixtral", {"head_dim": 128}, RouteForm("top_k", "own", "softmax", divide="plus")),
+    ("qwen3_moe", {}, RouteForm("top_k", "own", "softmax", narrow=True)),
+    ("gpt_oss", {}, RouteForm("top_k", "own", "none", shift="bias", then="softmax", narrow=True)),
+    ("granitemoe", {}, RouteForm("top_k", "cast", "none", then="softmax", narrow=True)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("model_type", "changes", "found"), ROUTERS)
+def test_routers(model_type: str, changes: dict[str, Any], found: RouteForm) -> None:
+    plan = fuse.plan(hf.read_config({"model_type": model_type, **changes}))
+    assert [r.form for r in plan.rewrites if r.kind == "route"] == [found]
+
+
+def test_a_router_that_is_no_form() -> None:
+    """deepseek_v4 rounds its scores to 16 bits on the way, and has scores of its own."""
+    assert any(d.kind == "route" and d.refused for d in fuse.plan(config("deepseek_v4")).refused)
+
+
+@pytest.mark.parametrize(("model_type", "found"), [(t, f) for t, changes, f in ROUTERS if not changes])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_router_as_transformers_has_it(model_type: str, found: RouteForm, dtype: torch.dtype) -> None:
+    """To the bit, equal experts and what is not finite included; what it was given stays."""
+    module = next(m for m in saved.model(model_type).modules() if type(m).__name__.lower().endswith("router")).to(dtype)
+    width = module.weight.shape[1]
+    x = torch.randn(40, width, generator=torch.Generator().manual_seed(0))
+    x[::2] = 0.0  # equal experts, but for a bias
+    x[3, 0] = torch.inf
+    x[5] = torch.nan
+    x = x.to(dtype)
+    given = (torch.randn(len(module.weight)),) if found.bias == router.GIVEN else ()
+    with torch.no_grad():
+        got, want = router.forward(module, found, x.clone(), *given), module(x.clone(), *given)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_router_of_another_type_than_its_input() -> None:
+    module = next(m for m in saved.model("mixtral").modules() if type(m).__name__.endswith("Router")).bfloat16()
+    form = next(f for t, _, f in ROUTERS if t == "mixtral")
+    with pytest.raises(RuntimeError, match="dtype"):  # as there
+        router.forward(module, form, torch.randn(3, module.weight.shape[1]))
+    assert Choice.of(module, form).top == module.top_k
 
 
 def test_report() -> None:
