@@ -49,6 +49,22 @@ def _turn(
         tl.store(y_at + y_row + t[None, :], tl.load(x_at + x_row + t[None, :], rest), rest)
 
 
+@triton.jit
+def _entries(cos_at, sin_at, R: tl.constexpr, WRITES: tl.constexpr, OWN: tl.constexpr, HALF: tl.constexpr):
+    """A token's entries for the first and the second channels of pairs: two of cos, two of sin, [1, HALF] each."""
+    j = tl.arange(0, HALF)
+    e0 = j
+    e1 = j
+    if OWN:
+        e0, e1 = _pair(j, R, WRITES)
+    inside = j < R // 2
+    c0 = tl.load(cos_at + e0, inside).to(tl.float32)[None, :]
+    c1 = tl.load(cos_at + e1, inside).to(tl.float32)[None, :]
+    s0 = tl.load(sin_at + e0, inside).to(tl.float32)[None, :]
+    s1 = tl.load(sin_at + e1, inside).to(tl.float32)[None, :]
+    return c0, c1, s0, s1
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _rotate(
     q_at, k_at, cos_at, sin_at, q_out, k_out, tokens, q_heads, k_heads,
@@ -58,18 +74,7 @@ def _rotate(
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     b, t = pid // tokens, pid % tokens
-    j = tl.arange(0, HALF)
-    e0 = j
-    e1 = j
-    if OWN:
-        e0, e1 = _pair(j, R, WRITES)
-    inside = j < R // 2
-    cos_at += b * cb + t * ct
-    sin_at += b * sb + t * st
-    c0 = tl.load(cos_at + e0, inside).to(tl.float32)[None, :]
-    c1 = tl.load(cos_at + e1, inside).to(tl.float32)[None, :]
-    s0 = tl.load(sin_at + e0, inside).to(tl.float32)[None, :]
-    s1 = tl.load(sin_at + e1, inside).to(tl.float32)[None, :]
+    c0, c1, s0, s1 = _entries(cos_at + b * cb + t * ct, sin_at + b * sb + t * st, R, WRITES, OWN, HALF)
     tile = tl.program_id(1)
     q_tiles = tl.cdiv(q_heads, HEADS)
     if tile < q_tiles:
@@ -95,6 +100,11 @@ def takes(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, width: int, heads: int
     return same and cos.shape[0] in (1, b) and cos.shape[1] in (1, t) and width % 2 == 0 and 0 < width <= d
 
 
+def steps(x: Tensor) -> tuple[int, int]:
+    """Strides of what may be the same for all texts, or for all tokens."""
+    return x.stride(0) * (x.shape[0] > 1), x.stride(1) * (x.shape[1] > 1)
+
+
 def rotate(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, reads: bool, writes: bool, table: str, wide: bool, heads: int
 ) -> tuple[Tensor, Tensor]:
@@ -111,9 +121,6 @@ def rotate(
 
     def strides(x: Tensor) -> tuple[int, int, int]:
         return x.stride(0), x.stride(3 - heads), x.stride(heads)
-
-    def steps(x: Tensor) -> tuple[int, int]:
-        return x.stride(0) * (x.shape[0] > 1), x.stride(1) * (x.shape[1] > 1)
 
     half, tail = triton.next_power_of_2(width // 2), triton.next_power_of_2(max(1, q.shape[3] - width))
     _rotate[(q.shape[0] * tokens, tiles)](

@@ -6,7 +6,7 @@ each rewrite that follows is kept where the twin's logits stay what they were. `
 
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,9 +42,9 @@ def plan(config: Any) -> Plan:
 
 def planned(name: str, small: Any, attention: str) -> Plan:
     _, model = twin.filled(small, attention)
-    bench = Bench(model, small, twin.logits(model, small))
     found = list(proposals(look(model, small)))
     proposed = [p for p in found if isinstance(p, Rewrite)]
+    bench = Bench(model, small, (True, False) if any(p.kind == "latent" for p in proposed) else (True,))
     refused = [p for p in found if isinstance(p, Decision)]
     kept = proposed if not bench.disproof(proposed) else []
     for rewrite in proposed if not kept else ():
@@ -56,20 +56,27 @@ def planned(name: str, small: Any, attention: str) -> Plan:
     return Plan(name, tuple(kept), tuple(reversed(once.values())))  # those of other random weights have other figures
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Bench:
-    """A twin and the logits that it gives as it is."""
+    """A twin. cached: whether a cache goes through it, each way that it is to be run."""
 
     model: nn.Module
     config: Any
-    wanted: list[Tensor]
+    cached: tuple[bool, ...]
+    wanted: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.wanted = self.logits(self.model)
+
+    def logits(self, model: nn.Module) -> list[Tensor]:
+        return [found for cached in self.cached for found in twin.logits(model, self.config, cached)]
 
     def disproof(self, rewrites: Sequence[Rewrite]) -> str:
         """Why the twin does not agree with these rewrites, "" where it does."""
         try:
             copy = deepcopy(self.model)
             left = [d.reason for d in place(copy, rewrites) if not d.kept]
-            got = twin.logits(copy, self.config)
+            got = self.logits(copy)
         except Exception as error:  # code that reads what is no longer there
             return told(error)
         error = max(twin.relative(a, b) for a, b in zip(got, self.wanted, strict=True))

@@ -19,7 +19,7 @@ from fewbit.models import fuse, hf, twin
 from fewbit.models.fuse_place import place
 from fewbit.models.observe_taps import layers_path
 from fewbit.models.shrink import shrink
-from fewbit.modules import attention, experts, glu, norm, rotary, router
+from fewbit.modules import attention, experts, glu, latent, norm, rotary, router
 
 FREE = ("empty", "lift_fresh", "detach", "alias", "_unsafe_view")  # operations that launch nothing
 OTHERS = "fewbit-counted"  # our name among transformers' attention functions while counting
@@ -95,9 +95,10 @@ def layers(model: Any, fused: bool) -> int:
     with ExitStack() as stack:
         for target, name, function in (
             (norm, "normed", count.one(norm.normed)), (glu, "act_mul", count.one(glu.act_mul)),
-            (rotary, "rotate", count.one(rotary.rotate)), (router, "product", count.one(router.product)),
-            (router, "choose", count.one(router.choose)), (experts, "stays_on_device", lambda *_: True),
-            (experts, "dense", count.one(dense)), (experts, "kernel", lambda: Routed(count, fused)),
+            (rotary, "rotate", count.one(rotary.rotate)), (latent, "assemble", count.one(latent.assemble)),
+            (router, "product", count.one(router.product)), (router, "choose", count.one(router.choose)),
+            (experts, "stays_on_device", lambda *_: True), (experts, "dense", count.one(dense)),
+            (experts, "kernel", lambda: Routed(count, fused)),
         ):  # fmt: skip
             stack.enter_context(patch.object(target, name, function))
         hf.register_attention(OTHERS, count.one(attention.forward, 0))

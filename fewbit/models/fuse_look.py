@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from fewbit.models import twin
 from fewbit.models.fill import is_stack
 from fewbit.models.fuse_forms import gate_form, glu_form, norm_form, rotary_form
+from fewbit.models.fuse_latent import is_latent, latent_form
 from fewbit.models.fuse_route import is_router, route_form
 from fewbit.models.fuse_values import Called, Decision, Rewrite, Siblings, Signature
 from fewbit.modules.linear import Linear
+from fewbit.modules.rotary import RotaryForm
 
 ROTARY = ["q", "k", "cos", "sin"]  # what a function is called with that turns queries and keys
 AXIS = "unsqueeze_dim"
@@ -22,12 +24,13 @@ AXIS = "unsqueeze_dim"
 
 @dataclass(slots=True)
 class Seen:
-    """One module's calls, as far as they have one tensor in and one out, or are a router's."""
+    """One module's calls, as far as they have one tensor in and one out, or are a router's or latent attention's."""
 
     path: str
     module: nn.Module
     calls: int = 0
     plain: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    latent: dict[str, Any] | None = None  # a call of latent attention
     routed: tuple[list[Tensor], Tensor] | None = None  # a call of a router, and its logits
 
 
@@ -41,6 +44,8 @@ def look(model: nn.Module, config: Any) -> list[Seen]:
         given = [value for value in (*args, *kwargs.values()) if value is not None]
         if len(given) == 1 and all(isinstance(t, Tensor) and t.is_floating_point() for t in (given[0], output)):
             found.plain.append((given[0], output))
+        elif is_latent(module):
+            found.latent = found.latent or kwargs
         elif is_router(given, output):
             found.routed = given, output[0]
 
@@ -54,11 +59,11 @@ def look(model: nn.Module, config: Any) -> list[Seen]:
 def proposals(seen: list[Seen]) -> Iterator[Rewrite | Decision]:
     """What might be done, in the order in which it is to be tried, and what was looked at in vain."""
     yield from siblings(seen)
-    known: set[Signature] = set()
+    known: set[tuple[Signature, str]] = set()
     for found in seen:
-        for rewrite in (norm(found), glu(found), rotary(found), route(found)):
-            if isinstance(rewrite, Rewrite) and rewrite.target not in known:
-                known.add(rewrite.target)
+        for rewrite in (norm(found), glu(found), rotary(found), latent(found), route(found)):
+            if isinstance(rewrite, Rewrite) and (rewrite.target, rewrite.kind) not in known:
+                known.add((rewrite.target, rewrite.kind))
                 yield rewrite
             elif isinstance(rewrite, Decision):
                 yield rewrite
@@ -117,16 +122,29 @@ def rotary(found: Seen) -> Rewrite | Decision | None:
     forward = type(found.module).forward
     if not isinstance(forward, FunctionType):
         return None
+    for name, form, heads in rotaries(forward):
+        return rewrite(found.module, form if isinstance(form, str) else Called(name, form, heads), "rotary")
+    return None
+
+
+def rotaries(forward: FunctionType) -> Iterator[tuple[str, RotaryForm | str, int]]:
+    """Functions that turn queries and keys, of those that some code can call: name, form or why none, axis of heads."""
     for name in forward.__code__.co_names:
         if not callable(function := forward.__globals__.get(name)) or isinstance(function, type):
             continue
         asked = inspect.signature(function).parameters
-        if list(asked)[:4] != ROTARY:
-            continue
-        form = rotary_form(function, AXIS if AXIS in asked else "")
-        heads = asked[AXIS].default if AXIS in asked else 1
-        return rewrite(found.module, form if isinstance(form, str) else Called(name, form, heads), "rotary")
-    return None
+        if list(asked)[:4] == ROTARY:
+            form = rotary_form(function, AXIS if AXIS in asked else "")
+            yield name, form, asked[AXIS].default if AXIS in asked else 1
+
+
+def latent(found: Seen) -> Rewrite | Decision | None:
+    forward = type(found.module).forward
+    if found.latent is None or not isinstance(forward, FunctionType):
+        return None
+    forms = [form for _, form, _ in rotaries(forward) if not isinstance(form, str)]
+    form = latent_form(found.module, found.latent, forms)
+    return form and rewrite(found.module, form, "latent")
 
 
 def route(found: Seen) -> Rewrite | Decision | None:

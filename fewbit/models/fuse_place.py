@@ -12,8 +12,9 @@ from torch import nn
 from fewbit.errors import UnsupportedError
 from fewbit.models.fill import is_stack
 from fewbit.models.fuse_values import Called, Decision, Form, Kind, Rewrite, Siblings
-from fewbit.modules import experts, glu, router
+from fewbit.modules import experts, glu, latent, router
 from fewbit.modules.glu import GluForm
+from fewbit.modules.latent import LatentForm
 from fewbit.modules.merged import merge
 from fewbit.modules.norm import Norm, NormForm
 from fewbit.modules.rotary import Rotate
@@ -47,6 +48,8 @@ def put(model: nn.Module, path: str, module: nn.Module, form: Form, holders: Cou
         module.forward = partial(glu.forward, module, form)
     elif isinstance(form, RouteForm):
         module.forward = partial(router.forward, module, form)
+    elif isinstance(form, LatentForm):
+        module.forward = partial(latent.forward, module, form, module.forward)
     else:
         key = type(module), form.name
         if key not in functions:
@@ -100,16 +103,25 @@ def put_back(model: nn.Module, kinds: Collection[Kind]) -> list[Back]:
             holder = model.get_submodule(parent)
             found.append(Back(held[OWN], partial(setattr, holder, name, module)))
             setattr(holder, name, held[OWN])
-        names = [name for name in ("forward", experts.GATE) if kind_of(module, held.get(name)) in kinds]
-        found += [Back(module, partial(setattr, module, name, held.pop(name))) for name in names]
+        for name in [name for name in ("forward", experts.GATE) if kind_of(module, held.get(name)) in kinds]:
+            fused = held.pop(name)
+            found.append(Back(module, partial(setattr, module, name, fused)))
+            if (before := below(module, fused)) is not None and "rotary" not in kinds:
+                setattr(module, name, before)
     return found
+
+
+def below(module: nn.Module, held: Any) -> Any:
+    """The turning that was fused first where latent attention stands on it, or None."""
+    before = held.args[2] if kind_of(module, held) == "latent" else None
+    return before if kind_of(module, before) == "rotary" else None
 
 
 def kind_of(module: nn.Module, held: Any) -> Kind | None:
     """Of what stands in a module in place of its class's own."""
     if isinstance(held, GluForm) or (isinstance(held, partial) and held.func is glu.forward):
         return "glu"
-    if isinstance(held, partial) and held.func is router.forward:
-        return "route"
+    if isinstance(held, partial) and held.func in (router.forward, latent.forward):
+        return "route" if held.func is router.forward else "latent"
     rotary = isinstance(held, MethodType) and getattr(held, "__wrapped__", None) is type(module).forward
     return "rotary" if rotary else None

@@ -8,11 +8,12 @@ from typing import Any, Literal
 from torch import nn
 
 from fewbit.modules.glu import GluForm
+from fewbit.modules.latent import LatentForm
 from fewbit.modules.norm import NormForm
 from fewbit.modules.rotary import RotaryForm
 from fewbit.modules.router import RouteForm
 
-Kind = Literal["merged", "norm", "glu", "rotary", "route"]
+Kind = Literal["merged", "norm", "glu", "rotary", "route", "latent"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +38,16 @@ class Called:
         return f"{self.name}: {self.form}"
 
 
-Form = Siblings | NormForm | GluForm | Called | RouteForm
+Form = Siblings | NormForm | GluForm | Called | RouteForm | LatentForm
 ALREADY = "torch's own is one kernel already"  # a reason that refuses nothing: there is nothing to gain
-KINDS: dict[type, Kind] = {Siblings: "merged", NormForm: "norm", GluForm: "glu", Called: "rotary", RouteForm: "route"}
+KINDS: dict[type, Kind] = {
+    Siblings: "merged",
+    NormForm: "norm",
+    GluForm: "glu",
+    Called: "rotary",
+    RouteForm: "route",
+    LatentForm: "latent",
+}
 NUMBERED = (NormForm, GluForm, RouteForm)  # what these do may depend on a module's numbers
 
 

@@ -128,16 +128,16 @@ def randomize(model: nn.Module) -> None:
                 tensor.add_(torch.randn_like(tensor), alpha=0.1)
 
 
-def logits(model: nn.Module, config: Any) -> list[Tensor]:
-    """A ragged batch, then one cached step. -> logits at the places that hold tokens."""
+def logits(model: nn.Module, config: Any, cached: bool = True) -> list[Tensor]:
+    """A ragged batch, then one cached step. -> logits at the places that hold tokens. cached: else without a cache."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, 100, (2, LENGTH + 1), generator=generator)
     mask = torch.ones(2, LENGTH, dtype=torch.long)
     mask[1, LENGTH - 5 :] = 0
     with torch.no_grad():
-        first = model(input_ids=ids[:, :LENGTH], attention_mask=mask, use_cache=True)
+        first = model(input_ids=ids[:, :LENGTH], attention_mask=mask, use_cache=cached)
         found = [first.logits[mask.bool()]]
-        cache = getattr(first, "past_key_values", None)
+        cache = getattr(first, "past_key_values", None) if cached else None
         if cache is not None:
             longer = torch.cat([mask, mask.new_ones(2, 1)], 1)
             step = model(input_ids=ids[:, LENGTH:], attention_mask=longer, past_key_values=cache, use_cache=True)

@@ -32,7 +32,7 @@ class Fusion:
             "model_type": self.plan.model_type,
             "kernels_per_layer": asdict(self.kernels) if self.kernels else {"why": self.why},
             "groups": self._of("merged"), "norms": self._of("norm"), "gated": self._of("glu"),
-            "rotary": self._of("rotary"), "routers": self._of("route"),
+            "rotary": self._of("rotary"), "latent": self._of("latent"), "routers": self._of("route"),
             "wiring": {"path": self.wiring.path, "layers": layers, "stream": asdict(self.wiring.stream)},
             "refused": said,
         }  # fmt: skip

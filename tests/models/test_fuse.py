@@ -1,7 +1,9 @@
 """What is fused in which architecture, and that nothing of what a model computes changes."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -203,6 +205,41 @@ def test_a_router_of_another_type_than_its_input() -> None:
     with pytest.raises(RuntimeError, match="dtype"):  # as there
         router.forward(module, form, torch.randn(3, module.weight.shape[1]))
     assert Choice.of(module, form).top == module.top_k
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "axk1", "glm4_moe_lite", "minicpm3", "youtu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_latent_attention(model_type: str, dtype: torch.dtype) -> None:
+    """With a cache and without one; keys and queries to the bit."""
+    model, report, *_ = fused_twin(model_type)
+    assert report.count("latent") == model.config.num_hidden_layers
+    model.to(dtype)
+    kinds = [kind for kind in KINDS if kind != "latent"]
+    put_back(model, kinds)
+    got = twin.logits(model, model.config, cached=False)
+    with_cache = twin.logits(model, model.config)
+    assert len(put_back(model, ["latent"])) == model.config.num_hidden_layers
+    assert all(torch.equal(a, b) for a, b in zip(got, twin.logits(model, model.config, cached=False), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(with_cache, twin.logits(model, model.config), strict=True))
+
+
+def test_rotary_stays_where_latent_attention_is_put_back() -> None:
+    model, *_ = fused_twin("deepseek_v3")
+    attention = model.model.layers[0].self_attn
+    (one, *_) = put_back(model, ["latent"])
+    assert isinstance(vars(attention)["forward"], MethodType) and one.module is attention
+    one.again()
+    assert isinstance(vars(attention)["forward"], partial)
+    put_back(model, KINDS)
+    assert "forward" not in vars(attention)
+
+
+@pytest.mark.parametrize("model_type", ["longcat_flash", "deepseek_v32"])
+def test_other_latent_attention_is_left(model_type: str) -> None:
+    """One scales what it puts together, the other asks for masks of an indexer."""
+    plan = fuse.plan(config(model_type))
+    assert not [r for r in plan.rewrites if r.kind == "latent"]
+    assert [d.refused for d in plan.refused if d.kind == "latent"] == [True] * (model_type == "longcat_flash")
 
 
 def test_report() -> None:

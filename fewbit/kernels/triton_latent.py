@@ -1,0 +1,69 @@
+"""Queries and keys of latent attention put together in one launch: a program makes some heads of one token.
+
+The first channels of a head are copied, from the queries' product and from the expanded latent; the last are turned,
+of keys those of the one vector that all heads share.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fewbit.kernels.triton_rotary import FLOATS, MANY, _entries, _turn, steps
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _assemble(
+    q_at, kv_at, k_at, cos_at, sin_at, q_out, k_out, tokens, heads, qb, qt, qh, vb, vt, vh, kb, kt, cb, ct, sb, st,
+    ob, ot, oh, PLAIN: tl.constexpr, D: tl.constexpr, R: tl.constexpr, READS: tl.constexpr, WRITES: tl.constexpr,
+    OWN: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, TAIL: tl.constexpr,
+    ROOM: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    b, t = pid // tokens, pid % tokens
+    c0, c1, s0, s1 = _entries(cos_at + b * cb + t * ct, sin_at + b * sb + t * st, R, WRITES, OWN, HALF)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    q_at += b * qb + t * qt
+    kv_at += b * vb + t * vt
+    q_out += b * ob + t * ot
+    k_out += b * ob + t * ot
+    _turn(q_at + PLAIN, q_out + PLAIN, head, heads, qh, oh, c0, c1, s0, s1, D, R, READS, WRITES, WIDE, HALF, TAIL)
+    _turn(k_at + b * kb + t * kt, k_out + PLAIN, head, heads, 0, oh, c0, c1, s0, s1, D, R, READS, WRITES, WIDE, HALF,
+          TAIL)  # fmt: skip
+    at = tl.arange(0, ROOM)[None, :]
+    plain = (head < heads)[:, None] & (at < PLAIN)
+    row = head[:, None]
+    tl.store(q_out + row * oh + at, tl.load(q_at + row * qh + at, plain), plain)
+    tl.store(k_out + row * oh + at, tl.load(kv_at + row * vh + at, plain), plain)
+
+
+def takes(q: Tensor, kv: Tensor, turned: Tensor, cos: Tensor, sin: Tensor, width: int) -> bool:
+    """Whether the kernel runs on them."""
+    if any(x.stride(-1) != 1 for x in (q, kv, turned, cos, sin)) or q.dtype not in FLOATS:
+        return False
+    if not (q.dtype == kv.dtype == turned.dtype) or cos.dtype != sin.dtype or cos.dtype not in (q.dtype, torch.float32):
+        return False
+    if (q.dim(), kv.dim(), turned.dim(), cos.dim()) != (4, 4, 3, 3) or cos.shape != sin.shape:
+        return False
+    b, t, d = q.shape[0], q.shape[1], turned.shape[2]
+    same = kv.shape[:3] == q.shape[:3] and turned.shape[:2] == (b, t) and d < q.shape[3]
+    return same and cos.shape[0] in (1, b) and cos.shape[1] in (1, t) and width % 2 == 0 and 0 < width <= d
+
+
+def assemble(
+    q: Tensor, kv: Tensor, turned: Tensor, cos: Tensor, sin: Tensor, reads: bool, writes: bool, table: str, wide: bool
+) -> tuple[Tensor, Tensor]:
+    """As modules.latent.assembled. reads, writes: whether pairs are neighbours."""
+    texts, tokens, heads, size = q.shape
+    q_out, k_out = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2))
+    if q.numel():
+        d, width = turned.shape[-1], cos.shape[-1] * (2 if table == "short" else 1)
+        together = 16 if texts * tokens >= MANY else 4
+        half, tail = triton.next_power_of_2(width // 2), triton.next_power_of_2(max(1, d - width))
+        room = triton.next_power_of_2(size - d)
+        _assemble[(texts * tokens, triton.cdiv(heads, together))](
+            q, kv, turned, cos, sin, q_out, k_out, tokens, heads, *q.stride()[:3], *kv.stride()[:3],
+            *turned.stride()[:2], *steps(cos), *steps(sin), *q_out.stride()[:3], size - d, d, width, reads, writes,
+            table == "own", wide, together, half, tail, room, num_warps=max(1, min(8, together * room // 256)),
+        )  # fmt: skip
+    return q_out.transpose(1, 2), k_out.transpose(1, 2)
