@@ -47,6 +47,7 @@ class Kernel:
     asked: bool = False  # only for who names it
     note: str = ""
     owns: bool = False  # prepack(q, dtype) takes the planes over; its result has a `source` without them, or with
+    gathers: bool = False  # experts: run takes one more, which row of x each row is, and x is not sorted then
     invariant: bool = False  # whether a row's result never depends on how many rows are beside it
 
     def refusal(self, format: Format, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -102,7 +103,8 @@ KERNELS: tuple[Kernel, ...] = (
     ),
     Kernel(
         "triton", "experts", ("cuda",), FLOATS, triton_experts.supports, triton_experts.prepack_experts,
-        triton_experts.run_experts, note="all experts in one launch, whose rows only the device need know",
+        triton_experts.run_experts, gathers=True,
+        note="all experts in one launch, whose rows only the device need know",
     ),
     Kernel(
         DECODED, "linear", (), FLOATS, _anything, torch_decoded.prepack_linear, torch_decoded.run_linear, asked=True,

@@ -36,30 +36,33 @@ def prepack_experts(q: Quantized) -> Coded | Quantized:
     return q if q.transforms else coded(q)
 
 
-def run_experts(x: Tensor, packed: Coded | Quantized, rows: Sequence[int] | Tensor) -> Tensor:
-    """x: [S, K] sorted by expert; rows: how many belong to each, in all S or fewer -> [S, N], undefined beyond them."""
-    if isinstance(packed, Quantized):
-        return torch_dequant.run_experts(x, packed, listed(rows))
-    q = packed.source
+def run_experts(
+    x: Tensor, packed: Coded | Quantized, rows: Sequence[int] | Tensor, token: Tensor | None = None
+) -> Tensor:
+    """x: [S, K] sorted by expert; rows: how many belong to each, in all S or fewer -> [S, N], undefined beyond them.
+
+    token: [S], which row of x [T, K] each of them is; x is not sorted then.
+    """
+    q = packed if isinstance(packed, Quantized) else packed.source
     assert q is not None
-    if torch.is_grad_enabled() and x.requires_grad:
-        return torch_dequant.run_experts(x, q, listed(rows))
+    if isinstance(packed, Quantized) or (torch.is_grad_enabled() and x.requires_grad):
+        return torch_dequant.run_experts(x if token is None else x[token], q, listed(rows))
     seen = rounded(x, q.format.act, {}) if q.format.act else x
     counts = rows if isinstance(rows, Tensor) else torch.tensor(rows, device=x.device)
-    return grouped(seen.contiguous(), packed, counts)
+    return grouped(seen.contiguous(), packed, counts, token)
 
 
-def run_plain(x: Tensor, weight: Tensor, transposed: bool, counts: Tensor) -> Tensor:
-    """weight: [E, N, K], or [E, K, N] transposed; x and counts as in run_experts."""
-    return grouped(x.contiguous(), plain(weight, transposed), counts)
+def run_plain(x: Tensor, weight: Tensor, transposed: bool, counts: Tensor, token: Tensor | None = None) -> Tensor:
+    """weight: [E, N, K], or [E, K, N] transposed; x, counts and token as in run_experts."""
+    return grouped(x.contiguous(), plain(weight, transposed), counts, token)
 
 
-def grouped(x: Tensor, w: Coded, counts: Tensor) -> Tensor:
-    """x: [S, K], counts: [E] -> [S, N]."""
-    size, experts = len(x), len(counts)
+def grouped(x: Tensor, w: Coded, counts: Tensor, token: Tensor | None) -> Tensor:
+    """x: [S, K], or [T, K] and token: [S]; counts: [E] -> [S, N]."""
+    size, experts = len(x if token is None else token), len(counts)
     y = x.new_empty(size, w.n)
     if size:
         tiling = triton_linear.tiling_for(-(-size // experts), x.dtype)
         high = min(size, (size + min(experts, size) * (tiling.m - 1)) // tiling.m)
-        triton_linear.launch(x, y, w, None, counts, tiling, (high, 1, -(-w.k // tiling.k)))
+        triton_linear.launch(x, y, w, None, counts, tiling, (high, 1, -(-w.k // tiling.k)), token)
     return y

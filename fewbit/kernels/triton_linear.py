@@ -128,13 +128,17 @@ def launch(
     counts: Tensor | None,
     tiling: Tiling,
     grid: tuple[int, int, int],
+    token: Tensor | None = None,
 ) -> None:
-    """y = x W^T; counts: rows of each expert; grid: tiles along the rows of x, shares of K, steps of a share."""
+    """y = x W^T, or x[token] W^T; counts: rows of each expert.
+
+    grid: tiles along the rows of y, shares of K, steps of a share.
+    """
     experts = 0 if counts is None else len(counts)
     high, shares, steps = grid
     tiles().times[-(-w.n // tiling.n), high, shares](
-        x, y, x if bias is None else bias, x if counts is None else counts, w.codes, w.scales, w.zeros,
-        len(x), w.n, w.k, experts, bias is not None, power(experts), w.form,
+        x, x if token is None else token, y, x if bias is None else bias, x if counts is None else counts, w.codes,
+        w.scales, w.zeros, y.shape[-2], w.n, w.k, experts, token is not None, bias is not None, power(experts), w.form,
         w.k == shares * steps * tiling.k, x.dtype == torch.float32, steps, tiling.m, tiling.n, tiling.k,
         num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip

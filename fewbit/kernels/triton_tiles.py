@@ -33,11 +33,13 @@ def dense_tile(codes, n, k0, K, expert, COLS: tl.constexpr):
 
 
 @triton.jit
-def times(x, y, bias, counts, codes, scales, zeros, M, N, K, E,
-          HAS_BIAS: tl.constexpr, EXPERTS: tl.constexpr, FORM: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr,
-          STEPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+def times(x, token, y, bias, counts, codes, scales, zeros, M, N, K, E,
+          INDEXED: tl.constexpr, HAS_BIAS: tl.constexpr, EXPERTS: tl.constexpr, FORM: tl.constexpr,
+          EVEN: tl.constexpr, EXACT: tl.constexpr, STEPS: tl.constexpr,
+          BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """x: [M, K] -> y: [shares of K, M, N], STEPS * BK columns to each share. EXPERTS: 0, or a power of 2 >= E.
 
+    INDEXED: x is [T, K], and token [M] says which of its rows each row is.
     FORM: coded.Coded.form, or None where the weight is a stack of plain matrices.
     """
     share = tl.program_id(2)
@@ -50,7 +52,10 @@ def times(x, y, bias, counts, codes, scales, zeros, M, N, K, E,
     m = first + tl.arange(0, BM)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     held = tl.minimum(n, N - 1)  # rows beyond the last repeat it, and are not stored
-    rows = x + m.to(tl.int64)[:, None] * K
+    row = m.to(tl.int64)
+    if INDEXED:
+        row = tl.load(token + m, mask=m < stop, other=0)
+    rows = x + row[:, None] * K
     total = tl.zeros((BN, BM), tl.float32)  # y^T: its matrix units read W as decoded, column after column of a row
     for step in range(STEPS):
         k0 = (share * STEPS + step) * BK

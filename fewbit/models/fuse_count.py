@@ -84,6 +84,7 @@ def layers(model: Any, fused: bool) -> int:
     ids = torch.arange(10, 14)[None]
     held: nn.ModuleList = model.get_submodule(layers_path(model, ids))
     count, each = Count(), []
+    one = count.one(dense)
 
     def before(*_: object) -> None:
         count.on, count.found = True, 0
@@ -97,7 +98,7 @@ def layers(model: Any, fused: bool) -> int:
             (norm, "normed", count.one(norm.normed)), (glu, "act_mul", count.one(glu.act_mul)),
             (rotary, "rotate", count.one(rotary.rotate)), (latent, "assemble", count.one(latent.assemble)),
             (router, "product", count.one(router.product)), (router, "choose", count.one(router.choose)),
-            (experts, "stays_on_device", lambda *_: True), (experts, "dense", count.one(dense)),
+            (experts, "stays_on_device", lambda *_: True), (experts, "dense", one if fused else apart(one)),
             (experts, "kernel", lambda: Routed(count, fused)),
         ):  # fmt: skip
             stack.enter_context(patch.object(target, name, function))
@@ -113,11 +114,20 @@ def layers(model: Any, fused: bool) -> int:
     return max(each)
 
 
-def dense(x: Tensor, weight: Tensor, transposed: bool, rows: Tensor) -> Tensor:
+def dense(x: Tensor, weight: Tensor, transposed: bool, rows: Tensor, token: Tensor | None = None) -> Tensor:
     """One projection of all experts, as the host would do it. Rows that belong to none stay zero."""
-    numbers = rows.tolist()
+    x, numbers = x if token is None else x[token], rows.tolist()
     y = DENSE(x[: sum(numbers)], weight, transposed, numbers)
     return torch.cat([y, y.new_zeros(len(x) - len(y), y.shape[-1])])
+
+
+def apart(project: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same, its rows picked out beforehand."""
+
+    def run(x: Tensor, weight: Tensor, transposed: bool, rows: Tensor, token: Tensor | None = None) -> Tensor:
+        return project(x if token is None else x[token], weight, transposed, rows)
+
+    return run
 
 
 class Routed:

@@ -63,9 +63,13 @@ class Experts(nn.Module):
         """parts: planes with a leading axis of experts, in their order along N."""
         self.parts[projection] = tuple(part(q, "experts", self.options) for q in parts)
 
-    def run(self, projection: str, x: Tensor, rows: Rows) -> Tensor:
-        """x: [S, K] sorted by expert -> [S, N]."""
-        outs = [p.kernel.run(x, p.packed, rows) for p in self.parts[projection]]
+    def run(self, projection: str, x: Tensor, rows: Rows, token: Tensor | None = None) -> Tensor:
+        """x: [S, K] sorted by expert, or [T, K] and token: [S], which of its rows each is -> [S, N]."""
+        parts = self.parts[projection]
+        if token is not None and not all(p.kernel.gathers for p in parts):
+            x, token = x[token], None
+        given = (rows,) if token is None else (rows, token)
+        outs = [p.kernel.run(x, p.packed, *given) for p in parts]
         return outs[0] if len(outs) == 1 else torch.cat(outs, -1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -110,7 +114,7 @@ def by_device(host: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Ten
     """Rows of each expert as a tensor: no one waits, sizes follow from shapes, and a CUDA graph can hold it all."""
     run = kernel()
     token, place, rows = run.route(top_k_index, host.num_experts)
-    x = lowered(host, raised(host, hidden[token], rows, None), rows)
+    x = lowered(host, raised(host, hidden, rows, None, token), rows)
     y: Tensor = run.combine(x, top_k_index, place, top_k_weights, host.num_experts, hidden.dtype)
     return y
 
@@ -121,12 +125,14 @@ def show_all(host: Any, hidden: Tensor, watch: Watch) -> None:
         raised(host, hidden, [len(hidden) * (i == e) for i in range(host.num_experts)], partial(watch.shown, expert=e))
 
 
-def raised(host: Any, x: Tensor, rows: Rows, tell: Callable[[str, Tensor], None] | None) -> Tensor:
-    """x: [S, H] sorted by expert -> what the down projection reads."""
+def raised(
+    host: Any, x: Tensor, rows: Rows, tell: Callable[[str, Tensor], None] | None, token: Tensor | None = None
+) -> Tensor:
+    """x: [S, H] sorted by expert, or [T, H] and token: [S] -> what the down projection reads."""
     up = "gate_up_proj" if host.has_gate else "up_proj"
     if tell is not None:
         tell(up, x)
-    x = project(host, up, x, rows)
+    x = project(host, up, x, rows, token)
     x = gated(host, x) if host.has_gate else host.act_fn(x)
     if tell is not None:
         tell("down_proj", x)
@@ -149,14 +155,14 @@ def lowered(host: Any, x: Tensor, rows: Rows) -> Tensor:
     return host.post_expert_norm(x) if getattr(host, "has_post_expert_norm", False) else x
 
 
-def project(host: Any, name: str, x: Tensor, rows: Rows) -> Tensor:
+def project(host: Any, name: str, x: Tensor, rows: Rows, token: Tensor | None = None) -> Tensor:
     """One projection of all chosen experts, dense or quantized, with its bias."""
     ours: Experts | None = getattr(host, ATTRIBUTE, None)
     bias = getattr(host, f"{name}_bias") if host.has_bias else None
     if ours is not None and name in ours.parts:
-        y = ours.run(name, x, rows)
+        y = ours.run(name, x, rows, token)
     else:
-        y = dense(x, getattr(host, name), host.is_transposed, rows)
+        y = dense(x, getattr(host, name), host.is_transposed, rows, token)
     if bias is None:
         return y
     if isinstance(rows, Tensor):
@@ -165,10 +171,11 @@ def project(host: Any, name: str, x: Tensor, rows: Rows) -> Tensor:
     return y + bias.repeat_interleave(torch.tensor(rows, device=x.device), dim=0, output_size=x.shape[0])
 
 
-def dense(x: Tensor, weight: Tensor, transposed: bool, rows: Rows) -> Tensor:
-    """weight: [E, N, K], or [E, K, N] where transformers stores it transposed."""
+def dense(x: Tensor, weight: Tensor, transposed: bool, rows: Rows, token: Tensor | None = None) -> Tensor:
+    """weight: [E, N, K], or [E, K, N] where transformers stores it transposed. token: as in Experts.run."""
     if isinstance(rows, Tensor):
-        return run_plain(x, weight, transposed, rows)
+        return run_plain(x, weight, transposed, rows, token)
+    x = x if token is None else x[token]
     runs = x.split(list(rows))
     used = [(run, weight[e]) for e, run in enumerate(runs) if len(run)]
     if not used:

@@ -61,6 +61,24 @@ def test_quantized(name: str) -> None:
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", [None, "q8_0", "int8-channel-a8", "fp8-channel"])
+@pytest.mark.parametrize("counts", COUNTS)
+def test_rows_of_x_that_are_not_sorted(name: str | None, counts: list[int]) -> None:
+    """To the bit what they give sorted; rows of none, and rows of x that nobody asks for, harm nothing."""
+    size, rows = sum(counts), torch.tensor(counts)
+    x = torch.randn(5, 64)
+    token = torch.randint(0, 4, (size + 2,), generator=torch.Generator().manual_seed(0))
+    x[4] = float("nan")
+    w, q = torch.randn(4, 40, 64), stack(name) if name else None
+    packed = triton_experts.prepack_experts(q) if q else None
+    if packed is None:
+        got, want = (triton_experts.run_plain(a, w, False, rows, t) for a, t in ((x, token), (x[token], None)))
+    else:
+        got, want = (triton_experts.run_experts(a, packed, rows, t) for a, t in ((x, token), (x[token], None)))
+    assert got.shape == want.shape == (size + 2, 40)
+    assert torch.equal(got[:size], want[:size])
+
+
 def test_what_it_leaves_to_others() -> None:
     cpu = torch.device("cpu")
     why = triton_experts.supports(FORMATS["fp8-tensor-static"], cpu, torch.float32)
