@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("fewbit.engine")
 STRICT = "strict"
-KINDS: tuple[Kind, ...] = ("norm", "glu", "rotary", "latent", "route")  # what can be put back
+KINDS: tuple[Kind, ...] = ("norm", "glu", "rotary", "latent", "route", "mixture")  # what can be put back
 TEXT, TOKENS = "The capital of France is Paris, and that of Italy is Rome.", 8
 TIMES = 4  # what fused modules may change, in what one rounding of each of their outputs changes
 

@@ -34,7 +34,10 @@ def _route(choices_at, token_at, place_at, rows_at, size, experts, k, BLOCK: tl.
 
 
 @triton.jit
-def _combine(y_at, choices_at, place_at, weights_at, out_at, n, experts, K: tl.constexpr, BLOCK: tl.constexpr):
+def _combine(
+    y_at, choices_at, place_at, weights_at, onto_at, out_at, n, experts, K: tl.constexpr, ONTO: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -43,7 +46,11 @@ def _combine(y_at, choices_at, place_at, weights_at, out_at, n, experts, K: tl.c
         known = tl.load(choices_at + token * K + j) < experts
         weight = tl.load(weights_at + token * K + j).to(tl.float32)
         total += weight * tl.load(y_at + place * n + at, known & (at < n), 0.0).to(tl.float32)
-    tl.store(out_at + token * n + at, total.to(out_at.dtype.element_ty), at < n)
+    made = total.to(out_at.dtype.element_ty)
+    if ONTO:  # models round both sums
+        onto = tl.load(onto_at + token * n + at, at < n, 0.0).to(tl.float32)
+        made = (made.to(tl.float32) + onto).to(out_at.dtype.element_ty)
+    tl.store(out_at + token * n + at, made, at < n)
 
 
 @triton.jit
@@ -72,15 +79,24 @@ def route(choices: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return token, place, rows
 
 
-def combine(y: Tensor, choices: Tensor, place: Tensor, weights: Tensor, experts: int, dtype: torch.dtype) -> Tensor:
-    """y: [S, H] sorted by expert, weights: [T, k] -> each token's weighted sum [T, H], added up in float32."""
+def combine(
+    y: Tensor, choices: Tensor, place: Tensor, weights: Tensor, experts: int, dtype: torch.dtype,
+    onto: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """y: [S, H] sorted by expert, weights: [T, k] -> each token's weighted sum [T, H], added up in float32.
+
+    onto: [T, H], added to it once it is rounded to dtype.
+    """
     tokens, k = choices.shape
     n = y.shape[-1]
     out = torch.empty(tokens, n, dtype=dtype, device=y.device)
     if out.numel():
         block = min(BLOCK, triton.next_power_of_2(n))
         grid = (tokens, triton.cdiv(n, block))
-        _combine[grid](y.contiguous(), choices.contiguous(), place, weights.contiguous(), out, n, experts, k, block)
+        _combine[grid](
+            y.contiguous(), choices.contiguous(), place, weights.contiguous(), y if onto is None else onto.contiguous(),
+            out, n, experts, k, onto is not None, block,
+        )  # fmt: skip
     return out
 
 

@@ -144,8 +144,11 @@ class Routed:
         return order // choices.shape[-1], order.argsort(), rows
 
     @staticmethod
-    def combined(y: Tensor, choices: Tensor, place: Tensor, weights: Tensor, experts: int, dtype: Any) -> Tensor:
-        return (y[place].view(*choices.shape, -1) * weights[..., None]).sum(1).to(dtype)
+    def combined(
+        y: Tensor, choices: Tensor, place: Tensor, weights: Tensor, experts: int, dtype: Any, onto: Tensor | None = None
+    ) -> Tensor:
+        total = (y[place].view(*choices.shape, -1) * weights[..., None]).sum(1).to(dtype)
+        return total if onto is None else total + onto
 
     @staticmethod
     def biased(y: Tensor, bias: Tensor, rows: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from fewbit.models import twin
 from fewbit.models.fill import is_stack
 from fewbit.models.fuse_forms import gate_form, glu_form, norm_form, rotary_form
 from fewbit.models.fuse_latent import is_latent, latent_form
+from fewbit.models.fuse_mixture import mixture_form
 from fewbit.models.fuse_route import is_router, route_form
 from fewbit.models.fuse_values import Called, Decision, Rewrite, Siblings, Signature
 from fewbit.modules.linear import Linear
@@ -59,9 +60,10 @@ def look(model: nn.Module, config: Any) -> list[Seen]:
 def proposals(seen: list[Seen]) -> Iterator[Rewrite | Decision]:
     """What might be done, in the order in which it is to be tried, and what was looked at in vain."""
     yield from siblings(seen)
+    at = {id(s.module): s for s in seen}
     known: set[tuple[Signature, str]] = set()
     for found in seen:
-        for rewrite in (norm(found), glu(found), rotary(found), latent(found), route(found)):
+        for rewrite in (norm(found), glu(found), rotary(found), latent(found), route(found), mixture(found, at)):
             if isinstance(rewrite, Rewrite) and (rewrite.target, rewrite.kind) not in known:
                 known.add((rewrite.target, rewrite.kind))
                 yield rewrite
@@ -150,6 +152,20 @@ def latent(found: Seen) -> Rewrite | Decision | None:
 def route(found: Seen) -> Rewrite | Decision | None:
     form = route_form(found.module, *found.routed) if found.routed else None
     return form and rewrite(found.module, form, "route")
+
+
+def mixture(found: Seen, at: dict[int, Seen]) -> Rewrite | None:
+    """at: what was seen of each module, by its id."""
+    children = {name: at[id(child)] for name, child in found.module.named_children() if id(child) in at}
+    routers = [name for name, child in children.items() if child.routed and len(child.routed[0]) == 1]
+    stacks = [name for name, child in children.items() if is_stack(child.module)]
+    others = [name for name, child in children.items() if child.plain]
+    if not found.plain or not others or (len(routers), len(stacks)) != (1, 1):
+        return None
+    x, given = found.plain[0][0], children[routers[0]].routed
+    flat = given is not None and given[0][0].dim() == 2
+    form = mixture_form(found.module, routers[0], stacks[0], others, flat, x.shape[-1])
+    return form and Rewrite(Signature.of(found.module, False), form)
 
 
 def rewrite(module: nn.Module, form: Any, kind: Any) -> Rewrite | Decision:

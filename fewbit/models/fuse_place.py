@@ -12,10 +12,11 @@ from torch import nn
 from fewbit.errors import UnsupportedError
 from fewbit.models.fill import is_stack
 from fewbit.models.fuse_values import Called, Decision, Form, Kind, Rewrite, Siblings
-from fewbit.modules import experts, glu, latent, router
+from fewbit.modules import experts, glu, latent, mixture, router
 from fewbit.modules.glu import GluForm
 from fewbit.modules.latent import LatentForm
 from fewbit.modules.merged import merge
+from fewbit.modules.mixture import MixtureForm
 from fewbit.modules.norm import Norm, NormForm
 from fewbit.modules.rotary import Rotate
 from fewbit.modules.router import RouteForm
@@ -48,6 +49,8 @@ def put(model: nn.Module, path: str, module: nn.Module, form: Form, holders: Cou
         module.forward = partial(glu.forward, module, form)
     elif isinstance(form, RouteForm):
         module.forward = partial(router.forward, module, form)
+    elif isinstance(form, MixtureForm):
+        module.forward = partial(mixture.forward, module, form)
     elif isinstance(form, LatentForm):
         module.forward = partial(latent.forward, module, form, module.forward)
     else:
@@ -117,11 +120,15 @@ def below(module: nn.Module, held: Any) -> Any:
     return before if kind_of(module, before) == "rotary" else None
 
 
+FORWARDS: dict[Any, Kind] = {glu.forward: "glu", router.forward: "route", latent.forward: "latent",
+                             mixture.forward: "mixture"}  # fmt: skip
+
+
 def kind_of(module: nn.Module, held: Any) -> Kind | None:
     """Of what stands in a module in place of its class's own."""
-    if isinstance(held, GluForm) or (isinstance(held, partial) and held.func is glu.forward):
+    if isinstance(held, GluForm):
         return "glu"
-    if isinstance(held, partial) and held.func in (router.forward, latent.forward):
-        return "route" if held.func is router.forward else "latent"
+    if isinstance(held, partial):
+        return FORWARDS.get(held.func)
     rotary = isinstance(held, MethodType) and getattr(held, "__wrapped__", None) is type(module).forward
     return "rotary" if rotary else None

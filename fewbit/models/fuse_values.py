@@ -9,11 +9,12 @@ from torch import nn
 
 from fewbit.modules.glu import GluForm
 from fewbit.modules.latent import LatentForm
+from fewbit.modules.mixture import MixtureForm
 from fewbit.modules.norm import NormForm
 from fewbit.modules.rotary import RotaryForm
 from fewbit.modules.router import RouteForm
 
-Kind = Literal["merged", "norm", "glu", "rotary", "route", "latent"]
+Kind = Literal["merged", "norm", "glu", "rotary", "route", "latent", "mixture"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class Called:
         return f"{self.name}: {self.form}"
 
 
-Form = Siblings | NormForm | GluForm | Called | RouteForm | LatentForm
+Form = Siblings | NormForm | GluForm | Called | RouteForm | LatentForm | MixtureForm
 ALREADY = "torch's own is one kernel already"  # a reason that refuses nothing: there is nothing to gain
 KINDS: dict[type, Kind] = {
     Siblings: "merged",
@@ -47,6 +48,7 @@ KINDS: dict[type, Kind] = {
     Called: "rotary",
     RouteForm: "route",
     LatentForm: "latent",
+    MixtureForm: "mixture",
 }
 NUMBERED = (NormForm, GluForm, RouteForm)  # what these do may depend on a module's numbers
 

@@ -110,12 +110,17 @@ def by_host(host: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tenso
     return torch.zeros_like(hidden).index_add_(0, token, x.to(hidden.dtype))
 
 
-def by_device(host: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Rows of each expert as a tensor: no one waits, sizes follow from shapes, and a CUDA graph can hold it all."""
+def by_device(
+    host: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, onto: Tensor | None = None
+) -> Tensor:
+    """Rows of each expert as a tensor: no one waits, sizes follow from shapes, and a CUDA graph can hold it all.
+
+    onto: [T, H], added to what the experts give.
+    """
     run = kernel()
     token, place, rows = run.route(top_k_index, host.num_experts)
     x = lowered(host, raised(host, hidden, rows, None, token), rows)
-    y: Tensor = run.combine(x, top_k_index, place, top_k_weights, host.num_experts, hidden.dtype)
+    y: Tensor = run.combine(x, top_k_index, place, top_k_weights, host.num_experts, hidden.dtype, onto)
     return y
 
 

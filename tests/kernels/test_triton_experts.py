@@ -9,10 +9,11 @@ from fewbit.kernels import torch_dequant, triton_experts, triton_linear, triton_
 from fewbit.kernels.registry import KERNELS
 from fewbit.kernels.triton_linear import Tiling
 from fewbit.models.fuse_count import Routed
-from fewbit.modules import experts, glu
+from fewbit.modules import experts, glu, mixture
 from fewbit.modules.experts import ATTRIBUTE, Experts, by_device, by_host
 from fewbit.modules.glu import Gating, GluForm
 from fewbit.modules.linear import Options, Part
+from fewbit.modules.mixture import MixtureForm
 from fewbit.quant.formats import FORMATS
 from fewbit.quant.qtensor import Quantized, Transform
 from fewbit.quant.reference import encode
@@ -134,6 +135,20 @@ def test_route_and_back(tokens: int, k: int, count: int, monkeypatch: pytest.Mon
     torch.testing.assert_close(got, terms.sum(1).bfloat16())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_back_onto_another_sum(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded before it, as two operations are."""
+    monkeypatch.setattr(triton_route, "BLOCK", 32)
+    choices = torch.tensor([[0, 2], [1, 5], [2, 1]])  # one of no expert
+    _, place, _ = triton_route.route(choices, 4)
+    y, weights, onto = (torch.randn(n, m).to(dtype) for n, m in ((6, 70), (3, 2), (3, 70)))
+    apart = triton_route.combine(y, choices, place, weights, 4, dtype)
+    got = triton_route.combine(y, choices, place, weights, 4, dtype, onto.T.contiguous().T)
+    assert got.dtype == dtype
+    step = 2.0**-7 if dtype == torch.bfloat16 else 1e-6  # the interpreter cuts where a GPU rounds
+    torch.testing.assert_close(got, apart + onto, rtol=step, atol=step)
+
+
 @pytest.mark.parametrize("half", glu.HALVES)
 def test_gate_in_one_launch(half: glu.Half) -> None:
     host, x = Host(), torch.randn(6, 2 * M)
@@ -152,6 +167,30 @@ def test_biases_in_one_launch(counts: list[int], dtype: torch.dtype, monkeypatch
     got = triton_route.add_bias(y, bias, rows)
     assert got is y
     torch.testing.assert_close(got[:size], want)
+
+
+def test_a_shared_expert_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the device as by the host; a hook of the experts is of what they alone give."""
+    host = Host()
+    hidden, index, weights = choices(6)
+
+    def call(*args: torch.Tensor) -> torch.Tensor:
+        return by_host(host, *args)
+
+    host.forward = call
+    module = torch.nn.Module()
+    module.stack, module.shared = host, torch.nn.Linear(H, H)
+    module.router = torch.nn.Identity()
+    monkeypatch.setattr(module.router, "forward", lambda x: (None, weights, index))
+    form, x = MixtureForm("router", "stack", "shared", True), hidden[None]
+    with torch.no_grad():
+        want = mixture.forward(module, form, x)
+        monkeypatch.setattr(experts, "stays_on_device", lambda *_: True)
+        got = mixture.forward(module, form, x)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        host.register_forward_hook(lambda _m, _a, y: y * 2)
+        twice = mixture.forward(module, form, x)
+        torch.testing.assert_close(twice - want, want - module.shared(x), rtol=1e-3, atol=1e-3)
 
 
 def test_norm_after_the_experts() -> None:

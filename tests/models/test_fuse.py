@@ -242,6 +242,19 @@ def test_other_latent_attention_is_left(model_type: str) -> None:
     assert [d.refused for d in plan.refused if d.kind == "latent"] == [True] * (model_type == "longcat_flash")
 
 
+@pytest.mark.parametrize(("model_type", "layers"), [("deepseek_v3", 2), ("ernie4_5_moe", 1), ("qwen2_moe", 0)])
+def test_a_shared_expert_is_added_where_the_others_are(model_type: str, layers: int) -> None:
+    """qwen2_moe weighs its own by a gate."""
+    model, report, before, after = fused_twin(model_type)
+    assert report.count("mixture") == layers
+    assert max(twin.relative(a, b) for a, b in zip(after, before, strict=True)) <= 2 * fuse.LIMIT
+    model.bfloat16()
+    put_back(model, [kind for kind in KINDS if kind != "mixture"])
+    got = twin.logits(model, model.config)
+    assert len(put_back(model, ["mixture"])) == layers
+    assert all(torch.equal(a, b) for a, b in zip(got, twin.logits(model, model.config), strict=True))
+
+
 def test_report() -> None:
     _, report, *_ = fused_twin("opt")
     assert "torch's own is one kernel already" in str(report) and "k_proj + v_proj + q_proj" in str(report)
