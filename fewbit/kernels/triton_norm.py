@@ -15,19 +15,12 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SHORT, MANY = 512, 2048  # rows up to this long are taken several at a time, where there are so many
 
 
-@triton.jit(do_not_specialize=["rows", "n1", "n2"])
-def _norm(
-    x_at, w_at, b_at, y_at, rows, n1, n2, xs0, xs1, xs2, ys0, ys1, ys2, eps, D: tl.constexpr,
-    OFFSET: tl.constexpr, LATE: tl.constexpr, CENTRED: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def _made(
+    raw, inside, at, w_at, b_at, y_at, eps, D: tl.constexpr, OFFSET: tl.constexpr, LATE: tl.constexpr,
+    CENTRED: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    at = tl.arange(0, BLOCK)
-    inside = (row < rows)[:, None] & (at < D)[None, :]
-    i2, i1, i0 = row % n2, row // n2 % n1, row // n2 // n1
-    x_rows = i0 * xs0 + i1 * xs1 + i2 * xs2
-    y_rows = i0 * ys0 + i1 * ys1 + i2 * ys2
-    raw = tl.load(x_at + x_rows[:, None] + at[None, :], inside, 0.0)
+    """raw: [ROWS, BLOCK] -> its rows normed, in y's type."""
     h = raw.to(tl.float32)
     if CENTRED:
         h = tl.where(inside, h - (tl.sum(h, 1) / D)[:, None], 0.0)
@@ -41,7 +34,49 @@ def _norm(
         if LATE and WEIGHT:
             h = h.to(y_at.dtype.element_ty).to(tl.float32)
         h = h + tl.load(b_at + at, at < D, 0.0).to(tl.float32)[None, :]
-    tl.store(y_at + y_rows[:, None] + at[None, :], h.to(y_at.dtype.element_ty), inside)
+    return h.to(y_at.dtype.element_ty)
+
+
+@triton.jit(do_not_specialize=["rows", "n1", "n2"])
+def _norm(
+    x_at, w_at, b_at, y_at, rows, n1, n2, xs0, xs1, xs2, ys0, ys1, ys2, eps, D: tl.constexpr,
+    OFFSET: tl.constexpr, LATE: tl.constexpr, CENTRED: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    at = tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (at < D)[None, :]
+    i2, i1, i0 = row % n2, row // n2 % n1, row // n2 // n1
+    x_rows = i0 * xs0 + i1 * xs1 + i2 * xs2
+    y_rows = i0 * ys0 + i1 * ys1 + i2 * ys2
+    raw = tl.load(x_at + x_rows[:, None] + at[None, :], inside, 0.0)
+    h = _made(raw, inside, at, w_at, b_at, y_at, eps, D, OFFSET, LATE, CENTRED, WEIGHT, BIAS)
+    tl.store(y_at + y_rows[:, None] + at[None, :], h, inside)
+
+
+@triton.jit
+def _row(
+    x_at, w_at, y_at, row, step, eps, D: tl.constexpr, OFFSET: tl.constexpr, LATE: tl.constexpr,
+    CENTRED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.arange(0, BLOCK)
+    inside = (at < D)[None, :]
+    raw = tl.load(x_at + row * step + at[None, :], inside, 0.0)
+    h = _made(raw, inside, at, w_at, w_at, y_at, eps, D, OFFSET, LATE, CENTRED, True, False)
+    tl.store(y_at + row * D + at[None, :], h, inside)
+
+
+@triton.jit
+def _pair(
+    x_at, w_at, y_at, other_at, v_at, z_at, step, other_step, eps, other_eps, D: tl.constexpr, E: tl.constexpr,
+    OFFSET: tl.constexpr, LATE: tl.constexpr, CENTRED: tl.constexpr, BLOCK: tl.constexpr, OTHER: tl.constexpr,
+):  # fmt: skip
+    """Programs of the first axis take a row, those of the second one of the two."""
+    row = tl.program_id(0).to(tl.int64)
+    if tl.program_id(1) == 0:
+        _row(x_at, w_at, y_at, row, step, eps, D, OFFSET, LATE, CENTRED, BLOCK)
+    else:
+        _row(other_at, v_at, z_at, row, other_step, other_eps, E, OFFSET, LATE, CENTRED, OTHER)
 
 
 def takes(x: Tensor) -> bool:
@@ -67,3 +102,29 @@ def norm(
         float(times == "plus"), late, centred, weight is not None, bias is not None, several, block, num_warps=warps,
     )  # fmt: skip
     return y
+
+
+def takes_pair(x: Tensor, other: Tensor) -> bool:
+    """Whether the kernel runs on both: as many rows, each at the same distance from the last."""
+    return takes(x) and takes(other) and x.shape[:-1] == other.shape[:-1] and _even(x) and _even(other)
+
+
+def pair(
+    x: Tensor, weight: Tensor, eps: float, other: Tensor, of_other: Tensor, other_eps: float, times: str, centred: bool
+) -> tuple[Tensor, Tensor]:
+    """`norm` of x and of another [..., E] in one launch, with weights and without a bias."""
+    late = times == "late"
+    y, z = (torch.empty(t.shape, dtype=widest(t, w) if late else t.dtype, device=t.device)
+            for t, w in ((x, weight), (other, of_other)))  # fmt: skip
+    rows, d, e = x.numel() // x.shape[-1], x.shape[-1], other.shape[-1]
+    if rows:
+        blocks = triton.next_power_of_2(d), triton.next_power_of_2(e)
+        _pair[(rows, 2)](
+            x, weight, y, other, of_other, z, x.stride(-2), other.stride(-2), eps, other_eps, d, e,
+            float(times == "plus"), late, centred, *blocks, num_warps=min(16, max(1, max(blocks) // 512)),
+        )  # fmt: skip
+    return y, z
+
+
+def _even(x: Tensor) -> bool:
+    return x.dim() == 2 or (x.dim() == 3 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)))

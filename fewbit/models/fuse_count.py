@@ -22,6 +22,8 @@ from fewbit.models.shrink import shrink
 from fewbit.modules import attention, experts, glu, latent, norm, rotary, router
 
 FREE = ("empty", "lift_fresh", "detach", "alias", "_unsafe_view")  # operations that launch nothing
+ONE = ((norm, "normed"), (norm, "normed_pair"), (glu, "act_mul"), (rotary, "rotate"), (latent, "assemble"),
+       (router, "wide"), (router, "choose"))  # fmt: skip
 OTHERS = "fewbit-counted"  # our name among transformers' attention functions while counting
 
 
@@ -95,9 +97,7 @@ def layers(model: Any, fused: bool) -> int:
 
     with ExitStack() as stack:
         for target, name, function in (
-            (norm, "normed", count.one(norm.normed)), (glu, "act_mul", count.one(glu.act_mul)),
-            (rotary, "rotate", count.one(rotary.rotate)), (latent, "assemble", count.one(latent.assemble)),
-            (router, "product", count.one(router.product)), (router, "choose", count.one(router.choose)),
+            *((module, name, count.one(getattr(module, name))) for module, name in ONE),
             (experts, "stays_on_device", lambda *_: True), (experts, "dense", one if fused else apart(one)),
             (experts, "kernel", lambda: Routed(count, fused)),
         ):  # fmt: skip

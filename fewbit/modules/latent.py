@@ -1,7 +1,7 @@
 """Latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values of one low-rank latent, and a key that heads share.
 
 What stands for the forward of such a module where no cache goes through the model. Queries and keys are put together,
-their last channels turned, in one launch; all else is the module's own.
+their last channels turned, in one launch, and so are the norms of two latents; all else is the module's own.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit.modules import rotary
+from fewbit.modules import norm, rotary
 from fewbit.modules.rotary import RotaryForm
 
 HELD = ("expand_kv", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj", "scaling", "config",
@@ -47,12 +47,14 @@ def forward(
     paired = isinstance(position_embeddings, tuple) and len(position_embeddings) == 2
     if past_key_values is not None or module.training or not paired:
         return own(hidden_states, position_embeddings, attention_mask, past_key_values, **named)
-    if form.low:
-        q = module.q_b_proj(module.q_a_layernorm(module.q_a_proj(hidden_states)))
-    else:
-        q = module.q_proj(hidden_states)
+    q = (module.q_a_proj if form.low else module.q_proj)(hidden_states)
     latent, turned = module.kv_a_proj_with_mqa(hidden_states).split([rank, rope], -1)
-    kv = module.kv_b_proj(module.kv_a_layernorm(latent)).unflatten(-1, (-1, nope + module.v_head_dim))
+    if form.low:
+        q, latent = norm.pair(module.q_a_layernorm, module.kv_a_layernorm, q, latent)
+        q = module.q_b_proj(q)
+    else:
+        latent = module.kv_a_layernorm(latent)
+    kv = module.kv_b_proj(latent).unflatten(-1, (-1, nope + module.v_head_dim))
     queries, keys = assemble(q.unflatten(-1, (-1, nope + rope)), kv, turned, *position_embeddings, form.rotary)
     functions, eager = (type(module).forward.__globals__[name] for name in ATTENTION)
     attend = functions.get_interface(module.config._attn_implementation, eager)

@@ -106,14 +106,21 @@ def held(module: Any, name: str) -> Tensor | None:
 
 
 def product(x: Tensor, weight: Tensor, shift: Tensor | None, how: Product) -> Tensor:
-    """x: [T, H], weight: [E, H] -> [T, E]. Products of 16-bit values are exact in float32, where they are added up."""
+    """x: [T, H], weight: [E, H], shift: [E] -> [T, E]."""
     if how != "wide":
         y = linear(x, weight, shift)
         return y.float() if how == "cast" else y
     learning = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if x.is_cuda and x.dtype == weight.dtype != torch.float32 and shift is None and not learning:
-        return torch.mm(x, weight.mT, out_dtype=torch.float32)
+    if x.dtype == weight.dtype and shift is None and not learning:
+        return wide(x, weight)
     return linear(x.float(), weight.float(), None if shift is None else shift.float())
+
+
+def wide(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T of values of one type in float32: products of 16-bit values are exact there, so none need be cast before."""
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch.mm(x, weight.mT, out_dtype=torch.float32)
+    return linear(x.float(), weight.float())
 
 
 def choose(logits: Tensor, bias: Tensor | None, by: Choice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

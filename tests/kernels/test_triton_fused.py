@@ -58,6 +58,26 @@ def test_norm_of_many_short_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     near(triton_norm.norm(x, w, None, 1e-6, "wide"), norm.norm(x, w, None, norm.NormForm(1e-6)))
 
 
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norm_of_two(form: norm.NormForm, dtype: torch.dtype) -> None:
+    """Each as if alone; parts of one product, of other widths and eps, also of another type than their weights."""
+    from fewbit.kernels import triton_norm
+
+    both, rows = random(2, 3, 80, dtype=dtype, seed=3), random(5, 80, dtype=dtype, seed=4)
+    for x, y in ((both[..., :24], both[..., 24:69]), (both[:1, :, :24], both[:1, :, 24:69]), (rows, rows[:, 7:9])):
+        for kind in {dtype, torch.float32}:
+            w, v = random(x.shape[-1], dtype=kind, seed=1), random(y.shape[-1], dtype=kind, seed=2)
+            assert triton_norm.takes_pair(x, y)
+            got = triton_norm.pair(x, w, form.eps, y, v, 1e-2, form.times, form.centred)
+            for found, t, weight, eps in zip(got, (x, y), (w, v), (form.eps, 1e-2), strict=True):
+                alone = triton_norm.norm(t, weight, None, eps, form.times, form.centred)
+                assert torch.equal(found, alone) and found.dtype == alone.dtype and found.is_contiguous()
+    assert not triton_norm.takes_pair(both.transpose(0, 1), both.transpose(0, 1))
+    assert not triton_norm.takes_pair(both, both[:, :2]) and not triton_norm.takes_pair(both, both[:, :, ::2])
+    assert not triton_norm.takes_pair(rows[0], rows[0])
+
+
 def test_norm_with_a_weight_of_another_type() -> None:
     from fewbit.kernels import triton_norm
 

@@ -15,7 +15,7 @@ from fewbit.models import build, fuse, hf, twin
 from fewbit.models.fuse_place import put_back
 from fewbit.models.fuse_values import Decision, Fused, Plan
 from fewbit.models.shrink import shrink
-from fewbit.modules import experts, glu, router
+from fewbit.modules import experts, glu, norm, router
 from fewbit.modules.glu import Gating, GluForm
 from fewbit.modules.linear import Linear
 from fewbit.modules.merged import Slice
@@ -221,6 +221,27 @@ def test_latent_attention(model_type: str, dtype: torch.dtype) -> None:
     assert len(put_back(model, ["latent"])) == model.config.num_hidden_layers
     assert all(torch.equal(a, b) for a, b in zip(got, twin.logits(model, model.config, cached=False), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(with_cache, twin.logits(model, model.config), strict=True))
+
+
+def test_norms_of_two_latents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call where both are ours; each its own where one is not, or is watched."""
+    model, *_ = fused_twin("deepseek_v3")
+    attention, calls, pair = model.model.layers[0].self_attn, [], norm.normed_pair
+    monkeypatch.setattr(norm, "normed_pair", lambda *args: calls.append(args) or pair(*args))
+    want = twin.logits(model, model.config, cached=False)
+    assert len(calls) == model.config.num_hidden_layers
+    for watched in (attention.q_a_layernorm, attention.kv_a_layernorm):
+        seen: list[Any] = []
+        hook = watched.register_forward_hook(lambda *args, seen=seen: seen.append(args))
+        calls.clear()
+        got = twin.logits(model, model.config, cached=False)
+        assert len(seen) == 1 and len(calls) == model.config.num_hidden_layers - 1
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        hook.remove()
+    calls.clear()
+    put_back(model, ["norm"])
+    twin.logits(model, model.config, cached=False)
+    assert not calls
 
 
 def test_rotary_stays_where_latent_attention_is_put_back() -> None:
