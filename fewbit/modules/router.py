@@ -117,7 +117,7 @@ def product(x: Tensor, weight: Tensor, shift: Tensor | None, how: Product) -> Te
 
 
 def wide(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T of values of one type in float32: products of 16-bit values are exact there, so none need be cast before."""
+    """x W^T in float32 of values of one type: products of 16-bit values are exact there, none need be cast before."""
     if x.is_cuda and x.dtype != torch.float32:
         return torch.mm(x, weight.mT, out_dtype=torch.float32)
     return linear(x.float(), weight.float())
