@@ -47,9 +47,9 @@ def _scored(x, inside, SCORE: tl.constexpr):
 
 @triton.jit
 def _choose(
-    logits_at, bias_at, weights_at, experts_at, row, each, groups, kept, eps, scale, fill,
-    K: tl.constexpr, SCORE: tl.constexpr, THEN: tl.constexpr, DIVIDE: tl.constexpr, BIAS: tl.constexpr,
-    GROUPS: tl.constexpr, TWO: tl.constexpr, WEIGHED: tl.constexpr,
+    logits_at, bias_at, weights_at, experts_at, row, each, groups, eps, scale, fill,
+    K: tl.constexpr, KEPT: tl.constexpr, SCORE: tl.constexpr, THEN: tl.constexpr, DIVIDE: tl.constexpr,
+    BIAS: tl.constexpr, GROUPS: tl.constexpr, TWO: tl.constexpr, WEIGHED: tl.constexpr,
     HIGH: tl.constexpr, WIDE: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -71,7 +71,7 @@ def _choose(
         index = tl.arange(0, HIGH)
         order = tl.where(index < groups, _rank(worth, index), NEVER)
         left = order
-        for _ in range(kept):
+        for _ in range(KEPT):
             left = tl.where(left == tl.max(left, 0), NEVER, left)
         out = (left == order)[:, None]  # of a group that was taken nothing is left
         rank = tl.where(out & inside, _rank(tl.full((HIGH, WIDE), 0.0, tl.float32) + fill, at), rank)
@@ -122,8 +122,8 @@ def choose(logits: Tensor, bias: Tensor | None, by: Any, dtype: torch.dtype) -> 
     high, wide = triton.next_power_of_2(by.groups), triton.next_power_of_2(each)
     _choose[(tokens,)](
         logits, logits if bias is None else bias.contiguous(), weights, index, logits.stride(0), each,
-        by.groups, by.kept, float(form.eps), float(by.scale), float(groups.fill if groups else 0.0),
-        by.top, SCORES[form.score], SCORES[form.then], DIVIDES[form.divide], bias is not None,
+        by.groups, float(form.eps), float(by.scale), float(groups.fill if groups else 0.0),
+        by.top, by.kept, SCORES[form.score], SCORES[form.then], DIVIDES[form.divide], bias is not None,
         groups is not None, groups is not None and groups.by == "two", groups is not None and groups.weighed,
         high, wide, triton.next_power_of_2(by.top), num_warps=max(1, min(8, high * wide // 256)),
     )  # fmt: skip
