@@ -1,7 +1,8 @@
 """Linears through humming-kernels, compiled for each shape when first run: weights of 2 to 8 bits in its own layout.
 
 Its choice of tile, and of how many blocks share a sum, depends on the number of rows, so a row's last bits may too. It
-finds its compiler (nvrtc) beside torch and keeps what it compiles in ~/.humming, or where HUMMING_CACHE_DIR says.
+finds its compiler (nvrtc) beside torch and keeps what it compiles in ~/.humming, or where HUMMING_CACHE_DIR says. Codes
+of 4 bits are read by `few` where there are few rows, out of the same memory.
 """
 
 from dataclasses import dataclass
@@ -11,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit.kernels import torch_dequant, triton_runtime
+from fewbit.kernels import few, humming_weight, torch_dequant, triton_runtime
 from fewbit.kernels.capability import LEAST
-from fewbit.kernels.humming_layout import Layout, layout
+from fewbit.kernels.humming_layout import PLAIN, Layout, layout
 from fewbit.kernels.input_rounding import Rounding
 from fewbit.kernels.torch_dequant import Rows, low_rank
 from fewbit.quant.qtensor import QTensor, Quantized
@@ -37,6 +38,7 @@ class Held:
     rounding: Rounding | None
     given: Tensor | None
     locks: Tensor
+    blocks: int = 0  # columns to a scale where `few` reads this layout too, else 0
     plain: Tensor | None = None  # which kernel for how many rows; compiled at the first call
     biased: tuple[Tensor, Tensor, Tensor] | None = None  # (the bias, which kernels, the bias in humming's order)
 
@@ -55,8 +57,6 @@ def supports(form: Format, device: torch.device, dtype: torch.dtype, rounded: bo
 
 def prepack_linear(q: Quantized, dtype: torch.dtype, rounded: bool = False) -> Held | Rows:
     """Columns and rows that do not come in whole words, and scales beyond the type, are left to the reference."""
-    from fewbit.kernels import humming_weight
-
     how = layout(q.format, dtype, rounded)
     assert isinstance(how, Layout), how
     device = q.weight.device
@@ -68,7 +68,16 @@ def prepack_linear(q: Quantized, dtype: torch.dtype, rounded: bool = False) -> H
     names = ("weight", "weight_scale", "weight_scale_2", "zero_point")
     given = q.act["scale0"].float().view(1) if how.input and how.input.given else None
     locks = torch.zeros(LOCKS, dtype=torch.int32, device=device)
-    return Held(emptied(q), config, dtype, tuple(map(tensors.get, names)), columns, how.input, given, locks)
+    held = tuple(map(tensors.get, names))
+    return Held(emptied(q), config, dtype, held, columns, how.input, given, locks, _blocks(q.weight, how, dtype))
+
+
+def _blocks(w: QTensor, how: Layout, dtype: torch.dtype) -> int:
+    """Codes of 4 bits in whole tiles, under scales of the type that is computed in."""
+    n, k = w.shape
+    plain = (how.codes, how.kind, how.scale, how.input, how.outer) == ("uint4", "group", PLAIN[dtype], None, False)
+    whole = humming_weight.padded(n) == n and humming_weight.padded(k, how.group) == k
+    return how.group if plain and whole and how.group in few.GROUPS else 0
 
 
 def emptied(q: Quantized) -> Quantized:
@@ -96,9 +105,11 @@ def _product(x: Tensor, held: Held, bias: Tensor | None) -> Tensor:
         from fewbit.kernels.triton_quantize import quantize_rows
 
         x, scale = quantize_rows(x, held.rounding, held.given)
+    weight, weight_scale, outer, zero = held.tensors
+    if held.blocks and weight is not None and weight_scale is not None and few.takes_blocks(x, bias):
+        return few.blocks(x, weight, held.source.weight.shape[-2], held.blocks, weight_scale, zero, bias)
     inside = bias if held.columns is None else None
     configs, ordered = _biased(held, inside) if inside is not None else (_plain(held), None)
-    weight, weight_scale, outer, zero = held.tensors
     y: Tensor = torch.ops.humming.launch_kernel.default(
         configs, x, weight, weight_scale, outer, scale, None, zero, ordered, None, None, None, None, None, held.locks,
         1, 0,
