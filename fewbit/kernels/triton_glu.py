@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fewbit.kernels.triton_early import begin, early
+
 ACTS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "sigmoid")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 STEPS = (1, 2)  # along gate and up: halves side by side, or interleaved
@@ -37,8 +39,9 @@ def _act(x, alpha, ACT: tl.constexpr):
 @triton.jit(do_not_specialize=["blocks"])
 def _act_mul(
     gate_at, up_at, y_at, n, blocks, gate_row, gate_step, up_row, up_step, alpha, limit, plus,
-    ACT: tl.constexpr, BLOCK: tl.constexpr,
+    ACT: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    begin(EARLY)
     pid = tl.program_id(0)
     row = (pid // blocks).to(tl.int64)
     at = pid % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -67,6 +70,7 @@ def act_mul(gate: Tensor, up: Tensor, act: str, alpha: float, limit: float, plus
     block = 1024 if y.numel() >= FULL else 256
     blocks = triton.cdiv(n, block)
     _act_mul[(gate.shape[0] * blocks,)](
-        gate, up, y, n, blocks, *gate.stride(), *up.stride(), alpha, limit, plus, act, block, num_warps=block // 256
-    )
+        gate, up, y, n, blocks, *gate.stride(), *up.stride(), alpha, limit, plus, act, block, num_warps=block // 256,
+        **early(gate.device),
+    )  # fmt: skip
     return y

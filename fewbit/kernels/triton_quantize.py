@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fewbit.kernels.input_rounding import Rounding
+from fewbit.kernels.triton_early import begin, early
 
 HELD = 16384  # columns of a row that stay in registers between the search and the rounding
 TILE = 2048  # values of a program that rounds runs of columns
@@ -26,7 +27,7 @@ def quantize_rows(x: Tensor, how: Rounding, scale: Tensor | None = None) -> tupl
     warps = max(1, min(16, block // 512))
     if m:
         _token[(m,)](x, codes, scales, k, how.reach, how.empty, block, block >= k, how.given, how.powers,
-                     how.element == "int8", num_warps=warps)  # fmt: skip
+                     how.element == "int8", num_warps=warps, **early(x.device))  # fmt: skip
     return codes, scales
 
 
@@ -37,7 +38,8 @@ def _by_runs(x: Tensor, codes: Tensor, how: Rounding) -> Tensor:
     each = min(triton.next_power_of_2(runs), TILE // how.columns)
     if m:
         _runs[(m, triton.cdiv(runs, each))](x, codes, scales, k, runs, how.reach, how.empty, how.columns, each,
-                                            how.powers, how.element == "int8", num_warps=4)  # fmt: skip
+                                            how.powers, how.element == "int8", num_warps=4,
+                                            **early(x.device))  # fmt: skip
     return scales
 
 
@@ -77,8 +79,9 @@ def _codes(x, scale, INT: tl.constexpr):
 @triton.jit
 def _token(
     x, codes, scales, k: tl.constexpr, REACH: tl.constexpr, EMPTY: tl.constexpr, BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr, GIVEN: tl.constexpr, POWERS: tl.constexpr, INT: tl.constexpr,
+    WHOLE: tl.constexpr, GIVEN: tl.constexpr, POWERS: tl.constexpr, INT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     x += row * k
@@ -110,8 +113,9 @@ def _token(
 @triton.jit
 def _runs(
     x, codes, scales, k: tl.constexpr, runs: tl.constexpr, REACH: tl.constexpr, EMPTY: tl.constexpr,
-    COLUMNS: tl.constexpr, EACH: tl.constexpr, POWERS: tl.constexpr, INT: tl.constexpr,
+    COLUMNS: tl.constexpr, EACH: tl.constexpr, POWERS: tl.constexpr, INT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     run = tl.program_id(1) * EACH + tl.arange(0, EACH)
     at = run[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
