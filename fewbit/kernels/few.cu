@@ -8,7 +8,8 @@
 // memory what it reads back itself: loads that are under way need no registers, and nothing need be synchronised.
 //
 // Compiled for: TYPE of x (0 bfloat16, 1 float16, 2 e4m3, 3 int8), OUT of y (0, 1), TILES of 8 rows of x, WARPS of a
-// block, DEPTH copies under way; blocks: GROUP columns to a scale, ZEROS 1 where each has a zero, SPLIT blocks to a sum.
+// block, DEPTH copies under way; blocks: CODES 0 integers under scales of x's type, 1 e2m1 under e4m3, 2 e2m1 under e8m0;
+// GROUP columns to a scale, ZEROS 1 where each has a zero, SPLIT blocks to a sum.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -187,24 +188,70 @@ static_assert(DEPTH == 8, "x of the next run must have come with this one's code
 #define MAGIC 0x43004300u  // 128 in bfloat16, whose last bit is worth 1
 #define MIDDLE 0x43084308u
 #define LESS "sub.rn.bf16x2"
+#define TIMES_TWO "mul.rn.bf16x2"
 #else
 #define MAGIC 0x64006400u  // 1024 in float16
 #define MIDDLE 0x64086408u
 #define LESS "sub.rn.f16x2"
+#define TIMES_TWO "mul.rn.f16x2"
 #endif
 
-// Two codes of 4 bits, 16 apart, less their zero.
-__device__ __forceinline__ u32 pair(u32 codes, u32 zero) {
+// Codes p and p + 4 of 8 as two numbers; integers less their zero.
+template <int p> __device__ __forceinline__ u32 pair(u32 codes, u32 zero) {
     u32 v;
-    asm("lop3.b32 %0, %1, 0x000f000f, %2, 0xEA;" : "=r"(v) : "r"(codes), "r"(MAGIC));
+#if CODES == 0
+    asm("lop3.b32 %0, %1, 0x000f000f, %2, 0xEA;" : "=r"(v) : "r"(codes >> 4 * p), "r"(MAGIC));
     asm(LESS " %0, %0, %1;" : "+r"(v) : "r"(zero));
+#else  // sign, and two bits of exponent with one of mantissa: too small by 2^126 (2^14)
+    constexpr int far = TYPE == 0 ? 6 - 4 * p : 9 - 4 * p;
+    const u32 size = far < 0 ? codes >> -far : codes << (far < 0 ? 0 : far), sign = codes << (12 - 4 * p) & 0x80008000u;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(v) : "r"(size), "r"(TYPE == 0 ? 0x01c001c0u : 0x0e000e00u), "r"(sign));
+    asm(TIMES_TWO " %0, %0, %1;" : "+r"(v) : "r"(TYPE == 0 ? 0x7e807e80u : 0x74007400u));
+#endif
     return v;
+}
+
+// Scales of 8 rows.
+#if CODES == 0
+typedef Four Scales;
+#else
+struct __align__(8) Scales { u32 x, y; };
+#endif
+
+__device__ __forceinline__ Scales scales_at(const void *at) {
+    Scales v;
+#if CODES == 0
+    v = four(at);
+#else
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at));
+#endif
+    return v;
+}
+
+// Those of rows g + 16 r and g + 16 r + 8.
+__device__ __forceinline__ void two_of(const Scales &v, int r, float &above, float &below) {
+#if CODES == 0
+    const u32 both = r == 0 ? v.x : r == 1 ? v.y : r == 2 ? v.z : v.w;
+    above = widened(both & 0xffff), below = widened(both >> 16);
+#else
+    const u32 both = (r < 2 ? v.x : v.y) >> r % 2 * 16;
+#if CODES == 1
+    u32 halves;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"((u16)both));
+    asm("cvt.f32.f16 %0, %1;" : "=f"(above) : "h"((u16)halves));
+    asm("cvt.f32.f16 %0, %1;" : "=f"(below) : "h"((u16)(halves >> 16)));
+#else
+    const u32 one = both & 255, two = both >> 8 & 255;  // 2^-127 is subnormal, 255 no number
+    above = __uint_as_float(one == 0 ? 1u << 22 : one == 255 ? 0x7fc00000u : one << 23);
+    below = __uint_as_float(two == 0 ? 1u << 22 : two == 255 ? 0x7fc00000u : two << 23);
+#endif
+#endif
 }
 
 // w: [k / 16, n / 64, 32 lanes, 4 words]; scales: [k / GROUP, n / 64, 8, 8], of row g + 8 j at [g, j], and so zeros of 4
 // bits. A block makes 64 columns of y over its share of K; the SPLIT blocks of a cluster add up in one another's memory.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-few_blocks(const Four *w, const char *x, Finish finish, const Four *scales, const u32 *zeros, int k) {
+few_blocks(const Four *w, const char *x, Finish finish, const Scales *scales, const u32 *zeros, int k) {
     constexpr int TIMES = GROUP < 128 ? 128 / GROUP : 1, EACH = 8 / TIMES;  // scales of 128 columns; blocks to each
     constexpr int STRIDE = SPLIT * WARPS, ROW = 256 + 16, HALF = TILES * 8 * ROW;  // rows of x lie in banks of their own
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -220,7 +267,7 @@ few_blocks(const Four *w, const char *x, Finish finish, const Four *scales, cons
         if (run < runs) copy(ring + i * 32, from + i * apart + lane);
         close_group();
     }
-    Four scale[TIMES];
+    Scales scale[TIMES];
 #if ZEROS
     u32 zero[TIMES];
 #endif
@@ -228,7 +275,7 @@ few_blocks(const Four *w, const char *x, Finish finish, const Four *scales, cons
 #pragma unroll
         for (int s = 0; s < TIMES; s++) {
             const u64 group = (u64)(GROUP < 128 ? r * TIMES + s : r * 128 / GROUP) * tiles + tile;
-            scale[s] = four(scales + group * 8 + g);
+            scale[s] = scales_at(scales + group * 8 + g);
 #if ZEROS
             zero[s] = word(zeros + group * 8 + g);
 #endif
@@ -246,7 +293,7 @@ few_blocks(const Four *w, const char *x, Finish finish, const Four *scales, cons
     float sum[TILES][4][4] = {};
     for (int half = 0; run < runs; run += STRIDE, half ^= HALF) {
         const bool more = run + STRIDE < runs;
-        Four given[TIMES];
+        Scales given[TIMES];
 #if ZEROS
         u32 nil[TIMES];
 #endif
@@ -287,18 +334,18 @@ few_blocks(const Four *w, const char *x, Finish finish, const Four *scales, cons
 #else
                     const u32 z0 = MIDDLE, z1 = MIDDLE;
 #endif
-                    const u32 a0 = pair(codes[r], z0), a2 = pair(codes[r] >> 4, z0);
-                    const u32 a1 = pair(codes[r] >> 8, z1), a3 = pair(codes[r] >> 12, z1);
+                    const u32 a0 = pair<0>(codes[r], z0), a2 = pair<1>(codes[r], z0);
+                    const u32 a1 = pair<2>(codes[r], z1), a3 = pair<3>(codes[r], z1);
 #pragma unroll
                     for (int j = 0; j < TILES; j++) mma(part[j][r], a0, a1, a2, a3, b[j][0], b[j][1]);
                 }
                 if (more) copy(ring + i * 32, from + i * apart + lane);
                 close_group();
             }
-            const u32 by[4] = {given[s].x, given[s].y, given[s].z, given[s].w};
 #pragma unroll
             for (int r = 0; r < 4; r++) {
-                const float above = widened(by[r] & 0xffff), below = widened(by[r] >> 16);
+                float above, below;
+                two_of(given[s], r, above, below);
 #pragma unroll
                 for (int j = 0; j < TILES; j++)
 #pragma unroll

@@ -4,6 +4,7 @@ A row of y is the same whatever rows are beside it: K is dealt out by the shape 
 """
 
 import ctypes
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -20,7 +21,16 @@ HALVES = (torch.bfloat16, torch.float16)
 CHUNK = 64  # bytes of a row that a warp takes at a time
 ROWS, BLOCK = 16, 64  # columns of y that a block makes: from rows of W, from humming's blocks
 RUN = 128  # columns of W that a warp takes at a time from humming's blocks
-GROUPS = (32, 64, 128, 256, 512)
+INTEGERS, NVFP4, MXFP4 = range(3)  # few.cu's CODES
+GROUPS = {INTEGERS: (32, 64, 128, 256, 512), NVFP4: (16,), MXFP4: (32,)}  # columns to a scale
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Codes of 4 bits that `blocks` reads."""
+
+    codes: int
+    group: int
 
 
 class Finish(ctypes.Structure):
@@ -72,12 +82,13 @@ def rows(
 
 
 def blocks(
-    x: Tensor, w: Tensor, n: int, group: int, scales: Tensor, zeros: Tensor | None, bias: Tensor | None = None
-) -> Tensor:
-    """x: [M, K]; w, scales, zeros: codes of 4 bits [n, K] as humming holds them -> [M, n]."""
+    x: Tensor, w: Tensor, n: int, how: Blocks, scales: Tensor, zeros: Tensor | None, outer: Tensor | None,
+    bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """x: [M, K]; w, scales, zeros: codes of 4 bits [n, K] as humming holds them; outer: [1] float32 -> [M, n]."""
     y = x.new_empty(len(x), n)
-    run = _by_blocks(x.device, x.dtype, _tiles(len(x)), group, zeros is not None, n)
-    finish, k = _finish(y, None, None, bias), ctypes.c_int(x.shape[1])
+    run = _by_blocks(x.device, x.dtype, _tiles(len(x)), how, zeros is not None, n)
+    finish, k = _finish(y, None, outer, bias), ctypes.c_int(x.shape[1])
     run(n // BLOCK * run.cluster, _stream(x), (_at(w), _at(x), finish, _at(scales), _at(zeros), k))
     return y
 
@@ -91,11 +102,11 @@ def _by_rows(device: torch.device, kind: torch.dtype, out: torch.dtype, tiles: i
 
 
 @cache
-def _by_blocks(device: torch.device, kind: torch.dtype, tiles: int, group: int, zeros: bool, n: int) -> Function:
+def _by_blocks(device: torch.device, kind: torch.dtype, tiles: int, how: Blocks, zeros: bool, n: int) -> Function:
     tall, processors = n // BLOCK, _processors(device)
     warps, split = (4, 8) if 2 * tall <= processors else (8, 2) if tall <= 2 * processors else (4, 2)
-    defines = {"TYPE": TYPES[kind], "OUT": TYPES[kind], "TILES": tiles, "WARPS": warps, "DEPTH": 8, "GROUP": group,
-               "ZEROS": int(zeros), "SPLIT": split}  # fmt: skip
+    defines = {"TYPE": TYPES[kind], "OUT": TYPES[kind], "TILES": tiles, "WARPS": warps, "DEPTH": 8, "GROUP": how.group,
+               "CODES": how.codes, "ZEROS": int(zeros), "SPLIT": split}  # fmt: skip
     return _function("few_blocks", device, defines, warps * (4096 + tiles * 4352), split)
 
 

@@ -76,7 +76,7 @@ def test_dense_linear_takes_it() -> None:
 
 
 @pytest.mark.parametrize("zeros", ["", "-asym"])
-@pytest.mark.parametrize("group", few.GROUPS)
+@pytest.mark.parametrize("group", few.GROUPS[few.INTEGERS])
 @pytest.mark.parametrize("dtype", few.HALVES, ids=str)
 def test_blocks(dtype: torch.dtype, group: int, zeros: str) -> None:
     form = FORMATS.get(f"int4-g{group}{zeros}")
@@ -90,7 +90,7 @@ def test_blocks(dtype: torch.dtype, group: int, zeros: str) -> None:
         w = encode(torch.randn(n, k, generator=torch.Generator().manual_seed(n)) * 0.1, form.weight).to(CUDA)
         values = decode(w)
         held = humming_linear.prepack_linear(Quantized(form, w), dtype)
-        assert isinstance(held, humming_linear.Held) and held.blocks == group
+        assert isinstance(held, humming_linear.Held) and held.blocks == few.Blocks(few.INTEGERS, group)
         x, bias = torch.randn(8, k, device=CUDA).to(dtype), torch.randn(n, device=CUDA).to(dtype)
         for m in (1, 3, 8):
             y = humming_linear.run_linear(x[:m], held)
@@ -99,5 +99,27 @@ def test_blocks(dtype: torch.dtype, group: int, zeros: str) -> None:
             biased = humming_linear.run_linear(x[:m], held, bias).double()
             want = x[:m].double() @ values.double().T + bias.double()
             assert bool(((biased - want).abs() <= 2 * UNIT[dtype] * (want.abs() + 1)).all())
-        two = few.blocks(x.repeat(2, 1), held.tensors[0], n, group, held.tensors[1], held.tensors[3])
+        weight, scale, outer, zero = held.tensors
+        assert weight is not None and scale is not None
+        two = few.blocks(x.repeat(2, 1), weight, n, held.blocks, scale, zero, outer)
         assert torch.equal(two[8:], two[:8]) and torch.equal(two[:8], humming_linear.run_linear(x, held))
+
+
+@pytest.mark.parametrize("name, dtype", [
+    ("nvfp4-a16", torch.bfloat16), ("nvfp4-a16", torch.float16), ("mxfp4-a16", torch.bfloat16),
+])  # fmt: skip
+def test_floats_of_4_bits(name: str, dtype: torch.dtype) -> None:
+    form = FORMATS[name]
+    for n, k in ((128, 512), (9216, 384)):
+        w = encode(torch.randn(n, k, generator=torch.Generator().manual_seed(n)) * 0.1, form.weight).to(CUDA)
+        values = decode(w)
+        held = humming_linear.prepack_linear(Quantized(form, w), dtype)
+        assert isinstance(held, humming_linear.Held) and held.blocks is not None
+        x, bias = torch.randn(8, k, device=CUDA).to(dtype), torch.randn(n, device=CUDA).to(dtype)
+        for m in (1, 3, 8):
+            y = humming_linear.run_linear(x[:m], held)
+            near(y, x[:m], values, x[:m].double() @ values.double().T)
+            assert torch.equal(y, humming_linear.run_linear(x, held)[:m])
+        want = x.double() @ values.double().T + bias.double()
+        off = (humming_linear.run_linear(x, held, bias).double() - want).abs()
+        assert bool((off <= 2 * UNIT[dtype] * (want.abs() + 1)).all())
