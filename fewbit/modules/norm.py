@@ -67,7 +67,16 @@ class Norm(nn.Module):
         self.register_parameter("weight", weight)
         self.register_parameter("bias", bias)
 
+    @property
+    def norm_parts(self) -> fused.NormParts:
+        """As kernels are given them."""
+        return self.weight, self.bias, self.form.eps, self.form.times, self.form.centred
+
     def forward(self, x: Tensor) -> Tensor:
+        """x: or a Later, which may add as it norms: see modules.residual."""
+        if not isinstance(x, Tensor):
+            y: Tensor = x.normed(self)
+            return y
         return normed(x, self.weight, self.bias, self.form)
 
     def extra_repr(self) -> str:
