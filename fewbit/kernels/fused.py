@@ -26,6 +26,7 @@ STEPS = (1, 2)  # along gate and up: halves side by side, or interleaved
 # fused.cpp's structs, in the types and the alignment of C
 FORMS = "4P12q2f3i0q", "3P2qi0q", "3P5q3f2i0q", "2P2P7q2P7q6q4q6i0q"
 NORM, SUM, GATE, ROTARY = (struct.Struct(form) for form in FORMS)
+ROWS = (1,) * 10  # of a norm whose rows lie without gaps and are known
 NormParts = tuple[Tensor | None, Tensor | None, float, str, bool]  # of a norm: weight, bias, eps, times, centred
 
 _LEFT: ContextVar[bool] = ContextVar("left to torch", default=False)
@@ -62,18 +63,17 @@ def takes_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
 def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, times: str, centred: bool) -> Tensor:
     """x: [..., D], weight and bias: [D] -> [..., D]; as modules.norm.norm."""
     y = torch.empty_like(x)
-    call(_native().fused_norm, _packed(x, y, (weight, bias, eps, times, centred)))
+    (_, n1, n2), strides, made = leading(x, y)
+    call(_native().fused_norm, _packed(x, y, (n1, n2, *strides, n1, n2, *made), (weight, bias, eps, times, centred)))
     return y
 
 
-def _packed(x: Tensor, y: Tensor, parts: NormParts) -> bytes:
+def _packed(x: Tensor, y: Tensor, rows: tuple[int, ...], parts: NormParts) -> bytes:
     weight, bias, eps, times, centred = parts
-    (_, n1, n2), strides, made = leading(x, y)
     d = x.shape[-1]
     return NORM.pack(
         x.data_ptr(), 0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(),
-        n1, n2, *strides, n1, n2, *made, x.numel() // d, d, eps, times == "plus", DTYPES[x.dtype], times == "late",
-        centred,
+        *rows, x.numel() // d, d, eps, times == "plus", DTYPES[x.dtype], times == "late", centred,
     )  # fmt: skip
 
 
@@ -93,8 +93,8 @@ def add_norm(
     call(
         _native().fused_add_norm,
         SUM.pack(x.data_ptr(), residual.data_ptr(), total.data_ptr(), x.numel() // d, d, DTYPES[x.dtype]),
-        None if before is None else _packed(x, total, before),
-        None if after is None or y is None else _packed(total, y, after),
+        None if before is None else _packed(x, total, ROWS, before),
+        None if after is None or y is None else _packed(total, y, ROWS, after),
     )
     return total, y
 

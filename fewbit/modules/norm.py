@@ -70,7 +70,8 @@ class Norm(nn.Module):
     @property
     def norm_parts(self) -> fused.NormParts:
         """As kernels are given them."""
-        return self.weight, self.bias, self.form.eps, self.form.times, self.form.centred
+        held, form = self._parameters, self.form
+        return held["weight"], held["bias"], form.eps, form.times, form.centred
 
     def forward(self, x: Tensor) -> Tensor:
         """x: or a Later, which may add as it norms: see modules.residual."""
