@@ -15,6 +15,28 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SHORT, MANY = 512, 2048  # rows up to this long are taken several at a time, where there are so many
 
 
+@triton.jit
+def of_rows(
+    raw, inside, at, w_at, b_at, eps, D: tl.constexpr, OFFSET: tl.constexpr, LATE: tl.constexpr, CENTRED: tl.constexpr,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, OUT: tl.constexpr,
+):  # fmt: skip
+    """raw: whole rows in registers -> their norm in float32, to be stored as OUT."""
+    h = raw.to(tl.float32)
+    if CENTRED:
+        h = tl.where(inside, h - (tl.sum(h, 1) / D)[:, None], 0.0)
+    h = h * tl.rsqrt(tl.sum(h * h, 1) / D + eps)[:, None]
+    if LATE:
+        h = h.to(raw.dtype).to(tl.float32)
+    if WEIGHT:
+        w = tl.load(w_at + at, at < D, 0.0).to(tl.float32) + OFFSET
+        h = h * w[None, :]
+    if BIAS:
+        if LATE and WEIGHT:
+            h = h.to(OUT).to(tl.float32)
+        h = h + tl.load(b_at + at, at < D, 0.0).to(tl.float32)[None, :]
+    return h
+
+
 @triton.jit(do_not_specialize=["rows", "n1", "n2"])
 def _norm(
     x_at, w_at, b_at, y_at, rows, n1, n2, xs0, xs1, xs2, ys0, ys1, ys2, eps, D: tl.constexpr,
@@ -28,20 +50,15 @@ def _norm(
     x_rows = i0 * xs0 + i1 * xs1 + i2 * xs2
     y_rows = i0 * ys0 + i1 * ys1 + i2 * ys2
     raw = tl.load(x_at + x_rows[:, None] + at[None, :], inside, 0.0)
-    h = raw.to(tl.float32)
-    if CENTRED:
-        h = tl.where(inside, h - (tl.sum(h, 1) / D)[:, None], 0.0)
-    h = h * tl.rsqrt(tl.sum(h * h, 1) / D + eps)[:, None]
-    if LATE:
-        h = h.to(raw.dtype).to(tl.float32)
-    if WEIGHT:
-        w = tl.load(w_at + at, at < D, 0.0).to(tl.float32) + OFFSET
-        h = h * w[None, :]
-    if BIAS:
-        if LATE and WEIGHT:
-            h = h.to(y_at.dtype.element_ty).to(tl.float32)
-        h = h + tl.load(b_at + at, at < D, 0.0).to(tl.float32)[None, :]
+    h = of_rows(raw, inside, at, w_at, b_at, eps, D, OFFSET, LATE, CENTRED, WEIGHT, BIAS, y_at.dtype.element_ty)
     tl.store(y_at + y_rows[:, None] + at[None, :], h.to(y_at.dtype.element_ty), inside)
+
+
+def tile(d: int, rows: int) -> tuple[int, int, int]:
+    """Rows of a program, numbers of a row, warps."""
+    block = triton.next_power_of_2(d)
+    several = 8 if d <= SHORT and rows >= MANY else 1
+    return several, block, min(16, max(1, several * block // 512))
 
 
 def takes(x: Tensor) -> bool:
@@ -59,9 +76,7 @@ def norm(
     if rows == 0:
         return y
     (_, n1, n2), xs, ys = leading(x, y)
-    block = triton.next_power_of_2(d)
-    several = 8 if d <= SHORT and rows >= MANY else 1
-    warps = min(16, max(1, several * block // 512))
+    several, block, warps = tile(d, rows)
     _norm[(triton.cdiv(rows, several),)](
         x, weight if weight is not None else x, bias if bias is not None else x, y, rows, n1, n2, *xs, *ys, eps, d,
         float(times == "plus"), late, centred, weight is not None, bias is not None, several, block, num_warps=warps,

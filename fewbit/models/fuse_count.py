@@ -19,7 +19,7 @@ from fewbit.models import fuse, hf, twin
 from fewbit.models.fuse_place import place
 from fewbit.models.observe_taps import layers_path
 from fewbit.models.shrink import shrink
-from fewbit.modules import attention, experts, glu, norm, rotary
+from fewbit.modules import attention, experts, glu, norm, residual, rotary
 
 FREE = ("empty", "lift_fresh", "detach", "alias", "_unsafe_view")  # operations that launch nothing
 OTHERS = "fewbit-counted"  # our name among transformers' attention functions while counting
@@ -94,7 +94,8 @@ def layers(model: Any, fused: bool) -> int:
 
     with ExitStack() as stack:
         for target, name, function in (
-            (norm, "normed", count.one(norm.normed)), (glu, "act_mul", count.one(glu.act_mul)),
+            (norm, "normed", count.one(norm.normed)), (residual, "normed", count.one(norm.normed)),
+            (residual, "add_normed", count.one(residual.add_normed)), (glu, "act_mul", count.one(glu.act_mul)),
             (rotary, "rotate", count.one(rotary.rotate)), (experts, "stays_on_device", lambda *_: True),
             (experts, "dense", count.one(dense)), (experts, "kernel", lambda: Routed(count, fused)),
         ):  # fmt: skip

@@ -11,7 +11,7 @@ from fewbit.modules.glu import GluForm
 from fewbit.modules.norm import NormForm
 from fewbit.modules.rotary import RotaryForm
 
-Kind = Literal["merged", "norm", "glu", "rotary"]
+Kind = Literal["merged", "norm", "glu", "rotary", "sums"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +36,26 @@ class Called:
         return f"{self.name}: {self.form}"
 
 
-Form = Siblings | NormForm | GluForm | Called
-ALREADY = "torch's own is one kernel already"  # a reason that refuses nothing: there is nothing to gain
-KINDS: dict[type, Kind] = {Siblings: "merged", NormForm: "norm", GluForm: "glu", Called: "rotary"}
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """A decoder layer's additions, each in one launch with a norm. norms: whose outputs are added.
+
+    passes: sums wait for the norm that reads them, in the next layer too.
+    """
+
+    norms: tuple[str, ...]
+    passes: bool
+
+    def __str__(self) -> str:
+        given = f"{', '.join(self.norms)} + residual" if self.norms else ""
+        return ", ".join(filter(None, (given, "residual + next norm" if self.passes else "")))
+
+
+Form = Siblings | NormForm | GluForm | Called | Sums
+ALREADY = "torch's own is one kernel already"
+ALONE = "no norm of ours is beside an addition"
+NOTHING = (ALREADY, ALONE)  # reasons that refuse nothing: there is nothing to gain
+KINDS: dict[type, Kind] = {Siblings: "merged", NormForm: "norm", GluForm: "glu", Called: "rotary", Sums: "sums"}
 NUMBERED = (NormForm, GluForm)  # what these do may depend on a module's numbers
 
 
@@ -99,7 +116,7 @@ class Decision:
 
     @property
     def refused(self) -> bool:
-        return self.reason not in ("", ALREADY)
+        return self.reason not in ("", *NOTHING)
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,17 @@ class Norm(nn.Module):
         self.register_parameter("weight", weight)
         self.register_parameter("bias", bias)
 
+    @property
+    def norm_parts(self) -> fused.NormParts:
+        """As kernels are given them."""
+        held, form = self._parameters, self.form
+        return held["weight"], held["bias"], form.eps, form.times, form.centred
+
     def forward(self, x: Tensor) -> Tensor:
+        """x: or a Later, which may add as it norms: see modules.residual."""
+        if not isinstance(x, Tensor):
+            y: Tensor = x.normed(self)
+            return y
         return normed(x, self.weight, self.bias, self.form)
 
     def extra_repr(self) -> str:

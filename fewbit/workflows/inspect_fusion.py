@@ -32,7 +32,7 @@ class Fusion:
             "model_type": self.plan.model_type,
             "kernels_per_layer": asdict(self.kernels) if self.kernels else {"why": self.why},
             "groups": self._of("merged"), "norms": self._of("norm"), "gated": self._of("glu"),
-            "rotary": self._of("rotary"),
+            "rotary": self._of("rotary"), "sums": self._of("sums"),
             "wiring": {"path": self.wiring.path, "layers": layers, "stream": asdict(self.wiring.stream)},
             "refused": said,
         }  # fmt: skip
