@@ -98,19 +98,20 @@ def run_linear(x: Tensor, held: Held | Rows, bias: Tensor | None = None) -> Tens
         return torch_dequant.run_linear(x, held, bias)
     q = held.source
     x = transformed(x, q.transforms)
-    flat = x.reshape(-1, x.shape[-1])
     n = q.weight.shape[-2]
-    y = _product(flat, held, bias) if len(flat) else flat.new_empty(0, n)
+    y = _product(x, held, bias) if x.numel() else x.new_empty(0, n)
     return low_rank(x, q.transforms, y.view(*x.shape[:-1], n))
 
 
 def _product(x: Tensor, held: Held, bias: Tensor | None) -> Tensor:
-    """x: [M, K] -> [M, N]."""
+    """x: [..., K] -> [M, N]."""
     scale = None
     if held.rounding is not None:
-        from fewbit.kernels.triton_quantize import quantize_rows
+        from fewbit.kernels.triton_quantize import input_codes
 
-        x, scale = quantize_rows(x, held.rounding, held.given)
+        x, scale = input_codes(x, held.rounding, held.given)
+    else:
+        x = x.reshape(-1, x.shape[-1])
     weight, weight_scale, outer, zero = held.tensors
     if held.blocks and weight is not None and weight_scale is not None and few.takes_blocks(x, bias):
         return few.blocks(x, weight, held.source.weight.shape[-2], held.blocks, weight_scale, zero, outer, bias)

@@ -69,18 +69,17 @@ def run_linear(x: Tensor, held: Scaled | Rows, bias: Tensor | None = None) -> Te
         return torch_dequant.run_linear(x, held, bias)
     q = held.source
     x = transformed(x, q.transforms)
-    flat = x.reshape(-1, x.shape[-1])
     n = q.weight.shape[-2]
-    y = _product(flat, held, bias) if len(flat) else flat.new_empty(0, n)
+    y = _product(x, held, bias) if x.numel() else x.new_empty(0, n)
     return low_rank(x, q.transforms, y.view(*x.shape[:-1], n))
 
 
 def _product(x: Tensor, held: Scaled, bias: Tensor | None) -> Tensor:
-    """x: [M, K] -> [M, N]."""
-    from fewbit.kernels.triton_quantize import quantize_rows
+    """x: [..., K] -> [M, N]."""
+    from fewbit.kernels.triton_quantize import input_codes
     from fewbit.kernels.triton_scale import scale_
 
-    codes, scale = quantize_rows(x, held.rounding, held.given)
+    codes, scale = input_codes(x, held.rounding, held.given)
     if few.takes(codes, held.codes.shape[1], bias, x.dtype):
         return few.rows(
             codes, held.codes.t(), x.dtype, scale, held.whole if held.columns is None else held.columns, bias

@@ -9,7 +9,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fewbit.kernels.fused import NormParts
+from fewbit.kernels.input_rounding import Wanted, offer
+from fewbit.kernels.triton_early import begin, early
 from fewbit.kernels.triton_norm import of_rows, takes, tile
+from fewbit.kernels.triton_quantize import flags, put_codes, room
 
 NONE: NormParts = (None, None, 1.0, "wide", False)
 
@@ -19,8 +22,11 @@ def _add_norm(
     x_at, r_at, s_at, y_at, w0_at, b0_at, w1_at, b1_at, rows, eps0, eps1, D: tl.constexpr,
     BEFORE: tl.constexpr, OFFSET0: tl.constexpr, LATE0: tl.constexpr, CENTRED0: tl.constexpr, WEIGHT0: tl.constexpr,
     BIAS0: tl.constexpr, AFTER: tl.constexpr, OFFSET1: tl.constexpr, LATE1: tl.constexpr, CENTRED1: tl.constexpr,
-    WEIGHT1: tl.constexpr, BIAS1: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    WEIGHT1: tl.constexpr, BIAS1: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, codes, scales,
+    ROUND: tl.constexpr, REACH: tl.constexpr, EMPTY: tl.constexpr, POWERS: tl.constexpr, INT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    begin(EARLY)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (at < D)[None, :]
@@ -36,6 +42,9 @@ def _add_norm(
     if AFTER:
         h = of_rows(total, inside, at, w1_at, b1_at, eps1, D, OFFSET1, LATE1, CENTRED1, WEIGHT1, BIAS1, out)
         tl.store(y_at + there, h.to(out), inside)
+        if ROUND:
+            values = tl.where(inside, h.to(out).to(tl.float32), 0.0)
+            put_codes(values, row, at, inside, row < rows, codes, scales, D, REACH, EMPTY, POWERS, INT)
 
 
 def takes_sum(x: Tensor, residual: Tensor, before: NormParts | None, after: NormParts | None) -> bool:
@@ -48,21 +57,24 @@ def takes_sum(x: Tensor, residual: Tensor, before: NormParts | None, after: Norm
 
 
 def add_norm(
-    x: Tensor, residual: Tensor, before: NormParts | None, after: NormParts | None
+    x: Tensor, residual: Tensor, before: NormParts | None, after: NormParts | None, wanted: Wanted | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """x, residual: [..., D] -> their sum, and its norm; as modules.residual.add_norm."""
+    """x, residual: [..., D] -> their sum, and its norm; as modules.residual.add_norm. wanted: of who reads the norm."""
     total, y = torch.empty_like(x), None if after is None else torch.empty_like(x)
     d, rows = x.shape[-1], x.numel() // x.shape[-1]
     if rows == 0:
         return total, y
     several, block, warps = tile(d, rows)
     first, second = before or NONE, after or NONE
+    how = wanted.how if wanted and y is not None else None
+    codes = None if how is None else room(x, how)
     _add_norm[(triton.cdiv(rows, several),)](
         x, residual, total, total if y is None else y,
         *(x if t is None else t for t in (*first[:2], *second[:2])), rows, first[2], second[2], d,
-        before is not None, *_flags(first), after is not None, *_flags(second), several, block, num_warps=warps,
+        before is not None, *_flags(first), after is not None, *_flags(second), several, block,
+        *(codes or (total, total)), num_warps=warps, **flags(how), **early(x.device),
     )  # fmt: skip
-    return total, y
+    return total, y if y is None or wanted is None else offer(y, wanted, codes)
 
 
 def _flags(parts: NormParts) -> tuple[float, bool, bool, bool, bool]:

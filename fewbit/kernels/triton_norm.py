@@ -8,7 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fewbit.kernels.input_rounding import Wanted, offer
 from fewbit.kernels.rows import leading, widest
+from fewbit.kernels.triton_early import begin, early
+from fewbit.kernels.triton_quantize import flags, put_codes, room
 
 LONGEST = 1 << 15  # of a row: what the registers of 16 warps hold
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,8 +44,10 @@ def of_rows(
 def _norm(
     x_at, w_at, b_at, y_at, rows, n1, n2, xs0, xs1, xs2, ys0, ys1, ys2, eps, D: tl.constexpr,
     OFFSET: tl.constexpr, LATE: tl.constexpr, CENTRED: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, codes, scales, ROUND: tl.constexpr, REACH: tl.constexpr,
+    EMPTY: tl.constexpr, POWERS: tl.constexpr, INT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    begin(EARLY)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (at < D)[None, :]
@@ -51,7 +56,11 @@ def _norm(
     y_rows = i0 * ys0 + i1 * ys1 + i2 * ys2
     raw = tl.load(x_at + x_rows[:, None] + at[None, :], inside, 0.0)
     h = of_rows(raw, inside, at, w_at, b_at, eps, D, OFFSET, LATE, CENTRED, WEIGHT, BIAS, y_at.dtype.element_ty)
-    tl.store(y_at + y_rows[:, None] + at[None, :], h.to(y_at.dtype.element_ty), inside)
+    y = h.to(y_at.dtype.element_ty)
+    tl.store(y_at + y_rows[:, None] + at[None, :], y, inside)
+    if ROUND:
+        values = tl.where(inside, y.to(tl.float32), 0.0)  # beyond a row a bias is added to zeros
+        put_codes(values, row, at, inside, row < rows, codes, scales, D, REACH, EMPTY, POWERS, INT)
 
 
 def tile(d: int, rows: int) -> tuple[int, int, int]:
@@ -67,9 +76,10 @@ def takes(x: Tensor) -> bool:
 
 
 def norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, times: str, centred: bool = False
-) -> Tensor:
-    """x: [..., D], weight and bias: [D] -> [..., D]; as modules.norm.norm."""
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, times: str, centred: bool = False,
+    wanted: Wanted | None = None,
+) -> Tensor:  # fmt: skip
+    """x: [..., D], weight and bias: [D] -> [..., D]; as modules.norm.norm. wanted: of who reads it."""
     late = times == "late"
     y = torch.empty_like(x, dtype=widest(x, weight, bias) if late else x.dtype)
     d, rows = x.shape[-1], x.numel() // x.shape[-1]
@@ -77,8 +87,11 @@ def norm(
         return y
     (_, n1, n2), xs, ys = leading(x, y)
     several, block, warps = tile(d, rows)
+    how = wanted.how if wanted and y.is_contiguous() else None
+    codes = None if how is None else room(y, how)
     _norm[(triton.cdiv(rows, several),)](
         x, weight if weight is not None else x, bias if bias is not None else x, y, rows, n1, n2, *xs, *ys, eps, d,
-        float(times == "plus"), late, centred, weight is not None, bias is not None, several, block, num_warps=warps,
+        float(times == "plus"), late, centred, weight is not None, bias is not None, several, block,
+        *(codes or (y, y)), num_warps=warps, **flags(how), **early(x.device),
     )  # fmt: skip
-    return y
+    return y if wanted is None else offer(y, wanted, codes)

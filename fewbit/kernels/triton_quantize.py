@@ -8,11 +8,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fewbit.kernels.input_rounding import Rounding
+from fewbit.kernels.input_rounding import Rounding, offered
 from fewbit.kernels.triton_early import begin, early
 
 HELD = 16384  # columns of a row that stay in registers between the search and the rounding
 TILE = 2048  # values of a program that rounds runs of columns
+
+
+def input_codes(x: Tensor, how: Rounding, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x: [..., K] as `quantize_rows` has it, unless its maker has done so: codes [M, K]."""
+    codes = offered(x, how)
+    return codes or quantize_rows(x.reshape(-1, x.shape[-1]), how, scale)
+
+
+def room(x: Tensor, how: Rounding) -> tuple[Tensor, Tensor]:
+    """Where a kernel puts codes and scales of x [..., K], rounded by row as it makes it."""
+    m, k = x.numel() // x.shape[-1], x.shape[-1]
+    scales = torch.empty(m, 1, dtype=torch.float32, device=x.device)
+    return torch.empty(m, k, dtype=how.dtype, device=x.device), scales
+
+
+def flags(how: Rounding | None) -> dict[str, object]:
+    """What `put_codes` is compiled for."""
+    if how is None:
+        return {"ROUND": False, "REACH": 1.0, "EMPTY": 1.0, "POWERS": False, "INT": False}
+    whole = how.element == "int8"
+    return {"ROUND": True, "REACH": how.reach, "EMPTY": how.empty, "POWERS": how.powers, "INT": whole}
 
 
 def quantize_rows(x: Tensor, how: Rounding, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -74,6 +95,17 @@ def _codes(x, scale, INT: tl.constexpr):
         near = value + grid - grid
         codes = tl.where(near == 0, value * 0.0, near).to(tl.float8e4nv)  # a zero keeps its sign
     return codes
+
+
+@triton.jit
+def put_codes(
+    values, row, at, inside, whole_row, codes, scales, k, REACH: tl.constexpr, EMPTY: tl.constexpr,
+    POWERS: tl.constexpr, INT: tl.constexpr,
+):  # fmt: skip
+    """values: [ROWS, BLOCK] float32, whole rows, zeros beyond them; row: [ROWS], at: [BLOCK]."""
+    scale = _scale(tl.max(tl.abs(values), 1), REACH, EMPTY, POWERS)
+    tl.store(scales + row, scale, whole_row)
+    tl.store(codes + row[:, None] * k + at[None, :], _codes(values, scale[:, None], INT), inside)
 
 
 @triton.jit

@@ -31,14 +31,15 @@ def add_normed(x: Tensor, residual: Tensor, before: Norm | None, after: Norm | N
         run: Any = kernel() if x.is_cuda else fused
         given = x, residual, before and before.norm_parts, after and after.norm_parts
         if run.takes_sum(*given):
-            found: Pair = run.add_norm(*given)
+            more = (after and after.wanted,) if x.is_cuda else ()
+            found: Pair = run.add_norm(*given, *more)
             return found
     total = residual + (x if before is None else by(before, x))
     return total, None if after is None else by(after, total)
 
 
 def by(norm: Norm, x: Tensor) -> Tensor:
-    return normed(x, norm.weight, norm.bias, norm.form)
+    return normed(x, norm.weight, norm.bias, norm.form, norm.wanted)
 
 
 class Later:
