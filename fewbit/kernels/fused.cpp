@@ -26,7 +26,8 @@ struct Norm {
 
 template <class T> static inline float as(float v) { T held; store(&held, v); return load(&held); }
 
-template <class T, bool LATE> static void norm_row(const Norm& f, const T* x, T* y) {
+// Never inlined: wherever it is called from, it adds up in one order
+template <class T, bool LATE> __attribute__((noinline)) static void norm_row(const Norm& f, const T* x, T* y) {
     const T *w = (const T*)f.weight, *b = (const T*)f.bias;
     float mean = 0, square = 0;
     if (f.centred) {
@@ -54,12 +55,36 @@ template <class T, bool LATE> static void norm_row(const Norm& f, const T* x, T*
     }
 }
 
+template <class T> static inline void by_kind(const Norm& f, const T* x, T* y) {
+    f.late ? norm_row<T, true>(f, x, y) : norm_row<T, false>(f, x, y);
+}
+
 template <class T> static void norms(const Norm& f) {
 #pragma omp parallel for schedule(static) if (f.rows * f.d > ALONE)
     for (int64_t row = 0; row < f.rows; row++) {
         const T* x = (const T*)f.x + f.from.at(row);
         T* y = (T*)f.y + f.to.at(row);
-        f.late ? norm_row<T, true>(f, x, y) : norm_row<T, false>(f, x, y);
+        by_kind(f, x, y);
+    }
+}
+
+struct Sum {
+    const void *x, *residual;  // [rows, d]
+    void* sum;
+    int64_t rows, d;
+    int32_t type;
+};
+
+// sum = residual + x, or residual + before(x); y = after(sum). before and after may be null
+template <class T> static void add_norms(const Sum& f, const Norm* before, const Norm* after) {
+#pragma omp parallel for schedule(static) if (f.rows * f.d > ALONE)
+    for (int64_t row = 0; row < f.rows; row++) {
+        const T *x = (const T*)f.x + row * f.d, *residual = (const T*)f.residual + row * f.d;
+        T* sum = (T*)f.sum + row * f.d;
+        if (before) by_kind(*before, x, sum), x = sum;
+#pragma omp simd
+        for (int64_t i = 0; i < f.d; i++) store(sum + i, load(residual + i) + load(x + i));
+        if (after) by_kind(*after, sum, (T*)after->y + row * f.d);
     }
 }
 
@@ -199,6 +224,9 @@ template <class T, class C> static void rotaries(const Rotary& f) {
 extern "C" {
 
 void fused_norm(const Norm* f) { f->type == 0 ? norms<float>(*f) : norms<uint16_t>(*f); }
+void fused_add_norm(const Sum* f, const Norm* before, const Norm* after) {
+    f->type == 0 ? add_norms<float>(*f, before, after) : add_norms<uint16_t>(*f, before, after);
+}
 void fused_gate(const Gate* f) { f->type == 0 ? gates_by_kind<float>(*f) : gates_by_kind<uint16_t>(*f); }
 void fused_add(const void* a, const void* b, void* y, int64_t n, int32_t type) {
     if (type == 0) adds((const float*)a, (const float*)b, (float*)y, n);

@@ -24,8 +24,10 @@ STEPS = (1, 2)  # along gate and up: halves side by side, or interleaved
 
 
 # fused.cpp's structs, in the types and the alignment of C
-NORM, GATE, ROTARY = (struct.Struct(form) for form in ("4P12q2f3i0q", "3P5q3f2i0q", "2P2P7q2P7q6q4q6i0q"))
-
+FORMS = "4P12q2f3i0q", "3P2qi0q", "3P5q3f2i0q", "2P2P7q2P7q6q4q6i0q"
+NORM, SUM, GATE, ROTARY = (struct.Struct(form) for form in FORMS)
+ROWS = (1,) * 10  # of a norm whose rows lie without gaps and are known
+NormParts = tuple[Tensor | None, Tensor | None, float, str, bool]  # of a norm: weight, bias, eps, times, centred
 
 _LEFT: ContextVar[bool] = ContextVar("left to torch", default=False)
 
@@ -62,13 +64,39 @@ def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, time
     """x: [..., D], weight and bias: [D] -> [..., D]; as modules.norm.norm."""
     y = torch.empty_like(x)
     (_, n1, n2), strides, made = leading(x, y)
-    d = x.shape[-1]
-    call(_native().fused_norm, NORM.pack(
-        x.data_ptr(), 0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(),
-        n1, n2, *strides, n1, n2, *made, x.numel() // d, d, eps, times == "plus", DTYPES[x.dtype], times == "late",
-        centred,
-    ))  # fmt: skip
+    call(_native().fused_norm, _packed(x, y, (n1, n2, *strides, n1, n2, *made), (weight, bias, eps, times, centred)))
     return y
+
+
+def _packed(x: Tensor, y: Tensor, rows: tuple[int, ...], parts: NormParts) -> bytes:
+    weight, bias, eps, times, centred = parts
+    d = x.shape[-1]
+    return NORM.pack(
+        x.data_ptr(), 0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(),
+        *rows, x.numel() // d, d, eps, times == "plus", DTYPES[x.dtype], times == "late", centred,
+    )  # fmt: skip
+
+
+def takes_sum(x: Tensor, residual: Tensor, before: NormParts | None, after: NormParts | None) -> bool:
+    if x.shape != residual.shape or not (x.is_contiguous() and residual.is_contiguous()):
+        return False
+    held = (t for parts in (before, after) if parts for t in parts[:2])
+    return x.numel() > 0 and x.dim() > 0 and _ours(x, residual, *held)
+
+
+def add_norm(
+    x: Tensor, residual: Tensor, before: NormParts | None, after: NormParts | None
+) -> tuple[Tensor, Tensor | None]:
+    """x, residual: [..., D] -> their sum, and its norm; as modules.residual.add_norm."""
+    total, y = torch.empty_like(x), None if after is None else torch.empty_like(x)
+    d = x.shape[-1]
+    call(
+        _native().fused_add_norm,
+        SUM.pack(x.data_ptr(), residual.data_ptr(), total.data_ptr(), x.numel() // d, d, DTYPES[x.dtype]),
+        None if before is None else _packed(x, total, ROWS, before),
+        None if after is None or y is None else _packed(total, y, ROWS, after),
+    )
+    return total, y
 
 
 def takes_gate(gate: Tensor, up: Tensor, act: str) -> bool:
@@ -140,6 +168,7 @@ def _native() -> Any:
         return None
     for run in (found.fused_norm, found.fused_gate, found.fused_rotary):
         run.argtypes, run.restype = [ctypes.c_char_p], None
+    found.fused_add_norm.argtypes, found.fused_add_norm.restype = [ctypes.c_char_p] * 3, None
     pointer = ctypes.c_void_p
     found.fused_add.argtypes = [pointer, pointer, pointer, ctypes.c_int64, ctypes.c_int32]
     found.fused_add.restype = None

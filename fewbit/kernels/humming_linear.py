@@ -1,7 +1,8 @@
 """Linears through humming-kernels, compiled for each shape when first run: weights of 2 to 8 bits in its own layout.
 
 Its choice of tile, and of how many blocks share a sum, depends on the number of rows, so a row's last bits may too. It
-finds its compiler (nvrtc) beside torch and keeps what it compiles in ~/.humming, or where HUMMING_CACHE_DIR says.
+finds its compiler (nvrtc) beside torch and keeps what it compiles in ~/.humming, or where HUMMING_CACHE_DIR says. Codes
+of 4 bits are read by `few` where there are few rows, out of the same memory.
 """
 
 from dataclasses import dataclass
@@ -11,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit.kernels import torch_dequant, triton_runtime
+from fewbit.kernels import few, humming_weight, torch_dequant, triton_runtime
 from fewbit.kernels.capability import LEAST
-from fewbit.kernels.humming_layout import Layout, layout
+from fewbit.kernels.humming_layout import PLAIN, Layout, layout
 from fewbit.kernels.input_rounding import Rounding
 from fewbit.kernels.torch_dequant import Rows, low_rank
 from fewbit.quant.qtensor import QTensor, Quantized
@@ -37,6 +38,7 @@ class Held:
     rounding: Rounding | None
     given: Tensor | None
     locks: Tensor
+    blocks: few.Blocks | None = None  # where `few` reads this layout too
     plain: Tensor | None = None  # which kernel for how many rows; compiled at the first call
     biased: tuple[Tensor, Tensor, Tensor] | None = None  # (the bias, which kernels, the bias in humming's order)
 
@@ -55,8 +57,6 @@ def supports(form: Format, device: torch.device, dtype: torch.dtype, rounded: bo
 
 def prepack_linear(q: Quantized, dtype: torch.dtype, rounded: bool = False) -> Held | Rows:
     """Columns and rows that do not come in whole words, and scales beyond the type, are left to the reference."""
-    from fewbit.kernels import humming_weight
-
     how = layout(q.format, dtype, rounded)
     assert isinstance(how, Layout), how
     device = q.weight.device
@@ -68,7 +68,22 @@ def prepack_linear(q: Quantized, dtype: torch.dtype, rounded: bool = False) -> H
     names = ("weight", "weight_scale", "weight_scale_2", "zero_point")
     given = q.act["scale0"].float().view(1) if how.input and how.input.given else None
     locks = torch.zeros(LOCKS, dtype=torch.int32, device=device)
-    return Held(emptied(q), config, dtype, tuple(map(tensors.get, names)), columns, how.input, given, locks)
+    held = tuple(map(tensors.get, names))
+    return Held(emptied(q), config, dtype, held, columns, how.input, given, locks, _blocks(config, how, columns, dtype))
+
+
+def _blocks(config: Any, how: Layout, columns: Tensor | None, dtype: torch.dtype) -> few.Blocks | None:
+    """Codes of 4 bits in whole tiles of the layout that sm_90 has for inputs of 16 bits."""
+    kinds = {("uint4", PLAIN[dtype]): few.INTEGERS, ("float4e2m1", "float8e4m3"): few.NVFP4}
+    if dtype == torch.bfloat16:  # humming holds e8m0 otherwise beside float16
+        kinds["float4e2m1", "float8e8m0"] = few.MXFP4
+    codes = kinds.get((how.codes, how.scale))
+    if codes is None or how.kind != "group" or how.input or columns is not None or config.sm_version // 10 != 9:
+        return None
+    laid = ("use_raw_weight", "use_flat_weight", "use_packed_k_layout", "use_native_dequant", "use_ldmatrix_dequant")
+    other = any(getattr(config, name, False) for name in laid)
+    whole = config.pad_shape_n == config.pad_shape_k == 0 and how.group in few.GROUPS[codes]
+    return few.Blocks(codes, how.group) if whole and not other else None
 
 
 def emptied(q: Quantized) -> Quantized:
@@ -83,22 +98,25 @@ def run_linear(x: Tensor, held: Held | Rows, bias: Tensor | None = None) -> Tens
         return torch_dequant.run_linear(x, held, bias)
     q = held.source
     x = transformed(x, q.transforms)
-    flat = x.reshape(-1, x.shape[-1])
     n = q.weight.shape[-2]
-    y = _product(flat, held, bias) if len(flat) else flat.new_empty(0, n)
+    y = _product(x, held, bias) if x.numel() else x.new_empty(0, n)
     return low_rank(x, q.transforms, y.view(*x.shape[:-1], n))
 
 
 def _product(x: Tensor, held: Held, bias: Tensor | None) -> Tensor:
-    """x: [M, K] -> [M, N]."""
+    """x: [..., K] -> [M, N]."""
     scale = None
     if held.rounding is not None:
-        from fewbit.kernels.triton_quantize import quantize_rows
+        from fewbit.kernels.triton_quantize import input_codes
 
-        x, scale = quantize_rows(x, held.rounding, held.given)
+        x, scale = input_codes(x, held.rounding, held.given)
+    else:
+        x = x.reshape(-1, x.shape[-1])
+    weight, weight_scale, outer, zero = held.tensors
+    if held.blocks and weight is not None and weight_scale is not None and few.takes_blocks(x, bias):
+        return few.blocks(x, weight, held.source.weight.shape[-2], held.blocks, weight_scale, zero, outer, bias)
     inside = bias if held.columns is None else None
     configs, ordered = _biased(held, inside) if inside is not None else (_plain(held), None)
-    weight, weight_scale, outer, zero = held.tensors
     y: Tensor = torch.ops.humming.launch_kernel.default(
         configs, x, weight, weight_scale, outer, scale, None, zero, ordered, None, None, None, None, None, held.locks,
         1, 0,

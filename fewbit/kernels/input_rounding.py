@@ -1,11 +1,14 @@
 """How kernels round the inputs of a product to codes, read off the activation spec of a format.
 
-A row's scale is its largest magnitude over what the element reaches, as quant.reference computes it.
+A row's scale is its largest magnitude over what the element reaches, as quant.reference computes it. Who makes a tensor
+may round its rows as it does: what reads it says how (`Wanted`), and from then on the tensor comes with its codes.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fewbit.quant.elements import E4M3, E8M0, F32, INT8
 from fewbit.quant.spec import QuantSpec
@@ -27,6 +30,33 @@ class Rounding:
     @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.element]
+
+
+@dataclass(slots=True)
+class Wanted:
+    """How a tensor's reader rounds its rows, known to its maker from the second call on."""
+
+    how: Rounding | None = None
+
+
+Codes = tuple[Tensor, Tensor]
+
+
+def offer(made: Tensor, wanted: Wanted, codes: Codes | None) -> Tensor:
+    """A tensor just made, so that its reader can say how it rounds it, with codes where it has."""
+    held: Any = made
+    held.fewbit_wanted, held.fewbit_codes = wanted, (wanted.how, codes)
+    return made
+
+
+def offered(x: Tensor, how: Rounding) -> Codes | None:
+    """The codes that x came with; if there are none, its maker hears of it."""
+    wanted: Wanted | None = getattr(x, "fewbit_wanted", None)
+    if wanted is None or how.columns or how.given:
+        return None
+    made, codes = x.fewbit_codes  # type: ignore[attr-defined]
+    wanted.how = how
+    return codes if made == how else None
 
 
 def rounding(spec: QuantSpec) -> Rounding | str:

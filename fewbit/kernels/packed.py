@@ -186,19 +186,7 @@ def many(x: Tensor, packed: Packed) -> Tensor:
     return y
 
 
-def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x: [..., K], weight: [N, K]; in bfloat16 on a CPU by our own loops where they are faster than torch."""
-    k = x.shape[-1]
-    rows = x.numel() // k if k else 0
-    ours = x.dtype == torch.bfloat16 == weight.dtype and x.device.type == "cpu" and rows > 0
-    learning = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if not ours or learning or not weight.is_contiguous() or (run := _dense(rows, k)) is None:
-        return linear(x, weight, bias)
-    y = run(x.reshape(rows, k).contiguous(), weight).view(*x.shape[:-1], -1)
-    return y if bias is None else y.add_(bias)
-
-
-def _dense(rows: int, k: int) -> Callable[[Tensor, Tensor], Tensor] | None:
+def dense(rows: int, k: int) -> Callable[[Tensor, Tensor], Tensor] | None:
     """Which loop takes them: all rows where there are matrix units, so that none depends on how many there are."""
     if tiles.native() is not None:
         return tiles.dense if k % tiles.STEP == 0 else None

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fewbit.kernels import triton_experts, triton_runtime
+from fewbit.kernels.dense import dense_linear
 from fewbit.kernels.humming_linear import emptied
-from fewbit.kernels.packed import dense_linear
 from fewbit.kernels.rounded import rounded
 from fewbit.kernels.torch_dequant import expert, listed, low_rank
 from fewbit.quant.qtensor import Quantized

@@ -15,6 +15,7 @@ from torch import Tensor
 from fewbit.kernels.cache import Cache
 from fewbit.kernels.table import Table
 from fewbit.kernels.triton_attention_parts import LOWEST, opening, padded, precision, processors, scaled, sizes, walk
+from fewbit.kernels.triton_early import begin, early
 
 PROGRAMS = 4  # that are aimed at, per multiprocessor
 FEW_PARTS, MOST_PARTS = 8, 64
@@ -71,13 +72,14 @@ def run(
         query.stride(2), query.stride(1), *cache.key.stride()[:2], *cache.value.stride()[:2], *out.stride()[:2],
         table.pages.stride(0), key_heads, cut.parts, SPLIT=cut.parts > 1, TOKENS=cut.tokens, GROUP=heads // key_heads,
         BLOCKS=cut.blocks, HEADS=cut.heads, SIZE=table.size, PRECISION=precision(query.dtype), P=p, num_warps=WARPS,
-        num_stages=STAGES, **dims,
+        num_stages=STAGES, **dims, **early(query.device),
     )  # fmt: skip
     if cut.parts > 1:
         many = FEW_PARTS if cut.parts <= FEW_PARTS else MOST_PARTS
         _join[(table.ones, heads)](
             found, weights, out, table.lengths, table.starts, window, heads, *out.stride()[:2], cut.parts, MANY=many,
             TOKENS=cut.tokens, DV=dims["DV"], DVP=dims["DVP"], num_warps=4 if many * dims["DVP"] <= 8192 else 8,
+        **early(query.device),
         )  # fmt: skip
 
 
@@ -97,8 +99,9 @@ def _part(
     key_heads, parts,
     GROUP: tl.constexpr, BLOCKS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr,
     SPLIT: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
-    P: tl.constexpr,
+    P: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    begin(EARLY)
     request = tl.program_id(0)
     kin = tl.program_id(1) // BLOCKS
     part = tl.program_id(2)
@@ -144,8 +147,9 @@ def _part(
 @triton.jit(do_not_specialize=["parts"], do_not_specialize_on_alignment=["lengths", "starts"])
 def _join(
     found, weights, out, lengths, starts, window, heads, o_row, o_head, parts, MANY: tl.constexpr,
-    TOKENS: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    TOKENS: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    begin(EARLY)
     request = tl.program_id(0)
     head = tl.program_id(1)
     length = tl.load(lengths + request)

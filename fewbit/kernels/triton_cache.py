@@ -7,6 +7,7 @@ from torch import Tensor
 from fewbit.kernels import saturation
 from fewbit.kernels.cache import Cache
 from fewbit.kernels.triton_attention_parts import padded
+from fewbit.kernels.triton_early import begin, early
 
 TILE = 4096  # numbers of a program
 EVEN = tl.constexpr(12582912.0)  # 1.5 x 2^23: what is added to it and taken away again is rounded, ties to even
@@ -23,7 +24,7 @@ def write(cache: Cache, slots: Tensor, key: Tensor, value: Tensor) -> None:
         size, value_size, key.stride(2), key.stride(1), value.stride(2), value.stride(1), *cache.key.stride()[:2],
         *cache.value.stride()[:2], HEADS=block, PAD=pad, LEAST=None if element is None else element.min,
         MOST=None if element is None else element.max, WHOLE=not cache.key.is_floating_point(),
-        num_warps=1 if block * pad <= 1024 else 4,
+        num_warps=1 if block * pad <= 1024 else 4, **early(key.device),
     )  # fmt: skip
 
 
@@ -31,8 +32,9 @@ def write(cache: Cache, slots: Tensor, key: Tensor, value: Tensor) -> None:
 def _write(
     key, value, key_plane, value_plane, key_scale, value_scale, key_measured, value_measured, cut, slots, heads, size,
     value_size, k_row, k_head, v_row, v_head, kp_slot, kp_head, vp_slot, vp_head, HEADS: tl.constexpr,
-    PAD: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, WHOLE: tl.constexpr,
+    PAD: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, WHOLE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    begin(EARLY)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     slot = tl.load(slots + token)

@@ -8,8 +8,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fewbit.kernels.input_rounding import Wanted, offer
+from fewbit.kernels.triton_early import begin, early
+from fewbit.kernels.triton_quantize import flags, put_codes, room
+
 ACTS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "sigmoid")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+LONGEST = 1 << 15  # of a row that is rounded as it is made: what the registers of 16 warps hold
 STEPS = (1, 2)  # along gate and up: halves side by side, or interleaved
 FULL = 1 << 18  # values from which on every processor has work in large tiles
 
@@ -37,8 +42,10 @@ def _act(x, alpha, ACT: tl.constexpr):
 @triton.jit(do_not_specialize=["blocks"])
 def _act_mul(
     gate_at, up_at, y_at, n, blocks, gate_row, gate_step, up_row, up_step, alpha, limit, plus,
-    ACT: tl.constexpr, BLOCK: tl.constexpr,
+    ACT: tl.constexpr, BLOCK: tl.constexpr, codes, scales, ROUND: tl.constexpr, REACH: tl.constexpr,
+    EMPTY: tl.constexpr, POWERS: tl.constexpr, INT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    begin(EARLY)
     pid = tl.program_id(0)
     row = (pid // blocks).to(tl.int64)
     at = pid % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -48,7 +55,12 @@ def _act_mul(
     gate = tl.where(gate > limit, limit, gate)  # NaN stays
     up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
     a = _act(gate, alpha, ACT).to(dtype).to(tl.float32)
-    tl.store(y_at + row * n + at, (a * (up + plus).to(dtype).to(tl.float32)).to(dtype), at < n)
+    y = (a * (up + plus).to(dtype).to(tl.float32)).to(dtype)
+    tl.store(y_at + row * n + at, y, at < n)
+    if ROUND:  # a program has a whole row
+        values = tl.where(at < n, y.to(tl.float32), 0.0)[None, :]
+        there = row + tl.arange(0, 1)
+        put_codes(values, there, at, (at < n)[None, :], there >= 0, codes, scales, n, REACH, EMPTY, POWERS, INT)
 
 
 def takes(gate: Tensor, up: Tensor) -> bool:
@@ -57,16 +69,21 @@ def takes(gate: Tensor, up: Tensor) -> bool:
     return alike and gate.dim() > 0 and gate.stride(-1) in STEPS and up.stride(-1) in STEPS
 
 
-def act_mul(gate: Tensor, up: Tensor, act: str, alpha: float, limit: float, plus: float) -> Tensor:
-    """gate, up: [..., N] -> [..., N]; as modules.glu.multiplied."""
+def act_mul(
+    gate: Tensor, up: Tensor, act: str, alpha: float, limit: float, plus: float, wanted: Wanted | None = None
+) -> Tensor:
+    """gate, up: [..., N] -> [..., N]; as modules.glu.multiplied. wanted: of who reads it."""
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if y.numel() == 0:
         return y
     n = gate.shape[-1]
     gate, up = gate.reshape(-1, n), up.reshape(-1, n)
-    block = 1024 if y.numel() >= FULL else 256
-    blocks = triton.cdiv(n, block)
+    how = wanted.how if wanted and n <= LONGEST else None
+    codes = None if how is None else room(y, how)
+    block = triton.next_power_of_2(n) if how else 1024 if y.numel() >= FULL else 256
+    blocks, warps = triton.cdiv(n, block), max(1, min(16, block // (512 if how else 256)))
     _act_mul[(gate.shape[0] * blocks,)](
-        gate, up, y, n, blocks, *gate.stride(), *up.stride(), alpha, limit, plus, act, block, num_warps=block // 256
-    )
-    return y
+        gate, up, y, n, blocks, *gate.stride(), *up.stride(), alpha, limit, plus, act, block, *(codes or (y, y)),
+        num_warps=warps, **flags(how), **early(gate.device),
+    )  # fmt: skip
+    return y if wanted is None else offer(y, wanted, codes)

@@ -8,7 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fewbit.kernels.input_rounding import Wanted, offer
 from fewbit.kernels.rows import leading, widest
+from fewbit.kernels.triton_early import begin, early
+from fewbit.kernels.triton_quantize import flags, put_codes, room
 
 LONGEST = 1 << 15  # of a row: what the registers of 16 warps hold
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -16,11 +19,11 @@ SHORT, MANY = 512, 2048  # rows up to this long are taken several at a time, whe
 
 
 @triton.jit
-def _made(
-    raw, inside, at, w_at, b_at, y_at, eps, D: tl.constexpr, OFFSET: tl.constexpr, LATE: tl.constexpr,
-    CENTRED: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+def of_rows(
+    raw, inside, at, w_at, b_at, eps, D: tl.constexpr, OFFSET: tl.constexpr, LATE: tl.constexpr, CENTRED: tl.constexpr,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
-    """raw: [ROWS, BLOCK] -> its rows normed, in y's type."""
+    """raw: whole rows in registers -> their norm in float32, to be stored as OUT."""
     h = raw.to(tl.float32)
     if CENTRED:
         h = tl.where(inside, h - (tl.sum(h, 1) / D)[:, None], 0.0)
@@ -32,17 +35,19 @@ def _made(
         h = h * w[None, :]
     if BIAS:
         if LATE and WEIGHT:
-            h = h.to(y_at.dtype.element_ty).to(tl.float32)
+            h = h.to(OUT).to(tl.float32)
         h = h + tl.load(b_at + at, at < D, 0.0).to(tl.float32)[None, :]
-    return h.to(y_at.dtype.element_ty)
+    return h
 
 
 @triton.jit(do_not_specialize=["rows", "n1", "n2"])
 def _norm(
     x_at, w_at, b_at, y_at, rows, n1, n2, xs0, xs1, xs2, ys0, ys1, ys2, eps, D: tl.constexpr,
     OFFSET: tl.constexpr, LATE: tl.constexpr, CENTRED: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, codes, scales, ROUND: tl.constexpr, REACH: tl.constexpr,
+    EMPTY: tl.constexpr, POWERS: tl.constexpr, INT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    begin(EARLY)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (at < D)[None, :]
@@ -50,8 +55,12 @@ def _norm(
     x_rows = i0 * xs0 + i1 * xs1 + i2 * xs2
     y_rows = i0 * ys0 + i1 * ys1 + i2 * ys2
     raw = tl.load(x_at + x_rows[:, None] + at[None, :], inside, 0.0)
-    h = _made(raw, inside, at, w_at, b_at, y_at, eps, D, OFFSET, LATE, CENTRED, WEIGHT, BIAS)
-    tl.store(y_at + y_rows[:, None] + at[None, :], h, inside)
+    h = of_rows(raw, inside, at, w_at, b_at, eps, D, OFFSET, LATE, CENTRED, WEIGHT, BIAS, y_at.dtype.element_ty)
+    y = h.to(y_at.dtype.element_ty)
+    tl.store(y_at + y_rows[:, None] + at[None, :], y, inside)
+    if ROUND:
+        values = tl.where(inside, y.to(tl.float32), 0.0)  # beyond a row a bias is added to zeros
+        put_codes(values, row, at, inside, row < rows, codes, scales, D, REACH, EMPTY, POWERS, INT)
 
 
 @triton.jit
@@ -62,21 +71,31 @@ def _row(
     at = tl.arange(0, BLOCK)
     inside = (at < D)[None, :]
     raw = tl.load(x_at + row * step + at[None, :], inside, 0.0)
-    h = _made(raw, inside, at, w_at, w_at, y_at, eps, D, OFFSET, LATE, CENTRED, True, False)
-    tl.store(y_at + row * D + at[None, :], h, inside)
+    out: tl.constexpr = y_at.dtype.element_ty
+    h = of_rows(raw, inside, at, w_at, w_at, eps, D, OFFSET, LATE, CENTRED, True, False, out)
+    tl.store(y_at + row * D + at[None, :], h.to(out), inside)
 
 
 @triton.jit
 def _pair(
     x_at, w_at, y_at, other_at, v_at, z_at, step, other_step, eps, other_eps, D: tl.constexpr, E: tl.constexpr,
     OFFSET: tl.constexpr, LATE: tl.constexpr, CENTRED: tl.constexpr, BLOCK: tl.constexpr, OTHER: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Programs of the first axis take a row, those of the second one of the two."""
+    begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     if tl.program_id(1) == 0:
         _row(x_at, w_at, y_at, row, step, eps, D, OFFSET, LATE, CENTRED, BLOCK)
     else:
         _row(other_at, v_at, z_at, row, other_step, other_eps, E, OFFSET, LATE, CENTRED, OTHER)
+
+
+def tile(d: int, rows: int) -> tuple[int, int, int]:
+    """Rows of a program, numbers of a row, warps."""
+    block = triton.next_power_of_2(d)
+    several = 8 if d <= SHORT and rows >= MANY else 1
+    return several, block, min(16, max(1, several * block // 512))
 
 
 def takes(x: Tensor) -> bool:
@@ -85,23 +104,25 @@ def takes(x: Tensor) -> bool:
 
 
 def norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, times: str, centred: bool = False
-) -> Tensor:
-    """x: [..., D], weight and bias: [D] -> [..., D]; as modules.norm.norm."""
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, times: str, centred: bool = False,
+    wanted: Wanted | None = None,
+) -> Tensor:  # fmt: skip
+    """x: [..., D], weight and bias: [D] -> [..., D]; as modules.norm.norm. wanted: of who reads it."""
     late = times == "late"
     y = torch.empty_like(x, dtype=widest(x, weight, bias) if late else x.dtype)
     d, rows = x.shape[-1], x.numel() // x.shape[-1]
     if rows == 0:
         return y
     (_, n1, n2), xs, ys = leading(x, y)
-    block = triton.next_power_of_2(d)
-    several = 8 if d <= SHORT and rows >= MANY else 1
-    warps = min(16, max(1, several * block // 512))
+    several, block, warps = tile(d, rows)
+    how = wanted.how if wanted and y.is_contiguous() else None
+    codes = None if how is None else room(y, how)
     _norm[(triton.cdiv(rows, several),)](
         x, weight if weight is not None else x, bias if bias is not None else x, y, rows, n1, n2, *xs, *ys, eps, d,
-        float(times == "plus"), late, centred, weight is not None, bias is not None, several, block, num_warps=warps,
+        float(times == "plus"), late, centred, weight is not None, bias is not None, several, block,
+        *(codes or (y, y)), num_warps=warps, **flags(how), **early(x.device),
     )  # fmt: skip
-    return y
+    return y if wanted is None else offer(y, wanted, codes)
 
 
 def takes_pair(x: Tensor, other: Tensor) -> bool:
@@ -122,6 +143,7 @@ def pair(
         _pair[(rows, 2)](
             x, weight, y, other, of_other, z, x.stride(-2), other.stride(-2), eps, other_eps, d, e,
             float(times == "plus"), late, centred, *blocks, num_warps=min(16, max(1, max(blocks) // 512)),
+            **early(x.device),
         )  # fmt: skip
     return y, z
 

@@ -8,10 +8,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fewbit.kernels.input_rounding import Rounding
+from fewbit.kernels.input_rounding import Rounding, offered
+from fewbit.kernels.triton_early import begin, early
 
 HELD = 16384  # columns of a row that stay in registers between the search and the rounding
 TILE = 2048  # values of a program that rounds runs of columns
+
+
+def input_codes(x: Tensor, how: Rounding, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x: [..., K] as `quantize_rows` has it, unless its maker has done so: codes [M, K]."""
+    codes = offered(x, how)
+    return codes or quantize_rows(x.reshape(-1, x.shape[-1]), how, scale)
+
+
+def room(x: Tensor, how: Rounding) -> tuple[Tensor, Tensor]:
+    """Where a kernel puts codes and scales of x [..., K], rounded by row as it makes it."""
+    m, k = x.numel() // x.shape[-1], x.shape[-1]
+    scales = torch.empty(m, 1, dtype=torch.float32, device=x.device)
+    return torch.empty(m, k, dtype=how.dtype, device=x.device), scales
+
+
+def flags(how: Rounding | None) -> dict[str, object]:
+    """What `put_codes` is compiled for."""
+    if how is None:
+        return {"ROUND": False, "REACH": 1.0, "EMPTY": 1.0, "POWERS": False, "INT": False}
+    whole = how.element == "int8"
+    return {"ROUND": True, "REACH": how.reach, "EMPTY": how.empty, "POWERS": how.powers, "INT": whole}
 
 
 def quantize_rows(x: Tensor, how: Rounding, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -26,7 +48,7 @@ def quantize_rows(x: Tensor, how: Rounding, scale: Tensor | None = None) -> tupl
     warps = max(1, min(16, block // 512))
     if m:
         _token[(m,)](x, codes, scales, k, how.reach, how.empty, block, block >= k, how.given, how.powers,
-                     how.element == "int8", num_warps=warps)  # fmt: skip
+                     how.element == "int8", num_warps=warps, **early(x.device))  # fmt: skip
     return codes, scales
 
 
@@ -37,7 +59,8 @@ def _by_runs(x: Tensor, codes: Tensor, how: Rounding) -> Tensor:
     each = min(triton.next_power_of_2(runs), TILE // how.columns)
     if m:
         _runs[(m, triton.cdiv(runs, each))](x, codes, scales, k, runs, how.reach, how.empty, how.columns, each,
-                                            how.powers, how.element == "int8", num_warps=4)  # fmt: skip
+                                            how.powers, how.element == "int8", num_warps=4,
+                                            **early(x.device))  # fmt: skip
     return scales
 
 
@@ -75,10 +98,22 @@ def _codes(x, scale, INT: tl.constexpr):
 
 
 @triton.jit
+def put_codes(
+    values, row, at, inside, whole_row, codes, scales, k, REACH: tl.constexpr, EMPTY: tl.constexpr,
+    POWERS: tl.constexpr, INT: tl.constexpr,
+):  # fmt: skip
+    """values: [ROWS, BLOCK] float32, whole rows, zeros beyond them; row: [ROWS], at: [BLOCK]."""
+    scale = _scale(tl.max(tl.abs(values), 1), REACH, EMPTY, POWERS)
+    tl.store(scales + row, scale, whole_row)
+    tl.store(codes + row[:, None] * k + at[None, :], _codes(values, scale[:, None], INT), inside)
+
+
+@triton.jit
 def _token(
     x, codes, scales, k: tl.constexpr, REACH: tl.constexpr, EMPTY: tl.constexpr, BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr, GIVEN: tl.constexpr, POWERS: tl.constexpr, INT: tl.constexpr,
+    WHOLE: tl.constexpr, GIVEN: tl.constexpr, POWERS: tl.constexpr, INT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     x += row * k
@@ -110,8 +145,9 @@ def _token(
 @triton.jit
 def _runs(
     x, codes, scales, k: tl.constexpr, runs: tl.constexpr, REACH: tl.constexpr, EMPTY: tl.constexpr,
-    COLUMNS: tl.constexpr, EACH: tl.constexpr, POWERS: tl.constexpr, INT: tl.constexpr,
+    COLUMNS: tl.constexpr, EACH: tl.constexpr, POWERS: tl.constexpr, INT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     run = tl.program_id(1) * EACH + tl.arange(0, EACH)
     at = run[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]

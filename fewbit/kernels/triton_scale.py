@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fewbit.kernels.triton_early import begin, early
+
 BLOCK = 2048
 
 
@@ -14,15 +16,17 @@ def scale_(y: Tensor, rows: Tensor | None, columns: Tensor | None, bias: Tensor 
         block = min(triton.next_power_of_2(n), BLOCK)
         held = (y if part is None else part for part in (rows, columns, bias))
         _scale[(m, triton.cdiv(n, block))](
-            y, *held, n, block, rows is not None, columns is not None, bias is not None, num_warps=4
+            y, *held, n, block, rows is not None, columns is not None, bias is not None, num_warps=4, **early(y.device)
         )
     return y
 
 
 @triton.jit
 def _scale(
-    y, rows, columns, bias, n, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr
+    y, rows, columns, bias, n, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n

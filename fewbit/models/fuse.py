@@ -17,6 +17,7 @@ from fewbit.kernels.triton_runtime import lacking
 from fewbit.models import twin
 from fewbit.models.fuse_look import look, proposals
 from fewbit.models.fuse_place import place
+from fewbit.models.fuse_sums import additions
 from fewbit.models.fuse_values import Decision, Fused, Plan, Rewrite
 from fewbit.models.shrink import shrink
 
@@ -43,17 +44,26 @@ def plan(config: Any) -> Plan:
 def planned(name: str, small: Any, attention: str) -> Plan:
     _, model = twin.filled(small, attention)
     found = list(proposals(look(model, small)))
+    found += additions(deepcopy(model), small, [r for r in found if isinstance(r, Rewrite)])
     proposed = [p for p in found if isinstance(p, Rewrite)]
     bench = Bench(model, small, (True, False) if any(p.kind == "latent" for p in proposed) else (True,))
     refused = [p for p in found if isinstance(p, Decision)]
     kept = proposed if not bench.disproof(proposed) else []
-    for rewrite in proposed if not kept else ():
-        if reason := bench.disproof([*kept, rewrite]):
-            refused.append(Decision(rewrite.target.name, rewrite.kind, str(rewrite.form), reason))
+    for several in together(proposed) if not kept else ():
+        if reason := bench.disproof([*kept, *several]):
+            refused += [Decision(r.target.name, r.kind, str(r.form), reason) for r in several]
         else:
-            kept.append(rewrite)
+            kept += several
     once = {(d.where, d.kind, d.what, d.reason.partition(", ")[0]): d for d in reversed(refused)}
     return Plan(name, tuple(kept), tuple(reversed(once.values())))  # those of other random weights have other figures
+
+
+def together(proposed: Sequence[Rewrite]) -> Iterator[list[Rewrite]]:
+    """One by one, but sums of all layers at once."""
+    sums = [r for r in proposed if r.kind == "sums"]
+    yield from ([r] for r in proposed if r not in sums)
+    if sums:
+        yield sums
 
 
 @dataclass(slots=True)
@@ -80,13 +90,9 @@ class Bench:
         except Exception as error:  # code that reads what is no longer there
             return told(error)
         error = max(twin.relative(a, b) for a, b in zip(got, self.wanted, strict=True))
-        return (
-            left[0]
-            if left
-            else ""
-            if error <= LIMIT
-            else f"the twin's logits differ by {error:.2g}, allowed {LIMIT:.0e}"
-        )
+        if left or error <= LIMIT:
+            return left[0] if left else ""
+        return f"the twin's logits differ by {error:.2g}, allowed {LIMIT:.0e}"
 
 
 def apply(model: nn.Module, plan: Plan) -> Fused:

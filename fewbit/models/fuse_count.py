@@ -19,11 +19,11 @@ from fewbit.models import fuse, hf, twin
 from fewbit.models.fuse_place import place
 from fewbit.models.observe_taps import layers_path
 from fewbit.models.shrink import shrink
-from fewbit.modules import attention, experts, glu, latent, norm, rotary, router
+from fewbit.modules import attention, experts, glu, latent, norm, residual, rotary, router
 
 FREE = ("empty", "lift_fresh", "detach", "alias", "_unsafe_view")  # operations that launch nothing
 ONE = ((norm, "normed"), (norm, "normed_pair"), (glu, "act_mul"), (rotary, "rotate"), (latent, "assemble"),
-       (router, "wide"), (router, "choose"))  # fmt: skip
+       (residual, "normed"), (residual, "add_normed"), (router, "wide"), (router, "choose"))  # fmt: skip
 OTHERS = "fewbit-counted"  # our name among transformers' attention functions while counting
 
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from fewbit.errors import UnsupportedError
 from fewbit.models.fill import is_stack
-from fewbit.models.fuse_values import Called, Decision, Form, Kind, Rewrite, Siblings
-from fewbit.modules import experts, glu, latent, mixture, router
+from fewbit.models.fuse_values import Called, Decision, Form, Kind, Rewrite, Siblings, Sums
+from fewbit.modules import experts, glu, latent, mixture, residual, router
 from fewbit.modules.glu import GluForm
 from fewbit.modules.latent import LatentForm
 from fewbit.modules.merged import merge
@@ -27,10 +27,14 @@ OWN = "own"  # where a Norm holds what stood in its place
 def place(model: nn.Module, rewrites: Sequence[Rewrite]) -> Iterator[Decision]:
     """Carry them out, and say of each module what became of it."""
     found = [(path, module, r) for path, module in model.named_modules() for r in rewrites if r.fits(module)]
+    found.sort(key=lambda one: one[2].kind == "sums")  # norms stand in their places by then
+    alike = {path for path, _, r in found if isinstance(r.form, Sums) and r.form.passes}
     holders = Counter(id(child) for module in model.modules() for child in module.children())
     functions: dict[tuple[type, str], FunctionType] = {}
     for path, module, rewrite in found:
         try:
+            if path in alike and not surrounded(model, path, alike):
+                raise UnsupportedError("not every layer passes sums on")
             put(model, path, module, rewrite.form, holders, functions)
             reason = ""
         except UnsupportedError as error:
@@ -53,6 +57,8 @@ def put(model: nn.Module, path: str, module: nn.Module, form: Form, holders: Cou
         module.forward = partial(mixture.forward, module, form)
     elif isinstance(form, LatentForm):
         module.forward = partial(latent.forward, module, form, module.forward)
+    elif isinstance(form, Sums):
+        sums(module, form)
     else:
         key = type(module), form.name
         if key not in functions:
@@ -79,6 +85,24 @@ def norm(model: nn.Module, path: str, module: nn.Module, form: NormForm, holders
     setattr(model.get_submodule(parent), name, made)
 
 
+def surrounded(model: nn.Module, path: str, alike: Collection[str]) -> bool:
+    """Whether all layers of a layer's list are among these."""
+    parent = path.rpartition(".")[0]
+    return all(f"{parent}.{name}" in alike for name, _ in model.get_submodule(parent).named_children())
+
+
+def sums(layer: nn.Module, form: Sums) -> None:
+    waiting = [norm for name in form.norms if isinstance(norm := layer.get_submodule(name), Norm)]
+    if not waiting and not form.passes:
+        raise UnsupportedError("its norms are as the model has them")
+    if "forward" in vars(layer):
+        raise UnsupportedError("its forward is no longer its own")
+    for norm in waiting:
+        norm.forward = partial(residual.later, norm)  # type: ignore[method-assign]
+    if form.passes:
+        layer.forward = partial(residual.forward, layer)
+
+
 def rebound(forward: Any, form: Called) -> FunctionType:
     """The same code, which finds our function under the name of the model's own."""
     ours = Rotate(forward.__globals__[form.name], form.form, form.heads)
@@ -93,6 +117,7 @@ class Back:
     """A module that is transformers' own again, and what fuses it as before."""
 
     module: nn.Module
+    kind: Kind
     again: Callable[[], None]
 
 
@@ -104,13 +129,15 @@ def put_back(model: nn.Module, kinds: Collection[Kind]) -> list[Back]:
         if isinstance(module, Norm) and "norm" in kinds:
             parent, _, name = path.rpartition(".")
             holder = model.get_submodule(parent)
-            found.append(Back(held[OWN], partial(setattr, holder, name, module)))
+            found.append(Back(held[OWN], "norm", partial(setattr, holder, name, module)))
             setattr(holder, name, held[OWN])
-        for name in [name for name in ("forward", experts.GATE) if kind_of(module, held.get(name)) in kinds]:
-            fused = held.pop(name)
-            found.append(Back(module, partial(setattr, module, name, fused)))
-            if (before := below(module, fused)) is not None and "rotary" not in kinds:
-                setattr(module, name, before)
+        there = {name: kind for name in ("forward", experts.GATE) if (kind := kind_of(module, held.get(name)))}
+        for name, kind in there.items():
+            if kind in kinds:
+                fused = held.pop(name)
+                found.append(Back(module, kind, partial(setattr, module, name, fused)))
+                if (before := below(module, fused)) is not None and "rotary" not in kinds:
+                    setattr(module, name, before)
     return found
 
 
@@ -121,7 +148,7 @@ def below(module: nn.Module, held: Any) -> Any:
 
 
 FORWARDS: dict[Any, Kind] = {glu.forward: "glu", router.forward: "route", latent.forward: "latent",
-                             mixture.forward: "mixture"}  # fmt: skip
+                             mixture.forward: "mixture", residual.forward: "sums", residual.later: "sums"}  # fmt: skip
 
 
 def kind_of(module: nn.Module, held: Any) -> Kind | None:

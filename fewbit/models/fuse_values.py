@@ -14,7 +14,7 @@ from fewbit.modules.norm import NormForm
 from fewbit.modules.rotary import RotaryForm
 from fewbit.modules.router import RouteForm
 
-Kind = Literal["merged", "norm", "glu", "rotary", "route", "latent", "mixture"]
+Kind = Literal["merged", "norm", "glu", "rotary", "route", "latent", "mixture", "sums"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,25 @@ class Called:
         return f"{self.name}: {self.form}"
 
 
-Form = Siblings | NormForm | GluForm | Called | RouteForm | LatentForm | MixtureForm
-ALREADY = "torch's own is one kernel already"  # a reason that refuses nothing: there is nothing to gain
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """A decoder layer's additions, each in one launch with a norm. norms: whose outputs are added.
+
+    passes: sums wait for the norm that reads them, in the next layer too.
+    """
+
+    norms: tuple[str, ...]
+    passes: bool
+
+    def __str__(self) -> str:
+        given = f"{', '.join(self.norms)} + residual" if self.norms else ""
+        return ", ".join(filter(None, (given, "residual + next norm" if self.passes else "")))
+
+
+Form = Siblings | NormForm | GluForm | Called | RouteForm | LatentForm | MixtureForm | Sums
+ALREADY = "torch's own is one kernel already"
+ALONE = "no norm of ours is beside an addition"
+NOTHING = (ALREADY, ALONE)  # reasons that refuse nothing: there is nothing to gain
 KINDS: dict[type, Kind] = {
     Siblings: "merged",
     NormForm: "norm",
@@ -49,6 +66,7 @@ KINDS: dict[type, Kind] = {
     RouteForm: "route",
     LatentForm: "latent",
     MixtureForm: "mixture",
+    Sums: "sums",
 }
 NUMBERED = (NormForm, GluForm, RouteForm)  # what these do may depend on a module's numbers
 
@@ -110,7 +128,7 @@ class Decision:
 
     @property
     def refused(self) -> bool:
-        return self.reason not in ("", ALREADY)
+        return self.reason not in ("", *NOTHING)
 
 
 @dataclass(frozen=True, slots=True)

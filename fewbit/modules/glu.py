@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fewbit.kernels import fused
+from fewbit.kernels.input_rounding import Wanted
 
 ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "silu": lambda x, _: functional.silu(x),
@@ -70,12 +71,13 @@ def forward(module: nn.Module, form: GluForm, x: Tensor) -> Tensor:
     """What stands for a gated MLP's own forward. x: [..., K] -> [..., K]."""
     gate = getattr(module, form.gate)(x)
     gate, up = (gate, getattr(module, form.up)(x)) if form.up else HALVES[form.half](gate)
-    y: Tensor = getattr(module, form.down)(act_mul(gate, up, form.gating))
+    wanted = module.__dict__.setdefault("fewbit_wanted", Wanted())
+    y: Tensor = getattr(module, form.down)(act_mul(gate, up, form.gating, wanted))
     return y
 
 
-def act_mul(gate: Tensor, up: Tensor, by: Gating) -> Tensor:
-    """gate, up: [..., N], also strided -> [..., N], by the kernel that takes them."""
+def act_mul(gate: Tensor, up: Tensor, by: Gating, wanted: Wanted | None = None) -> Tensor:
+    """gate, up: [..., N], also strided -> [..., N], by the kernel that takes them. wanted: of who reads it."""
     run: Any = None
     if gate.is_cuda:
         run = kernel() if kernel().takes(gate, up) else None
@@ -83,7 +85,8 @@ def act_mul(gate: Tensor, up: Tensor, by: Gating) -> Tensor:
         run = fused
     if run is None:
         return multiplied(gate, up, by)
-    y: Tensor = run.act_mul(gate, up, by.act, by.alpha, by.limit, by.plus)
+    more = (wanted,) if gate.is_cuda else ()
+    y: Tensor = run.act_mul(gate, up, by.act, by.alpha, by.limit, by.plus, *more)
     return y
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fewbit.errors import UnsupportedError
 from fewbit.kernels.capability import run_as
-from fewbit.kernels.packed import dense_linear
+from fewbit.kernels.dense import dense_linear
 from fewbit.kernels.registry import Kernel, Op
 from fewbit.kernels.select import select
 from fewbit.quant.qtensor import Planes, QTensor, Quantized, Transform

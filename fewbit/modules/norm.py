@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.kernels import fused
+from fewbit.kernels.input_rounding import Wanted
 
 Times = Literal["late", "wide", "plus"]
 TIMES: dict[Times, str] = {"late": "w after the cast", "wide": "w", "plus": "1 + w"}
@@ -45,8 +46,10 @@ def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: NormForm) 
     return (h if bias is None else h + bias.float()).to(x.dtype)
 
 
-def normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: NormForm) -> Tensor:
-    """The same by the kernel that takes it."""
+def normed(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, form: NormForm, wanted: Wanted | None = None
+) -> Tensor:
+    """The same by the kernel that takes it. wanted: how its reader rounds it, where a kernel does that at once."""
     run: Any = None
     if x.is_cuda:
         run = kernel() if kernel().takes(x) else None
@@ -54,7 +57,8 @@ def normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: NormForm
         run = fused
     if run is None:
         return norm(x, weight, bias, form)
-    y: Tensor = run.norm(x, weight, bias, form.eps, form.times, form.centred)
+    more = (wanted,) if x.is_cuda else ()
+    y: Tensor = run.norm(x, weight, bias, form.eps, form.times, form.centred, *more)
     return y
 
 
@@ -85,12 +89,22 @@ class Norm(nn.Module):
 
     def __init__(self, weight: nn.Parameter | None, bias: nn.Parameter | None, form: NormForm):
         super().__init__()
-        self.form = form
+        self.form, self.wanted = form, Wanted()
         self.register_parameter("weight", weight)
         self.register_parameter("bias", bias)
 
+    @property
+    def norm_parts(self) -> fused.NormParts:
+        """As kernels are given them."""
+        held, form = self._parameters, self.form
+        return held["weight"], held["bias"], form.eps, form.times, form.centred
+
     def forward(self, x: Tensor) -> Tensor:
-        return normed(x, self.weight, self.bias, self.form)
+        """x: or a Later, which may add as it norms: see modules.residual."""
+        if not isinstance(x, Tensor):
+            y: Tensor = x.normed(self)
+            return y
+        return normed(x, self.weight, self.bias, self.form, self.wanted)
 
     def extra_repr(self) -> str:
         return str(self.form)

@@ -33,7 +33,7 @@ class Fusion:
             "kernels_per_layer": asdict(self.kernels) if self.kernels else {"why": self.why},
             "groups": self._of("merged"), "norms": self._of("norm"), "gated": self._of("glu"),
             "rotary": self._of("rotary"), "latent": self._of("latent"), "routers": self._of("route"),
-            "mixtures": self._of("mixture"),
+            "mixtures": self._of("mixture"), "sums": self._of("sums"),
             "wiring": {"path": self.wiring.path, "layers": layers, "stream": asdict(self.wiring.stream)},
             "refused": said,
         }  # fmt: skip

@@ -15,7 +15,7 @@ from fewbit.engine.params import SamplingParams
 from fewbit.engine.request import Request
 from fewbit.errors import RequestError, UnsupportedError
 from fewbit.models import build
-from fewbit.modules import glu, norm
+from fewbit.modules import glu, norm, residual
 from fewbit.modules.merged import Slice
 from fewbit.modules.norm import Norm
 from tests.engine.test_engine import GREEDY, drain, prompts, tokens
@@ -75,13 +75,16 @@ def wrong(monkeypatch: pytest.MonkeyPatch, *kinds: str) -> None:
     """Kernels that are right at the sizes of a twin alone."""
     act_mul, normed = glu.act_mul, norm.norm
     if "glu" in kinds:
-        monkeypatch.setattr(glu, "act_mul", lambda g, u, a: act_mul(g, u, a) * (1.5 if g.shape[-1] == 256 else 1))
+        monkeypatch.setattr(glu, "act_mul", lambda g, u, *by: act_mul(g, u, *by) * (1.5 if g.shape[-1] == 256 else 1))
+    if "sums" in kinds:
+        add = residual.add_normed
+        monkeypatch.setattr(residual, "add_normed", lambda x, *rest: add(x * (9 if x.shape[-1] == 128 else 1), *rest))
     if "norm" in kinds:
         monkeypatch.setattr(norm.fused, "takes_norm", lambda *_: False)
         monkeypatch.setattr(norm, "norm", lambda x, *rest: normed(x, *rest) * (1.5 if x.shape[-1] == 128 else 1))
 
 
-@pytest.mark.parametrize("kinds", [("glu",), ("norm",), ("glu", "norm")])
+@pytest.mark.parametrize("kinds", [("glu",), ("norm",), ("sums",), ("glu", "norm")])
 def test_what_only_the_real_model_shows(
     kinds: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -93,7 +96,7 @@ def test_what_only_the_real_model_shows(
     with caplog.at_level(logging.INFO, "fewbit.engine"):
         engine = started(folder)
     assert answers(engine) == plain
-    left = set(kinds) if len(kinds) == 1 else {"glu", "norm", "rotary"}  # none is the one alone
+    left = set(kinds) if len(kinds) == 1 else {"sums", "norm", "glu", "rotary"}  # none is the one alone
     fused = engine.loaded.model.fewbit_fused
     assert {d.kind for d in fused.decisions if d.refused} == left
     there = [k for k in fusion.KINDS if k in ("norm", "glu", "rotary")]  # what is in it
@@ -106,7 +109,7 @@ def test_what_only_the_real_model_shows(
 def test_a_kernel_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the model's sizes alone: as one that differs."""
     folder, real = llama(tmp_path), glu.act_mul
-    monkeypatch.setattr(glu, "act_mul", lambda g, u, a: real(g, u, a) if g.shape[-1] != 256 else 1 / 0)
+    monkeypatch.setattr(glu, "act_mul", lambda g, u, *by: real(g, u, *by) if g.shape[-1] != 256 else 1 / 0)
     monkeypatch.setattr(fusion, "asked", lambda *_: True)
     fused = started(folder).loaded.model.fewbit_fused
     assert {d.kind for d in fused.decisions if d.refused} == {"glu"} and fused.count("norm") == 5
@@ -115,7 +118,7 @@ def test_a_kernel_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_rounding_is_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a kernel does it: all in float32, and one rounding at the end."""
     monkeypatch.setattr(
-        glu, "act_mul", lambda g, u, by: glu.multiplied(g.float(), u.float(), by).to(g.dtype)
+        glu, "act_mul", lambda g, u, by, _: glu.multiplied(g.float(), u.float(), by).to(g.dtype)
     )  # more exact than the model's own code
     engine = started(llama(tmp_path), fusion="strict")
     assert engine.loaded.model.fewbit_fused.count("glu") == 2

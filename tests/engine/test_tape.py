@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from fewbit.engine.config import EngineConfig
@@ -19,12 +19,14 @@ from fewbit.engine.tapes import PROOFS, Tapes
 from fewbit.errors import UnsupportedError
 from fewbit.kernels import fused, saturation
 from fewbit.modules.glu import Gating, act_mul
-from fewbit.modules.norm import NormForm, normed
+from fewbit.modules.norm import Norm, NormForm, normed
+from fewbit.modules.residual import Later, later
 from tests.engine.test_engine import GREEDY, drain, prompts, tokens
 from tests.models import saved
 from tests.tiny import llama
 
 W = torch.linspace(-1, 1, 64)
+NORM = Norm(nn.Parameter(W, requires_grad=False), None, NormForm(1e-6))
 CODE: dict[str, Callable[[Tensor], Any]] = {
     "arithmetic": lambda x: (x + 2) * x - x / 3 + torch.where(x > 0, x, -x),
     "sums in 16 bits": lambda x: x.bfloat16() + x.flip(0).bfloat16() + (1e38 * x).bfloat16() * 1e9,
@@ -40,6 +42,7 @@ CODE: dict[str, Callable[[Tensor], Any]] = {
     "sums": lambda x: x.sum(-1, keepdim=True).rsqrt().nan_to_num() + x.mean() + x.argmax(-1, keepdim=True),
     "made of numbers": lambda x: x + torch.arange(64) + torch.tensor([1.0]) + torch.ones(64),
     "kernels": lambda x: act_mul(normed(x, W, None, NormForm(1e-6)), x, Gating("silu")),
+    "added by norms": lambda x: NORM(Later(x) + x.flip(0)) + later(NORM, x),
     "no dropout": lambda x: functional.dropout(x, 0.5, training=False) + 1,
     "several results": lambda x: [x + 1, torch.sort(x)[0]],
 }  # fmt: skip

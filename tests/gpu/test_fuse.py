@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewbit.models import fuse, hf, twin
 from fewbit.models.fill import settle
-from fewbit.modules import glu, norm, rotary
+from fewbit.models.fuse_place import put_back
+from fewbit.modules import glu, norm, residual, rotary
 from fewbit.modules.glu import Gating
 from tests.gpu.causal import CAUSAL
 
@@ -53,6 +54,24 @@ def test_norm(times: Any, centred: bool, dtype: torch.dtype) -> None:
         got = triton_norm.norm(heads, w, None, 1e-5, times, centred)
         near(got, norm.norm(heads, w, None, form), of=4.0 * centred)
         assert got.stride() == (heads + 0).stride()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("times", norm.TIMES)
+@pytest.mark.parametrize("centred", [False, True])
+def test_add_norm(times: Any, centred: bool, dtype: torch.dtype) -> None:
+    """To the bit torch's addition and the kernels of the norms beside it."""
+    form = norm.NormForm(1e-5, times, centred)
+    for d in (64, 128, 720, 4096, 8192, 20480):
+        one, other = (norm.Norm(nn.Parameter(random(d, dtype=dtype, seed=s)), None, form) for s in (1, 2))
+        for rows in (*ROWS, 2100 if d <= 128 else 5):
+            x, r = random(rows, d, dtype=dtype, seed=3), 3 * random(rows, d, dtype=dtype, seed=4)
+            for before, after in ((None, other), (one, None), (one, other)):
+                parts = before and before.norm_parts, after and after.norm_parts
+                assert residual.kernel().takes_sum(x, r, *parts) == (before is None or dtype != torch.float32)
+                total, y = residual.add_normed(x, r, before, after)
+                assert torch.equal(total, r + (x if before is None else before(x)))
+                assert (y is None) == (after is None) and (after is None or torch.equal(y, after(total)))
 
 
 GATINGS = [Gating(act, glu.ALPHA.get(act, 1.0)) for act in glu.ACTIVATIONS]
@@ -132,6 +151,16 @@ def test_same_logits(model_type: str, dtype: torch.dtype) -> None:
     exact = logits(plain.float(), ids)
     ours, theirs = ((x.float() - exact).square().mean().sqrt() for x in (got, want))
     assert ours < 1.2 * theirs + 1e-3, f"from float32: fused {ours:.4f}, unfused {theirs:.4f}"
+
+
+@pytest.mark.parametrize("model_type", (*TYPES, "gemma2", "olmo2", "cohere2", "granite"))
+def test_sums_change_no_bit(model_type: str) -> None:
+    """Beside torch's additions and our norms' kernel."""
+    _, fused, report = models(model_type, torch.bfloat16)
+    assert report.count("sums") == 4
+    got = logits(fused, IDS.cuda())
+    put_back(fused, ("sums",))
+    assert torch.equal(got, logits(fused, IDS.cuda()))
 
 
 @pytest.mark.parametrize("model_type", TYPES)

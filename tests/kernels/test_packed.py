@@ -9,6 +9,7 @@ import torch
 
 from fewbit.kernels import compiled, packed
 from fewbit.kernels.compiled import library
+from fewbit.kernels.dense import dense_linear
 from fewbit.kernels.select import select
 from fewbit.quant.formats import FORMATS
 from fewbit.quant.qtensor import Quantized, stack
@@ -100,10 +101,10 @@ def test_dense(rows: int, k: int) -> None:
     x, w, bias = torch.randn(rows, k).bfloat16(), torch.randn(72, k).bfloat16(), torch.randn(72).bfloat16()
     want = x.double() @ w.double().T
     size = x.double().abs() @ w.double().abs().T
-    for got in (packed.dense_linear(x, w), packed.dense_rows(x, w) if k % packed.RUN == 0 else None):
+    for got in (dense_linear(x, w), packed.dense_rows(x, w) if k % packed.RUN == 0 else None):
         if got is not None:
             assert bool(((got.double() - want).abs() <= 2.0**-8 * want.abs() + 2.0**-17 * size).all())
-    biased = packed.dense_linear(x[None], w, bias)[0]
+    biased = dense_linear(x[None], w, bias)[0]
     assert bool(((biased.double() - want - bias.double()).abs() <= 2.0**-7 * (want.abs() + bias.double().abs())).all())
 
 

@@ -15,7 +15,7 @@ from fewbit.models import build, fuse, hf, twin
 from fewbit.models.fuse_place import put_back
 from fewbit.models.fuse_values import Decision, Fused, Plan
 from fewbit.models.shrink import shrink
-from fewbit.modules import experts, glu, norm, router
+from fewbit.modules import experts, glu, norm, residual, router
 from fewbit.modules.glu import Gating, GluForm
 from fewbit.modules.linear import Linear
 from fewbit.modules.merged import Slice
@@ -24,22 +24,23 @@ from fewbit.modules.router import Choice, Groups, RouteForm
 from tests.models import saved
 from tests.tiny import llama
 
-# Per layer of the twin: groups of merged linears, norms (the last one of the model beside them), gated MLPs, rotary.
-TYPES: tuple[tuple[str, int, int, int, int], ...] = (
-    ("llama", 2, 2, 1, 1),
-    ("mistral", 2, 2, 1, 1),
-    ("qwen2", 2, 2, 1, 1),
-    ("qwen3", 2, 4, 1, 1),
-    ("gemma3_text", 2, 6, 1, 1),
-    ("phi3", 0, 2, 1, 1),
-    ("mixtral", 1, 2, 1, 1),
-    ("gpt_oss", 1, 2, 1, 1),
-    ("glm4", 1, 4, 1, 1),
-    ("olmo2", 2, 4, 1, 1),
-    ("cohere2", 2, 1, 1, 1),
-    ("opt", 1, 0, 0, 0),
-    ("gpt2", 0, 0, 0, 0),
-    ("gpt_neox", 0, 0, 0, 1),
+# Per layer of the twin: groups of merged linears, norms (the last one of the model beside them), gated MLPs, rotary,
+# whether its additions are done with norms.
+TYPES: tuple[tuple[str, int, int, int, int, int], ...] = (
+    ("llama", 2, 2, 1, 1, 1),
+    ("mistral", 2, 2, 1, 1, 1),
+    ("qwen2", 2, 2, 1, 1, 1),
+    ("qwen3", 2, 4, 1, 1, 1),
+    ("gemma3_text", 2, 6, 1, 1, 1),
+    ("phi3", 0, 2, 1, 1, 1),
+    ("mixtral", 1, 2, 1, 1, 1),
+    ("gpt_oss", 1, 2, 1, 1, 1),
+    ("glm4", 1, 4, 1, 1, 1),
+    ("olmo2", 2, 4, 1, 1, 1),
+    ("cohere2", 2, 1, 1, 1, 1),
+    ("opt", 1, 0, 0, 0, 0),
+    ("gpt2", 0, 0, 0, 0, 0),
+    ("gpt_neox", 0, 0, 0, 1, 0),
 )
 ODD = ("falcon", "bloom", "mamba", "bert", "nemotron")
 
@@ -58,11 +59,12 @@ def fused_twin(model_type: str) -> tuple[Any, Fused, list[Tensor], list[Tensor]]
     return model, report, before, twin.logits(model, small)
 
 
-@pytest.mark.parametrize(("model_type", "merged", "norms", "glus", "rotary"), TYPES, ids=[t[0] for t in TYPES])
-def test_types(model_type: str, merged: int, norms: int, glus: int, rotary: int) -> None:
+@pytest.mark.parametrize(("model_type", "merged", "norms", "glus", "rotary", "sums"), TYPES, ids=[t[0] for t in TYPES])
+def test_types(model_type: str, merged: int, norms: int, glus: int, rotary: int, sums: int) -> None:
     model, report, before, after = fused_twin(model_type)
     layers = model.config.num_hidden_layers
-    assert [report.count(kind) for kind in ("merged", "glu", "rotary")] == [layers * n for n in (merged, glus, rotary)]
+    found = [report.count(kind) for kind in ("merged", "glu", "rotary", "sums")]
+    assert found == [layers * n for n in (merged, glus, rotary, sums)]
     assert report.count("norm") == layers * norms + (norms > 0)
     assert max(twin.relative(a, b) for a, b in zip(after, before, strict=True)) <= fuse.LIMIT
     assert sum(isinstance(m, Norm) for m in model.modules()) == report.count("norm")
@@ -96,13 +98,17 @@ def test_another_model_of_the_class_is_untouched() -> None:
     assert any("forward" in vars(m) for m in model.modules())
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "mixtral", "gpt_oss", "ernie4_5_moe", "gpt_neox"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "gemma3_text", "olmo2", "mixtral", "gpt_oss", "ernie4_5_moe", "gpt_neox"]
+)
 def test_put_back(model_type: str) -> None:
     """transformers' code again where it was fused, then fused again, to the bit and to the module."""
     model, report, before, after = fused_twin(model_type)
     modules = [id(m) for m in model.modules()]
     back = put_back(model, KINDS)
-    assert len(back) == sum(report.count(kind) for kind in KINDS)
+    kinds = [one.kind for one in back]
+    assert all(kinds.count(kind) == report.count(kind) for kind in KINDS if kind != "sums")
+    assert kinds.count("sums") == report.count("sums") * {"gemma3_text": 3, "olmo2": 2}.get(model_type, 1)
     assert not any(isinstance(m, Norm) or {"forward", experts.GATE} & vars(m).keys() for m in model.modules())
     assert all(torch.equal(a, b) for a, b in zip(twin.logits(model, model.config), before, strict=True))
     for one in back:
@@ -110,6 +116,47 @@ def test_put_back(model_type: str) -> None:
     assert [id(m) for m in model.modules()] == modules
     assert all(torch.equal(a, b) for a, b in zip(twin.logits(model, model.config), after, strict=True))
     assert not put_back(model, ())
+
+
+SUMS = ("llama", "gemma3_text", "olmo2", "cohere2", "granite", "qwen3_moe", "deepseek_v3", "llama4_text", "glm4")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("model_type", SUMS)
+def test_sums_change_no_bit(model_type: str, dtype: torch.dtype) -> None:
+    """Beside torch's additions and our norms."""
+    model, report, *_ = fused_twin(model_type)
+    assert report.count("sums") == model.config.num_hidden_layers
+    found = []
+    for _ in ("added by norms", "added before"):
+        found.append(twin.logits(model.to(dtype), model.config))
+        put_back(model, ("sums",))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_sums_are_passed_on_by_all_layers_or_by_none() -> None:
+    """A layer of another kind would not know what it is given."""
+    small, plan = shrink(config("llama")), fuse.plan(config("llama"))
+    _, model = twin.filled(small, twin.require(small))
+    before, layers = twin.logits(model, small), model.model.layers
+    vars(layers[0])["forward"] = layers[0].forward
+    report = fuse.apply(model, plan)
+    assert [d.reason for d in report.decisions if d.kind == "sums"] == ["its forward is no longer its own", ""]
+    assert max(twin.relative(a, b) for a, b in zip(twin.logits(model, small), before, strict=True)) <= fuse.LIMIT
+    _, model = twin.filled(small, twin.require(small))
+    model.model.layers[1].other = nn.Identity()
+    report = fuse.apply(model, plan)
+    assert [d.reason for d in report.decisions if d.kind == "sums"] == ["not every layer passes sums on"]
+    assert not any("forward" in vars(layer) for layer in model.model.layers)
+
+
+def test_sums_of_code_that_asks_for_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused alone, with what it said."""
+    monkeypatch.setattr(fuse, "_PLANS", {})
+    monkeypatch.setattr(residual.Later, "__add__", lambda *_: 1 / 0)
+    plan = fuse.plan(config("llama"))
+    assert {r.kind for r in plan.rewrites} == {"merged", "norm", "glu", "rotary"}
+    assert [d.reason for d in plan.refused if d.kind == "sums"] == ["ZeroDivisionError: division by zero"]
 
 
 def gating(model_type: str, **changes: Any) -> GluForm:
@@ -287,9 +334,9 @@ def test_what_the_twin_refutes_is_left_out(monkeypatch: pytest.MonkeyPatch) -> N
     """A kernel's form that is wrong in one place takes only its own rewrite with it."""
     monkeypatch.setattr(fuse, "_PLANS", {})
     real = glu.act_mul
-    monkeypatch.setattr(glu, "act_mul", lambda gate, up, act: real(gate, up, act) * (1.001 if up.shape[0] == 2 else 1))
+    monkeypatch.setattr(glu, "act_mul", lambda gate, up, *by: real(gate, up, *by) * (1.001 if up.shape[0] == 2 else 1))
     plan = fuse.plan(config("llama"))
-    assert {r.kind for r in plan.rewrites} == {"merged", "norm", "rotary"}
+    assert {r.kind for r in plan.rewrites} == {"merged", "norm", "rotary", "sums"}
     assert any(d.kind == "glu" and "logits differ" in d.reason for d in plan.refused)
 
 
@@ -307,7 +354,7 @@ def test_loaded(format: str | None, dtype: str, tmp_path: Path) -> None:
     plain = build.load(folder, format=format, dtype=dtype)
     model: Any = build.load(folder, format=format, dtype=dtype, fuse=True)
     report = model.fewbit_fused
-    assert [report.count(kind) for kind in ("merged", "norm", "glu", "rotary")] == [4, 5, 2, 2]
+    assert [report.count(kind) for kind in ("merged", "norm", "glu", "rotary", "sums")] == [4, 5, 2, 2, 2]
     assert not any(m.pending for m in model.modules() if isinstance(m, Linear))
     limit = fuse.LIMIT if dtype == "float32" else 1e-2  # inputs that are rounded may fall on the other side
     assert twin.relative(logits(model), logits(plain)) <= limit
@@ -336,7 +383,7 @@ def test_a_rewrite_that_fits_no_module_is_refused() -> None:
     report = fuse.apply(model, fuse.plan(config("llama")))
     assert {(d.kind, d.where) for d in report.decisions} == {
         ("merged", "LlamaAttention"), ("merged", "LlamaMLP"), ("norm", "LlamaRMSNorm"), ("glu", "LlamaMLP"),
-        ("rotary", "LlamaAttention"),
+        ("rotary", "LlamaAttention"), ("sums", "LlamaDecoderLayer"),
     }  # fmt: skip
     assert all(d.refused and "no module" in d.reason for d in report.decisions)
 

@@ -169,7 +169,7 @@ error of the logits at most 1e-4 (`load` refuses the others). Attention: ours ov
 layer launches outside attention for one token, of its kinds of layers the most, in its own code → fused. Refused: what
 looks as if it could be fused and is not, which `--fusion strict` makes an error; why stands in the last column. torch's
 own LayerNorm is no refusal, for it is one kernel, nor is what does not look like linears that read one tensor, a norm,
-a gated MLP or a rotary embedding.
+a gated MLP or a rotary embedding, nor additions beside which there is no norm of ours.
 
 {counts["exact"]} exact, {counts["wrong"]} wrong, {counts["refused"]} refused, of {len(rows)}.
 Fully explained (exact, paged, nothing refused): {len(explained)},

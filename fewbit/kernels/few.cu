@@ -1,0 +1,399 @@
+// y = x W^T for up to 16 rows of x: a step of decoding is the reading of W, so every warp streams rows of W past its
+// matrix units by itself, K dealt out to warps, and nobody waits for anybody before the sums meet at the end.
+//
+// mma takes 16 rows of W (its A) and 8 rows of x (its B). Which columns lie in which place of a fragment does not
+// matter as long as A and B agree, so lane 4g + t takes what lies 16 bytes wide in memory: of rows g and g + 8 of W, and
+// of row g of x. `few_rows` reads W [N, K] as stored; `few_blocks` reads codes of 4 bits in humming's layout, where the
+// codes of 64 rows and 16 columns are 512 bytes, a word of each lane for every 16 rows. Each lane copies into shared
+// memory what it reads back itself: loads that are under way need no registers, and nothing need be synchronised.
+//
+// Compiled for: TYPE of x (0 bfloat16, 1 float16, 2 e4m3, 3 int8), OUT of y (0, 1), TILES of 8 rows of x, WARPS of a
+// block, DEPTH copies under way; blocks: CODES 0 integers under scales of x's type, 1 e2m1 under e4m3, 2 e2m1 under e8m0;
+// GROUP columns to a scale, ZEROS 1 where each has a zero, SPLIT blocks to a sum.
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct __align__(16) Four { u32 x, y, z, w; };
+
+#if TYPE == 3
+typedef int Sum;
+#else
+typedef float Sum;
+#endif
+
+// Into shared memory, past the L1: weights are read once. Groups of copies are waited for in their order.
+__device__ __forceinline__ void copy(void *to, const void *from) {
+    const u32 at = (u32)__cvta_generic_to_shared(to);
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" :: "r"(at), "l"(from));
+}
+
+// The same where other blocks of this processor read it too.
+__device__ __forceinline__ void copy_shared(void *to, const void *from) {
+    const u32 at = (u32)__cvta_generic_to_shared(to);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" :: "r"(at), "l"(from));
+}
+
+__device__ __forceinline__ void close_group() { asm volatile("cp.async.commit_group;"); }
+__device__ __forceinline__ void await_group() { asm volatile("cp.async.wait_group %0;" :: "n"(DEPTH - 1) : "memory"); }
+
+__device__ __forceinline__ Four four(const void *at) {
+    Four v;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
+    return v;
+}
+
+__device__ __forceinline__ u32 word(const void *at) {
+    u32 v;
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(at));
+    return v;
+}
+
+// The kernel after this one may start, and reads its weights; this one waits for what the one before it has made.
+__device__ __forceinline__ void let_next() { asm volatile("griddepcontrol.launch_dependents;"); }
+__device__ __forceinline__ void await_last() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+__device__ __forceinline__ void mma(Sum (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#if TYPE == 0
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#elif TYPE == 1
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#elif TYPE == 2
+    asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#else
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};" : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#endif
+}
+
+__device__ __forceinline__ u16 rounded(float v) {
+    u16 out;
+#if OUT == 0
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out) : "f"(v));
+#else
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out) : "f"(v));
+#endif
+    return out;
+}
+
+__device__ __forceinline__ float widened(u16 v) {
+#if OUT == 0
+    return __uint_as_float((u32)v << 16);
+#else
+    float out;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(v));
+    return out;
+#endif
+}
+
+// What the sum of a row of x (m) and one of W (n) becomes. rows, columns, bias: scales and more, or null.
+struct Finish {
+    u16 *y;
+    const float *rows, *columns;
+    const u16 *bias;
+    int m, n, row_step, column_step;
+
+    __device__ __forceinline__ void operator()(float v, int row, int column) const {
+        if (row >= m) return;
+        if (columns) v *= columns[column * column_step];
+        if (rows) v *= rows[row * row_step];
+        if (bias) v += widened(bias[column]);
+        y[(u64)row * n + column] = rounded(v);
+    }
+};
+
+extern __shared__ __align__(16) char memory[];
+
+#if SPLIT == 0
+// w: [n, bytes], x: [m, bytes]; a block makes 16 columns of y.
+extern "C" __global__ void __launch_bounds__(WARPS * 32)
+few_rows(const char *w, const char *x, Finish finish, int bytes) {
+    constexpr int STEP = WARPS * 64, STAGE = (2 + TILES) * 512;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const u64 eight = 8ull * bytes;
+    const char *from = w + blockIdx.x * 2 * eight + (u64)g * bytes + warp * 64 + t * 16;
+    char *ring = memory + warp * (DEPTH * STAGE) + lane * 16;
+    int left = bytes - warp * 64;
+    let_next();
+#pragma unroll
+    for (int s = 0; s < DEPTH; s++) {
+        if (left > s * STEP) {
+            copy(ring + s * STAGE, from + s * STEP);
+            copy(ring + s * STAGE + 512, from + eight + s * STEP);
+        }
+        close_group();
+    }
+    const char *own = x + (u64)g * bytes + warp * 64 + t * 16;
+    bool there[TILES];
+    await_last();
+#pragma unroll
+    for (int j = 0; j < TILES; j++) {
+        there[j] = j * 8 + g < finish.m;
+#pragma unroll
+        for (int s = 0; s < DEPTH; s++) {
+            Four v = {0, 0, 0, 0};
+            if (there[j] && left > s * STEP) v = four(own + j * eight + s * STEP);
+            *(Four *)(ring + s * STAGE + (2 + j) * 512) = v;
+        }
+    }
+    Sum sum[TILES][4] = {};
+    from += DEPTH * STEP, own += DEPTH * STEP;
+    for (char *here = ring; left > 0; left -= STEP, from += STEP, own += STEP) {
+        await_group();
+        const Four up = *(const Four *)here, low = *(const Four *)(here + 512);
+#pragma unroll
+        for (int j = 0; j < TILES; j++) {
+            const Four b = *(const Four *)(here + (2 + j) * 512);
+            Sum part[4] = {};  // units add e4m3 with few bits: 64 columns at a time
+            mma(part, up.x, low.x, up.y, low.y, b.x, b.y);
+            mma(part, up.z, low.z, up.w, low.w, b.z, b.w);
+#pragma unroll
+            for (int i = 0; i < 4; i++) sum[j][i] += part[i];
+        }
+        if (left > DEPTH * STEP) {
+            copy(here, from), copy(here + 512, from + eight);
+#pragma unroll
+            for (int j = 0; j < TILES; j++)
+                if (there[j]) copy_shared(here + (2 + j) * 512, own + j * eight);
+        }
+        close_group();
+        here = here + STAGE < ring + DEPTH * STAGE ? here + STAGE : ring;
+    }
+    __syncthreads();  // of the ring, which gives way to the sums
+    Sum *parts = (Sum *)memory;  // [WARPS][TILES * 8][17]
+#pragma unroll
+    for (int j = 0; j < TILES; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            parts[(warp * TILES * 8 + j * 8 + 2 * t + i % 2) * 17 + g + i / 2 * 8] = sum[j][i];
+    __syncthreads();
+    for (int i = threadIdx.x; i < TILES * 128; i += WARPS * 32) {
+        Sum total = 0;
+#pragma unroll
+        for (int k = 0; k < WARPS; k++) total += parts[(k * TILES * 8 + i / 16) * 17 + i % 16];
+        finish((float)total, i / 16, blockIdx.x * 16 + i % 16);
+    }
+}
+#else
+static_assert(DEPTH == 8, "x of the next run must have come with this one's codes");
+#if TYPE == 0
+#define MAGIC 0x43004300u  // 128 in bfloat16, whose last bit is worth 1
+#define MIDDLE 0x43084308u
+#define LESS "sub.rn.bf16x2"
+#define TIMES_TWO "mul.rn.bf16x2"
+#else
+#define MAGIC 0x64006400u  // 1024 in float16
+#define MIDDLE 0x64086408u
+#define LESS "sub.rn.f16x2"
+#define TIMES_TWO "mul.rn.f16x2"
+#endif
+
+// Codes p and p + 4 of 8 as two numbers; integers less their zero.
+template <int p> __device__ __forceinline__ u32 pair(u32 codes, u32 zero) {
+    u32 v;
+#if CODES == 0
+    asm("lop3.b32 %0, %1, 0x000f000f, %2, 0xEA;" : "=r"(v) : "r"(codes >> 4 * p), "r"(MAGIC));
+    asm(LESS " %0, %0, %1;" : "+r"(v) : "r"(zero));
+#else  // sign, and two bits of exponent with one of mantissa: too small by 2^126 (2^14)
+    constexpr int far = TYPE == 0 ? 6 - 4 * p : 9 - 4 * p;
+    const u32 size = far < 0 ? codes >> -far : codes << (far < 0 ? 0 : far), sign = codes << (12 - 4 * p) & 0x80008000u;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(v) : "r"(size), "r"(TYPE == 0 ? 0x01c001c0u : 0x0e000e00u), "r"(sign));
+    asm(TIMES_TWO " %0, %0, %1;" : "+r"(v) : "r"(TYPE == 0 ? 0x7e807e80u : 0x74007400u));
+#endif
+    return v;
+}
+
+// Scales of 8 rows.
+#if CODES == 0
+typedef Four Scales;
+#else
+struct __align__(8) Scales { u32 x, y; };
+#endif
+
+__device__ __forceinline__ Scales scales_at(const void *at) {
+    Scales v;
+#if CODES == 0
+    v = four(at);
+#else
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at));
+#endif
+    return v;
+}
+
+// Those of rows g + 16 r and g + 16 r + 8.
+__device__ __forceinline__ void two_of(const Scales &v, int r, float &above, float &below) {
+#if CODES == 0
+    const u32 both = r == 0 ? v.x : r == 1 ? v.y : r == 2 ? v.z : v.w;
+    above = widened(both & 0xffff), below = widened(both >> 16);
+#else
+    const u32 both = (r < 2 ? v.x : v.y) >> r % 2 * 16;
+#if CODES == 1
+    u32 halves;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"((u16)both));
+    asm("cvt.f32.f16 %0, %1;" : "=f"(above) : "h"((u16)halves));
+    asm("cvt.f32.f16 %0, %1;" : "=f"(below) : "h"((u16)(halves >> 16)));
+#else
+    const u32 one = both & 255, two = both >> 8 & 255;  // 2^-127 is subnormal, 255 no number
+    above = __uint_as_float(one == 0 ? 1u << 22 : one == 255 ? 0x7fc00000u : one << 23);
+    below = __uint_as_float(two == 0 ? 1u << 22 : two == 255 ? 0x7fc00000u : two << 23);
+#endif
+#endif
+}
+
+// w: [k / 16, n / 64, 32 lanes, 4 words]; scales: [k / GROUP, n / 64, 8, 8], of row g + 8 j at [g, j], and so zeros of 4
+// bits. A block makes 64 columns of y over its share of K; the SPLIT blocks of a cluster add up in one another's memory.
+extern "C" __global__ void __launch_bounds__(WARPS * 32)
+few_blocks(const Four *w, const char *x, Finish finish, const Scales *scales, const u32 *zeros, int k) {
+    constexpr int TIMES = GROUP < 128 ? 128 / GROUP : 1, EACH = 8 / TIMES;  // scales of 128 columns; blocks to each
+    constexpr int STRIDE = SPLIT * WARPS, ROW = 256 + 16, HALF = TILES * 8 * ROW;  // rows of x lie in banks of their own
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int tile = blockIdx.x / SPLIT, rank = blockIdx.x % SPLIT, tiles = finish.n / 64, runs = k / 128;
+    int run = rank * WARPS + warp;
+    const u64 apart = (u64)tiles * 32, jump = (u64)STRIDE * 8 * apart;  // from block to block, from run to run
+    const Four *from = w + (u64)run * 8 * apart + tile * 32;
+    char *own = memory + warp * (4096 + 2 * HALF);  // codes of a run, then rows of x of two runs
+    Four *ring = (Four *)own + lane;
+    let_next();
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        if (run < runs) copy(ring + i * 32, from + i * apart + lane);
+        close_group();
+    }
+    Scales scale[TIMES];
+#if ZEROS
+    u32 zero[TIMES];
+#endif
+    auto look_up = [&](int r) {
+#pragma unroll
+        for (int s = 0; s < TIMES; s++) {
+            const u64 group = (u64)(GROUP < 128 ? r * TIMES + s : r * 128 / GROUP) * tiles + tile;
+            scale[s] = scales_at(scales + group * 8 + g);
+#if ZEROS
+            zero[s] = word(zeros + group * 8 + g);
+#endif
+        }
+    };
+    if (run < runs) look_up(run);
+    char *rows = own + 4096;
+    for (int i = lane; i < TILES * 128; i += 32)  // 16 bytes of a row each
+        *(Four *)(rows + i / 16 * ROW + i % 16 * 16) = *(Four *)(rows + HALF + i / 16 * ROW + i % 16 * 16) = Four{0, 0, 0, 0};
+    __syncwarp();
+    await_last();
+    for (int i = lane; i < finish.m * 16 && run < runs; i += 32)
+        *(Four *)(rows + i / 16 * ROW + i % 16 * 16) = four(x + ((u64)(i / 16) * k + run * 128) * 2 + i % 16 * 16);
+    __syncwarp();
+    float sum[TILES][4][4] = {};
+    for (int half = 0; run < runs; run += STRIDE, half ^= HALF) {
+        const bool more = run + STRIDE < runs;
+        Scales given[TIMES];
+#if ZEROS
+        u32 nil[TIMES];
+#endif
+#pragma unroll
+        for (int s = 0; s < TIMES; s++) {
+            given[s] = scale[s];
+#if ZEROS
+            nil[s] = zero[s];
+#endif
+        }
+        from += jump;
+        if (more) {
+            look_up(run + STRIDE);
+            for (int i = lane; i < finish.m * 16; i += 32)
+                copy_shared(rows + (half ^ HALF) + i / 16 * ROW + i % 16 * 16,
+                            x + ((u64)(i / 16) * k + (run + STRIDE) * 128) * 2 + i % 16 * 16);
+        }
+#pragma unroll
+        for (int s = 0; s < TIMES; s++) {
+            float part[TILES][4][4] = {};
+#pragma unroll
+            for (int i = s * EACH; i < (s + 1) * EACH; i++) {
+                await_group();
+                if (i == 0) __syncwarp();  // rows of x that other lanes have copied
+                const Four held = ring[i * 32];
+                const u32 codes[4] = {held.x, held.y, held.z, held.w};
+                u32 b[TILES][2];
+#pragma unroll
+                for (int j = 0; j < TILES; j++)
+#pragma unroll
+                    for (int h = 0; h < 2; h++)
+                        b[j][h] = *(const u32 *)(rows + half + (j * 8 + g) * ROW + i * 32 + h * 16 + t * 4);
+#pragma unroll
+                for (int r = 0; r < 4; r++) {
+#if ZEROS
+                    const u32 z0 = MAGIC | ((nil[s] >> 8 * r) & 15) * 0x10001u;
+                    const u32 z1 = MAGIC | ((nil[s] >> (8 * r + 4)) & 15) * 0x10001u;
+#else
+                    const u32 z0 = MIDDLE, z1 = MIDDLE;
+#endif
+                    const u32 a0 = pair<0>(codes[r], z0), a2 = pair<1>(codes[r], z0);
+                    const u32 a1 = pair<2>(codes[r], z1), a3 = pair<3>(codes[r], z1);
+#pragma unroll
+                    for (int j = 0; j < TILES; j++) mma(part[j][r], a0, a1, a2, a3, b[j][0], b[j][1]);
+                }
+                if (more) copy(ring + i * 32, from + i * apart + lane);
+                close_group();
+            }
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+                float above, below;
+                two_of(given[s], r, above, below);
+#pragma unroll
+                for (int j = 0; j < TILES; j++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) sum[j][r][i] += part[j][r][i] * (i < 2 ? above : below);
+            }
+        }
+        __syncwarp();  // of rows of x, which the run after next overwrites
+    }
+    __syncthreads();  // of the ring, which gives way to the sums
+    float *parts = (float *)memory;  // [WARPS][TILES * 8][65]
+#pragma unroll
+    for (int j = 0; j < TILES; j++)
+#pragma unroll
+        for (int r = 0; r < 4; r++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                parts[(warp * TILES * 8 + j * 8 + 2 * t + i % 2) * 65 + r * 16 + g + i / 2 * 8] = sum[j][r][i];
+    __syncthreads();
+#if SPLIT == 1
+    for (int i = threadIdx.x; i < TILES * 512; i += WARPS * 32) {
+        float total = 0;
+#pragma unroll
+        for (int q = 0; q < WARPS; q++) total += parts[(q * TILES * 8 + i / 64) * 65 + i % 64];
+        finish(total, i / 64, tile * 64 + i % 64);
+    }
+#else
+    __shared__ float block[TILES * 512];
+    for (int i = threadIdx.x; i < TILES * 512; i += WARPS * 32) {
+        float total = 0;
+#pragma unroll
+        for (int q = 0; q < WARPS; q++) total += parts[(q * TILES * 8 + i / 64) * 65 + i % 64];
+        block[i] = total;
+    }
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+    for (int i = rank * WARPS * 32 + threadIdx.x; i < TILES * 512; i += SPLIT * WARPS * 32) {
+        const u32 here = (u32)__cvta_generic_to_shared(block + i);
+        float total = 0;
+#pragma unroll
+        for (int q = 0; q < SPLIT; q++) {
+            u32 at;
+            float v;
+            asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(here), "r"(q));
+            asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(at));
+            total += v;
+        }
+        finish(total, i / 64, tile * 64 + i % 64);
+    }
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");  // memory stays until then
+#endif
+}
+#endif

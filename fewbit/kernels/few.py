@@ -1,0 +1,138 @@
+"""Products of up to 16 rows on a GPU that can begin a kernel before the last one ends (compute capability 9.0): few.cu.
+
+A row of y is the same whatever rows are beside it: K is dealt out by the shape of the weight alone.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fewbit.kernels import compiled_gpu
+from fewbit.kernels.compiled_gpu import Function
+
+TILE = 8  # rows of x to a tile of matrix units
+MOST = {"codes": 2 * TILE, "floats": TILE, "blocks": TILE}  # rows up to which it is faster than what takes more
+LEAST = (9, 0)
+TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float8_e4m3fn: 2, torch.int8: 3}
+HALVES = (torch.bfloat16, torch.float16)
+CHUNK = 64  # bytes of a row that a warp takes at a time
+ROWS, BLOCK = 16, 64  # columns of y that a block makes: from rows of W, from humming's blocks
+RUN = 128  # columns of W that a warp takes at a time from humming's blocks
+INTEGERS, NVFP4, MXFP4 = range(3)  # few.cu's CODES
+GROUPS = {INTEGERS: (32, 64, 128, 256, 512), NVFP4: (16,), MXFP4: (32,)}  # columns to a scale
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Codes of 4 bits that `blocks` reads."""
+
+    codes: int
+    group: int
+
+
+class Finish(ctypes.Structure):
+    """few.cu's Finish."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("y", "rows", "columns", "bias")),
+        *((name, ctypes.c_int) for name in ("m", "n", "row_step", "column_step")),
+    )
+
+
+@cache
+def lacking(device: torch.device) -> str | None:
+    """Why nothing of this runs there."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"runs on NVIDIA GPUs, not on {device.type}"
+    if (found := torch.cuda.get_device_capability(device)) < LEAST:
+        return f"needs compute capability {LEAST[0]}.{LEAST[1]}, found {found[0]}.{found[1]}"
+    return compiled_gpu.lacking()
+
+
+def takes(x: Tensor, n: int, bias: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether `rows` multiplies x [M, K] by [n, K] of its type, for results of dtype."""
+    if not x.is_cuda or x.dtype not in TYPES or dtype not in HALVES or n % ROWS or lacking(x.device):
+        return False
+    most = MOST["floats" if x.dtype in HALVES else "codes"]
+    return len(x) <= most and x.shape[1] * x.element_size() % CHUNK == 0 and _lies_well(x, bias, dtype)
+
+
+def takes_blocks(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether `blocks` multiplies x [M, K], K whole runs, on a weight of whole blocks."""
+    return len(x) <= MOST["blocks"] and not lacking(x.device) and _lies_well(x, bias, x.dtype)
+
+
+def _lies_well(x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
+    return x.is_contiguous() and x.data_ptr() % 16 == 0 and (bias is None or bias.dtype == dtype)
+
+
+def rows(
+    x: Tensor, w: Tensor, dtype: torch.dtype, rows: Tensor | None = None, columns: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """x: [M, K], w: [N, K] of one type -> [M, N] of dtype. rows: [M] or [1], columns: [N] or [1] float32 scales."""
+    y = x.new_empty(len(x), len(w), dtype=dtype)
+    run = _by_rows(x.device, x.dtype, dtype, _tiles(len(x)), len(w))
+    size = ctypes.c_int(w.shape[1] * w.element_size())
+    run(len(w) // ROWS, _stream(x), (_at(w), _at(x), _finish(y, rows, columns, bias), size))
+    return y
+
+
+def blocks(
+    x: Tensor, w: Tensor, n: int, how: Blocks, scales: Tensor, zeros: Tensor | None, outer: Tensor | None,
+    bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """x: [M, K]; w, scales, zeros: codes of 4 bits [n, K] as humming holds them; outer: [1] float32 -> [M, n]."""
+    y = x.new_empty(len(x), n)
+    run = _by_blocks(x.device, x.dtype, _tiles(len(x)), how, zeros is not None, n)
+    finish, k = _finish(y, None, outer, bias), ctypes.c_int(x.shape[1])
+    run(n // BLOCK * run.cluster, _stream(x), (_at(w), _at(x), finish, _at(scales), _at(zeros), k))
+    return y
+
+
+@cache
+def _by_rows(device: torch.device, kind: torch.dtype, out: torch.dtype, tiles: int, n: int) -> Function:
+    """Few rows of W leave processors idle unless more warps share each: measured (benchmarks/gpu_kernels.py)."""
+    warps, depth = (16, 3) if n <= 2 * ROWS * _processors(device) else (8, 4 if tiles == 1 else 3)
+    defines = {"TYPE": TYPES[kind], "OUT": TYPES[out], "TILES": tiles, "WARPS": warps, "DEPTH": depth, "SPLIT": 0}
+    return _function("few_rows", device, defines, warps * depth * (2 + tiles) * 512)
+
+
+@cache
+def _by_blocks(device: torch.device, kind: torch.dtype, tiles: int, how: Blocks, zeros: bool, n: int) -> Function:
+    tall, processors = n // BLOCK, _processors(device)
+    warps, split = (4, 8) if 2 * tall <= processors else (8, 2) if tall <= 2 * processors else (4, 2)
+    defines = {"TYPE": TYPES[kind], "OUT": TYPES[kind], "TILES": tiles, "WARPS": warps, "DEPTH": 8, "GROUP": how.group,
+               "CODES": how.codes, "ZEROS": int(zeros), "SPLIT": split}  # fmt: skip
+    return _function("few_blocks", device, defines, warps * (4096 + tiles * 4352), split)
+
+
+def _function(name: str, device: torch.device, defines: dict[str, int], shared: int, split: int = 1) -> Function:
+    given = tuple(f"{key}={value}" for key, value in defines.items())
+    return compiled_gpu.function("few.cu", name, device, given, defines["WARPS"] * 32, shared, split)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _tiles(m: int) -> int:
+    return -(-m // TILE)
+
+
+def _stream(x: Tensor) -> int:
+    return torch.cuda.current_stream(x.device).cuda_stream
+
+
+def _at(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _finish(y: Tensor, rows: Tensor | None, columns: Tensor | None, bias: Tensor | None) -> Finish:
+    held = (_at(each) for each in (y, rows, columns, bias))
+    steps = (int(each is not None and each.numel() > 1) for each in (rows, columns))
+    return Finish(*held, *y.shape, *steps)

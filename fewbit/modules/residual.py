@@ -1,0 +1,149 @@
+"""Residual: what a layer adds to the stream of hidden states, added by the norm that reads the sum.
+
+A model's own code runs as it is, but on a stream that is a Later: adding to it only notes what is to be added. A norm
+of ours that is given one adds and norms in one launch; whatever else is done with it finds the tensor, added by then.
+A norm whose output is added may itself wait for that addition.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbit.kernels import fused
+from fewbit.modules.norm import Norm, norm, normed
+
+ADDS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+Pair = tuple[Tensor, Tensor | None]
+
+
+def add_norm(x: Tensor, residual: Tensor, before: Norm | None, after: Norm | None) -> Pair:
+    """x, residual: [..., D] -> residual + x, or + before(x); and after of that; the oracle."""
+    total = residual + (x if before is None else norm(x, before.weight, before.bias, before.form))
+    return total, None if after is None else norm(total, after.weight, after.bias, after.form)
+
+
+def add_normed(x: Tensor, residual: Tensor, before: Norm | None, after: Norm | None) -> Pair:
+    """The same by the kernel that takes it, to the bit what an addition and the norm's own kernel give."""
+    if before is not None or after is not None:
+        run: Any = kernel() if x.is_cuda else fused
+        given = x, residual, before and before.norm_parts, after and after.norm_parts
+        if run.takes_sum(*given):
+            more = (after and after.wanted,) if x.is_cuda else ()
+            found: Pair = run.add_norm(*given, *more)
+            return found
+    total = residual + (x if before is None else by(before, x))
+    return total, None if after is None else by(after, total)
+
+
+def by(norm: Norm, x: Tensor) -> Tensor:
+    return normed(x, norm.weight, norm.bias, norm.form, norm.wanted)
+
+
+class Later:
+    """[residual +] [norm of] x, computed when it is first asked for. Without both it is x: a stream's begin."""
+
+    __slots__ = ("norm", "residual", "x")
+
+    def __init__(self, x: Tensor, residual: "Tensor | Later | None" = None, norm: Norm | None = None):
+        self.x, self.residual, self.norm = x, residual, norm
+
+    @property
+    def tensor(self) -> Tensor:
+        if self.residual is not None or self.norm is not None:
+            self._settle(None)
+        return self.x
+
+    def normed(self, after: Norm) -> Tensor:
+        y = self._settle(after) if self.residual is not None else None
+        return by(after, self.tensor) if y is None else y
+
+    def _settle(self, after: Norm | None) -> Tensor | None:
+        y = None
+        if self.residual is not None:
+            self.x, y = add_normed(self.x, plain(self.residual), self.norm, after)
+        elif self.norm is not None:
+            self.x = by(self.norm, self.x)
+        self.residual = self.norm = None
+        return y
+
+    def __add__(self, other: Any) -> Any:
+        return added(self, other)
+
+    __radd__ = __add__
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tensor, name)
+
+    def __getitem__(self, at: Any) -> Any:
+        return self.tensor[at]
+
+    def __mul__(self, other: Any) -> Any:
+        return self.tensor * plain(other)
+
+    __rmul__ = __mul__
+
+    def __sub__(self, other: Any) -> Any:
+        return self.tensor - plain(other)
+
+    def __truediv__(self, other: Any) -> Any:
+        return self.tensor / plain(other)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in ADDS and len(args) == 2 and not kwargs:
+            return added(*args)
+        named = {name: plain(value) for name, value in (kwargs or {}).items()}
+        return func(*(plain(value) for value in args), **named)
+
+
+def plain(value: Any) -> Any:
+    """Tensors in place of what is to be computed later."""
+    if isinstance(value, Later):
+        return value.tensor
+    return type(value)(plain(v) for v in value) if type(value) in (tuple, list) else value
+
+
+def streams(value: Any) -> bool:
+    """Whether it is a stream, and no norm alone."""
+    return isinstance(value, Later) and (value.residual is not None or value.norm is None)
+
+
+def added(a: Any, b: Any) -> Any:
+    """a + b, later where one of them is a stream. What waits for a norm alone is added to a tensor now."""
+    if streams(b) or (isinstance(a, Later) and not streams(a)):
+        a, b = b, a
+    if isinstance(b, Later) and not streams(b):
+        if streams(a):
+            return Later(b.x, a, b.norm)
+        if isinstance(a, Tensor):
+            return add_normed(b.x, a, b.norm, None)[0]
+    if streams(a) and isinstance(b, Tensor):
+        return Later(b, a)
+    return plain(a) + plain(b)
+
+
+def forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A decoder layer's own, with its hidden states as a stream."""
+    own: Callable[..., Any] = type(layer).forward
+    if args:
+        return own(layer, stream(args[0]), *args[1:], **kwargs)
+    return own(layer, **kwargs | {"hidden_states": stream(kwargs["hidden_states"])})
+
+
+def stream(hidden: Any) -> Any:
+    return Later(hidden) if isinstance(hidden, Tensor) else hidden
+
+
+def later(norm: Norm, x: Any) -> Later:
+    """A norm's forward where what it gives is added to the stream."""
+    return Later(plain(x), norm=norm)
+
+
+@cache
+def kernel() -> Any:
+    from fewbit.kernels import triton_add_norm
+
+    return triton_add_norm

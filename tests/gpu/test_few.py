@@ -1,0 +1,125 @@
+"""Products of up to 16 rows by few.cu against float64: every type, count of rows and layout, in any company."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewbit.kernels import few, humming_linear
+from fewbit.kernels.dense import dense_linear
+from fewbit.quant.elements import BF16, F16
+from fewbit.quant.formats import FORMATS
+from fewbit.quant.qtensor import Quantized
+from fewbit.quant.reference import decode, encode
+
+pytestmark = [
+    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    pytest.mark.filterwarnings("default"),  # those of humming and its compiler are not ours
+]  # fmt: skip
+CUDA = torch.device("cuda")
+UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+@pytest.fixture(autouse=True)
+def there(monkeypatch: pytest.MonkeyPatch) -> None:
+    if why := few.lacking(torch.device("cuda", 0)):
+        pytest.skip(why)
+    monkeypatch.setattr(humming_linear, "ROWS", (1, 16))
+
+
+def near(y: Tensor, x: Tensor, w: Tensor, want: Tensor, scale: float = 1.0) -> None:
+    """One rounding of the result, and sums in float32 in any order (e4m3: 64 columns at a time in fewer bits)."""
+    size = x.double().abs() @ w.double().abs().T * scale
+    few_bits = 2.0**-12 if x.dtype == torch.float8_e4m3fn else x.shape[1] * 2.0**-24
+    assert bool(((y.double() - want).abs() <= UNIT[y.dtype] * want.abs() + few_bits * size).all())
+
+
+@pytest.mark.parametrize("kind", few.TYPES, ids=str)
+@pytest.mark.parametrize("n, k", [(16, 64), (256, 4096 + 64), (4096, 512), (9216, 192)])
+def test_rows(kind: torch.dtype, n: int, k: int) -> None:
+    out = kind if kind in few.HALVES else torch.bfloat16
+    draw = torch.Generator(CUDA).manual_seed(0)
+    x, w = (torch.randn(size, k, device=CUDA, generator=draw) * 20 for size in (16, n))
+    x, w = ((each.round().clamp(-127, 127) if kind is torch.int8 else each / 20).to(kind) for each in (x, w))
+    scales, columns, bias = (torch.rand(size, device=CUDA, generator=draw) for size in (16, n, n))
+    bias = bias.to(out)
+    sums = x.double() @ w.double().T
+    one = columns[:1].clone()
+    for m in (1, 2, 7, 8, 9, 16):
+        near(few.rows(x[:m], w, out), x[:m], w, sums[:m])
+        y = few.rows(x[:m], w, out, scales[:m].contiguous(), columns, bias)
+        want = sums[:m] * scales[:m, None] * columns + bias.double()
+        assert bool(((y.double() - want).abs() <= 2.0**-7 * (want.abs() + 1) + 2.0**-12 * sums.abs().max()).all())
+        assert torch.equal(y, few.rows(x, w, out, scales, columns, bias)[:m])  # in any company
+        near(few.rows(x[:m], w, out, one, one), x[:m], w, sums[:m] * float(one) ** 2, float(one) ** 2)
+
+
+def test_what_is_not_there_stays() -> None:
+    """Nothing is written beyond the rows that were asked for, and NaN of one row stays in it."""
+    x, w = torch.randn(3, 128, device=CUDA).bfloat16(), torch.randn(32, 128, device=CUDA).bfloat16()
+    x[1, 5] = float("nan")
+    room = torch.full((4, 32), 7.0, dtype=torch.bfloat16, device=CUDA)
+    torch.cuda.synchronize()
+    y = few.rows(x, w, torch.bfloat16)
+    assert y.isnan().all(1).tolist() == [False, True, False] and bool((room == 7).all())
+
+
+def test_dense_linear_takes_it() -> None:
+    w, bias = torch.randn(4096, 512, device=CUDA).bfloat16(), torch.randn(4096, device=CUDA).bfloat16()
+    for m in (1, 8, 9):
+        x = torch.randn(1, m, 512, device=CUDA).bfloat16()
+        y = dense_linear(x, w, bias)
+        want = x[0].double() @ w.double().T + bias.double()
+        assert y.shape == (1, m, 4096)
+        assert bool(((y[0].double() - want).abs() <= 2.0**-7 * (want.abs() + bias.double().abs() + 1)).all())
+
+
+@pytest.mark.parametrize("zeros", ["", "-asym"])
+@pytest.mark.parametrize("group", few.GROUPS[few.INTEGERS])
+@pytest.mark.parametrize("dtype", few.HALVES, ids=str)
+def test_blocks(dtype: torch.dtype, group: int, zeros: str) -> None:
+    form = FORMATS.get(f"int4-g{group}{zeros}")
+    if form is None:
+        base = FORMATS[f"int4-g128{zeros}"].weight
+        wider = {name: tuple(replace(s, block=(1, group)) for s in getattr(base, name)) for name in ("scales", "zeros")}
+        form = replace(FORMATS[f"int4-g128{zeros}"], weight=replace(base, **wider))
+    scales = tuple(replace(s, element=BF16 if dtype == torch.bfloat16 else F16) for s in form.weight.scales)
+    form = replace(form, weight=replace(form.weight, scales=scales))
+    for n, k in ((128, 512), (256, 1024 + 512), (9216, 512)):
+        w = encode(torch.randn(n, k, generator=torch.Generator().manual_seed(n)) * 0.1, form.weight).to(CUDA)
+        values = decode(w)
+        held = humming_linear.prepack_linear(Quantized(form, w), dtype)
+        assert isinstance(held, humming_linear.Held) and held.blocks == few.Blocks(few.INTEGERS, group)
+        x, bias = torch.randn(8, k, device=CUDA).to(dtype), torch.randn(n, device=CUDA).to(dtype)
+        for m in (1, 3, 8):
+            y = humming_linear.run_linear(x[:m], held)
+            near(y, x[:m], values, x[:m].double() @ values.double().T)
+            assert torch.equal(y, humming_linear.run_linear(x, held)[:m])
+            biased = humming_linear.run_linear(x[:m], held, bias).double()
+            want = x[:m].double() @ values.double().T + bias.double()
+            assert bool(((biased - want).abs() <= 2 * UNIT[dtype] * (want.abs() + 1)).all())
+        weight, scale, outer, zero = held.tensors
+        assert weight is not None and scale is not None
+        two = few.blocks(x.repeat(2, 1), weight, n, held.blocks, scale, zero, outer)
+        assert torch.equal(two[8:], two[:8]) and torch.equal(two[:8], humming_linear.run_linear(x, held))
+
+
+@pytest.mark.parametrize("name, dtype", [
+    ("nvfp4-a16", torch.bfloat16), ("nvfp4-a16", torch.float16), ("mxfp4-a16", torch.bfloat16),
+])  # fmt: skip
+def test_floats_of_4_bits(name: str, dtype: torch.dtype) -> None:
+    form = FORMATS[name]
+    for n, k in ((128, 512), (9216, 384)):
+        w = encode(torch.randn(n, k, generator=torch.Generator().manual_seed(n)) * 0.1, form.weight).to(CUDA)
+        values = decode(w)
+        held = humming_linear.prepack_linear(Quantized(form, w), dtype)
+        assert isinstance(held, humming_linear.Held) and held.blocks is not None
+        x, bias = torch.randn(8, k, device=CUDA).to(dtype), torch.randn(n, device=CUDA).to(dtype)
+        for m in (1, 3, 8):
+            y = humming_linear.run_linear(x[:m], held)
+            near(y, x[:m], values, x[:m].double() @ values.double().T)
+            assert torch.equal(y, humming_linear.run_linear(x, held)[:m])
+        want = x.double() @ values.double().T + bias.double()
+        off = (humming_linear.run_linear(x, held, bias).double() - want).abs()
+        assert bool((off <= 2 * UNIT[dtype] * (want.abs() + 1)).all())
