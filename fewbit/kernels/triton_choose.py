@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fewbit.kernels.triton_early import begin, early
+
 MOST = 8192  # experts; a program holds a token's all
 LAST = tl.constexpr(65535)
 NEVER = tl.constexpr(-(1 << 62))
@@ -50,8 +52,9 @@ def _choose(
     logits_at, bias_at, weights_at, experts_at, row, each, groups, eps, scale, fill,
     K: tl.constexpr, KEPT: tl.constexpr, SCORE: tl.constexpr, THEN: tl.constexpr, DIVIDE: tl.constexpr,
     BIAS: tl.constexpr, GROUPS: tl.constexpr, TWO: tl.constexpr, WEIGHED: tl.constexpr,
-    HIGH: tl.constexpr, WIDE: tl.constexpr, ROOM: tl.constexpr,
+    HIGH: tl.constexpr, WIDE: tl.constexpr, ROOM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    begin(EARLY)
     token = tl.program_id(0).to(tl.int64)
     group, within = tl.arange(0, HIGH)[:, None], tl.arange(0, WIDE)[None, :]
     at = group * each + within
@@ -126,5 +129,6 @@ def choose(logits: Tensor, bias: Tensor | None, by: Any, dtype: torch.dtype) -> 
         by.top, by.kept, SCORES[form.score], SCORES[form.then], DIVIDES[form.divide], bias is not None,
         groups is not None, groups is not None and groups.by == "two", groups is not None and groups.weighed,
         high, wide, triton.next_power_of_2(by.top), num_warps=max(1, min(8, high * wide // 256)),
+        **early(logits.device),
     )  # fmt: skip
     return weights, index

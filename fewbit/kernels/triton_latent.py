@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fewbit.kernels.triton_early import begin, early
 from fewbit.kernels.triton_rotary import FLOATS, MANY, _entries, _turn, steps
 
 
@@ -17,8 +18,9 @@ def _assemble(
     q_at, kv_at, k_at, cos_at, sin_at, q_out, k_out, tokens, heads, qb, qt, qh, vb, vt, vh, kb, kt, cb, ct, sb, st,
     ob, ot, oh, PLAIN: tl.constexpr, D: tl.constexpr, R: tl.constexpr, READS: tl.constexpr, WRITES: tl.constexpr,
     OWN: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, TAIL: tl.constexpr,
-    ROOM: tl.constexpr,
+    ROOM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    begin(EARLY)
     pid = tl.program_id(0).to(tl.int64)
     b, t = pid // tokens, pid % tokens
     c0, c1, s0, s1 = _entries(cos_at + b * cb + t * ct, sin_at + b * sb + t * st, R, WRITES, OWN, HALF)
@@ -65,5 +67,6 @@ def assemble(
             q, kv, turned, cos, sin, q_out, k_out, tokens, heads, *q.stride()[:3], *kv.stride()[:3],
             *turned.stride()[:2], *steps(cos), *steps(sin), *q_out.stride()[:3], size - d, d, width, reads, writes,
             table == "own", wide, together, half, tail, room, num_warps=max(1, min(8, together * room // 256)),
+        **early(q.device),
         )  # fmt: skip
     return q_out.transpose(1, 2), k_out.transpose(1, 2)

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fewbit.kernels.triton_early import begin, early
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MANY = 1024  # tokens from which on a program takes more heads
 
@@ -70,8 +72,9 @@ def _rotate(
     q_at, k_at, cos_at, sin_at, q_out, k_out, tokens, q_heads, k_heads,
     qb, qt, qh, kb, kt, kh, cb, ct, sb, st, qob, qot, qoh, kob, kot, koh, D: tl.constexpr, R: tl.constexpr,
     READS: tl.constexpr, WRITES: tl.constexpr, OWN: tl.constexpr, WIDE: tl.constexpr,
-    HEADS: tl.constexpr, HALF: tl.constexpr, TAIL: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr, TAIL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    begin(EARLY)
     pid = tl.program_id(0).to(tl.int64)
     b, t = pid // tokens, pid % tokens
     c0, c1, s0, s1 = _entries(cos_at + b * cb + t * ct, sin_at + b * sb + t * st, R, WRITES, OWN, HALF)
@@ -126,6 +129,6 @@ def rotate(
     _rotate[(q.shape[0] * tokens, tiles)](
         q, k, cos, sin, q_out, k_out, tokens, q.shape[heads], k.shape[heads], *strides(q), *strides(k), *steps(cos),
         *steps(sin), *strides(q_out), *strides(k_out), q.shape[3], width, reads, writes, table == "own", wide,
-        together, half, tail, num_warps=max(1, min(8, together * half // 256)),
+        together, half, tail, num_warps=max(1, min(8, together * half // 256)), **early(q.device),
     )  # fmt: skip
     return q_out, k_out

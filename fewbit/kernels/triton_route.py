@@ -8,12 +8,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fewbit.kernels.triton_early import begin, early
+
 BLOCK = 1024  # choices looked at together
 
 
 @triton.jit
-def _route(choices_at, token_at, place_at, rows_at, size, experts, k, BLOCK: tl.constexpr):
+def _route(choices_at, token_at, place_at, rows_at, size, experts, k, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """One expert each: where its rows begin, and which they are. The last program is for choices of none."""
+    begin(EARLY)
     mine = tl.program_id(0)
     before = 0
     for start in range(0, size, BLOCK):
@@ -36,8 +39,9 @@ def _route(choices_at, token_at, place_at, rows_at, size, experts, k, BLOCK: tl.
 @triton.jit
 def _combine(
     y_at, choices_at, place_at, weights_at, onto_at, out_at, n, experts, K: tl.constexpr, ONTO: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    begin(EARLY)
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -54,7 +58,8 @@ def _combine(
 
 
 @triton.jit
-def _add_bias(y_at, bias_at, rows_at, n, experts, POWER: tl.constexpr, BLOCK: tl.constexpr):
+def _add_bias(y_at, bias_at, rows_at, n, experts, POWER: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     each = tl.arange(0, POWER)
@@ -75,7 +80,10 @@ def route(choices: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     token, place = (torch.empty(size, dtype=torch.int64, device=device) for _ in range(2))
     rows = torch.empty(experts, dtype=torch.int64, device=device)
     block = min(BLOCK, triton.next_power_of_2(max(size, 16)))
-    _route[(experts + 1,)](choices.contiguous(), token, place, rows, size, experts, max(1, choices.shape[-1]), block)
+    _route[(experts + 1,)](
+        choices.contiguous(), token, place, rows, size, experts, max(1, choices.shape[-1]), block,
+        **early(choices.device),
+    )  # fmt: skip
     return token, place, rows
 
 
@@ -95,7 +103,7 @@ def combine(
         grid = (tokens, triton.cdiv(n, block))
         _combine[grid](
             y.contiguous(), choices.contiguous(), place, weights.contiguous(), y if onto is None else onto.contiguous(),
-            out, n, experts, k, onto is not None, block,
+            out, n, experts, k, onto is not None, block, **early(y.device),
         )  # fmt: skip
     return out
 
@@ -106,5 +114,7 @@ def add_bias(y: Tensor, bias: Tensor, rows: Tensor) -> Tensor:
     if y.numel():
         block = min(BLOCK, triton.next_power_of_2(n))
         grid = (len(y), triton.cdiv(n, block))
-        _add_bias[grid](y, bias.contiguous(), rows, n, len(rows), triton.next_power_of_2(len(rows)), block)
+        _add_bias[grid](
+            y, bias.contiguous(), rows, n, len(rows), triton.next_power_of_2(len(rows)), block, **early(y.device)
+        )
     return y
