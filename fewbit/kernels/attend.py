@@ -103,16 +103,20 @@ KEEP = struct.Struct("5P8q")  # attend.cpp's Keep
 
 def write(cache: Cache | PackedCache, slots: Tensor, key: Tensor, value: Tensor) -> None:
     """As cache.write; of values that stay what they are in one call."""
-    plain = isinstance(cache, Cache) and cache.element is None and not isinstance(library("attend"), str)
+    plain = isinstance(cache, Cache) and cache.element is None and cache.fits(slots, key, value)
     pairs = ((key, cache.key), (value, cache.value)) if plain and isinstance(cache, Cache) else ()
-    if not pairs or any(not t.is_cpu or t.dtype != plane.dtype or t.stride(3) != 1 for t, plane in pairs):
-        cache.write(slots, key, value)
+    if not pairs or not all(_alike(*pair) for pair in pairs) or isinstance(library("attend"), str):
+        cache.write(slots, key, value)  # which says what is wrong
         return
     sizes = [n * t.element_size() for t, _ in pairs for n in (t.shape[3], t.stride(2), t.stride(1))]
     call(_native().keep, KEEP.pack(
         *(t.data_ptr() for t, _ in pairs), *(plane.data_ptr() for _, plane in pairs), slots.contiguous().data_ptr(),
         key.shape[2], key.shape[1], *sizes,
     ))  # fmt: skip
+
+
+def _alike(t: Tensor, plane: Tensor) -> bool:
+    return t.is_cpu and t.dtype == plane.dtype and t.stride(3) == 1
 
 
 def _at(tensor: Tensor | None) -> int | None:

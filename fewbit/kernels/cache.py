@@ -72,6 +72,11 @@ class Cache:
         """Whether what is written is rounded to the format here."""
         return self.element is not None
 
+    def fits(self, slots: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether there is a slot for each token and room for its heads: kernels trust that, `write` does not."""
+        pairs, count = ((key, self.key), (value, self.value)), len(slots)
+        return all(t.shape == (1, plane.shape[1], count, plane.shape[2]) for t, plane in pairs)
+
     def write(self, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """key, value: [1, G, T, D]; slots: [T]."""
         for (plane, scales, measured), given in zip(self._planes(), (key, value), strict=True):

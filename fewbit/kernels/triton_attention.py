@@ -34,6 +34,9 @@ def write(cache: Cache, slots: Tensor, key: Tensor, value: Tensor) -> None:
     """key: [1, G, T, D], value: [1, G, T, Dv], as they lie; slots: [T] int64."""
     from fewbit.kernels import triton_cache
 
+    if not cache.fits(slots, key, value):
+        cache.write(slots, key, value)  # which says what is wrong
+        return
     triton_cache.write(cache, slots, _dense_heads(key), _dense_heads(value))
 
 

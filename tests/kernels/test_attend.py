@@ -116,3 +116,15 @@ def test_writes_what_the_cache_would(
         for cache in caches[1:]:
             assert torch.equal(cache.key.float(), caches[0].key.float())
             assert torch.equal(cache.value.float(), caches[0].value.float())
+
+
+@pytest.mark.parametrize("given", [(1, 2, 5, 16), (1, 2, 3, 16), (1, 4, 4, 16), (1, 2, 4, 32)])
+def test_nothing_is_written_for_slots_that_are_not_there(given: tuple[int, ...]) -> None:
+    """More tokens than slots, other heads or sizes than the cache's: torch's own error, no memory of others."""
+    key = torch.randn(1, 2, 4, 16)
+    cache, other = Cache.like(16, key, key, None, None), torch.randn(given)
+    slots = torch.arange(4)
+    with pytest.raises((RuntimeError, IndexError)):
+        attend.write(cache, slots, other, other)
+    with pytest.raises((RuntimeError, IndexError)):
+        attend.write(cache, slots, key, other)
