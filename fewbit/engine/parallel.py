@@ -12,18 +12,21 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 
 from fewbit.engine.batch import Flight
 from fewbit.engine.config import EngineConfig
+from fewbit.engine.graph import Graphs
 from fewbit.engine.parallel_group import Group, meeting
 from fewbit.engine.parallel_wire import STEP, Sender, Wire
 from fewbit.engine.runner import Logits
 from fewbit.engine.scheduler import Work
-from fewbit.errors import CapacityError, FewbitError
+from fewbit.errors import CapacityError, FewbitError, UnsupportedError
 from fewbit.models.shard_source import SHARDS
+from fewbit.models.twin import first_line
 
 BOOT = ("import json, sys; told = json.loads(sys.argv[1]); sys.path[:] = told['path']; "
         "from fewbit.engine.parallel_rank import main; main(told)")  # fmt: skip
@@ -123,6 +126,19 @@ class Team:
         found = [self.guarded(mine)]
         return found + [tuple(self.answer(rank)["measured"]) for rank in self.ranks]
 
+    def capture(self, mine: Callable[[], None]) -> None:
+        """All record what they do together, or none does: a graph has rows that a step without it has not."""
+        self.command("capture")
+        why = ""
+        try:
+            self.guarded(mine)
+        except (RuntimeError, UnsupportedError) as error:
+            why = first_line(error)
+        said = [why, *(self.answer(rank)["captured"] for rank in self.ranks)]
+        if any(said):
+            self.command("forget")
+            raise UnsupportedError(next(filter(None, said)))
+
     def step(self, works: Sequence[Work], run: Callable[[Sequence[Work]], Logits]) -> Logits:
         data = self._sender.pack(works)
         self._each(lambda rank: rank.wire.send(STEP, data))
@@ -182,6 +198,16 @@ class Lockstep:
     def __init__(self, inner: Any, team: Team):
         self.inner, self.team, self.paged = inner, team, inner.paged
         self.ahead = False  # the others are told tokens by number
+
+    @property
+    def graphs(self) -> Graphs | None:
+        return self.inner.graphs if self.paged else None
+
+    def capture(self, tell: Callable[[int, int], None]) -> None:
+        self.team.capture(partial(self.inner.capture, tell))
+
+    def forget(self) -> None:
+        self.inner.forget()
 
     def run(self, works: Sequence[Work], flight: Flight | None = None) -> Logits:
         assert flight is None

@@ -17,6 +17,8 @@ from fewbit.engine.parallel import digest
 from fewbit.engine.parallel_group import Group
 from fewbit.engine.parallel_wire import STEP, Receiver, Wire
 from fewbit.engine.start import load
+from fewbit.errors import UnsupportedError
+from fewbit.models.twin import first_line
 
 BEAT = 0.5  # seconds between looks at whether rank 0 still lives
 
@@ -51,6 +53,15 @@ def say(wire: Wire, error: BaseException) -> None:
         return
 
 
+def captured(runner: Any) -> str:
+    """Record graphs with the others. -> why there are none"""
+    try:
+        runner.capture(lambda *_: None)
+    except (RuntimeError, UnsupportedError) as error:
+        return first_line(error)
+    return ""
+
+
 def serve(wire: Wire, told: dict[str, Any]) -> None:
     torch.set_num_threads(told["threads"])
     config = EngineConfig.of(**told["config"])
@@ -73,6 +84,10 @@ def serve(wire: Wire, told: dict[str, Any]) -> None:
             wire.tell(measured=measured(config, loaded))
         elif command["command"] == "runner":
             runner = loaded.own_runner(Limits(**command["limits"]))
+        elif command["command"] == "capture":
+            wire.tell(captured=captured(runner))
+        elif command["command"] == "forget":
+            runner.forget()
         elif command["command"] == "finish":
             loaded.finish()
             wire.tell(finished=True)

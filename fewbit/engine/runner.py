@@ -88,6 +88,10 @@ class Paged:
         self.graphs = Graphs(self.tables, self.size, self.reach, self.capacity, self._step, self._model)
         self.graphs.capture(tell)
 
+    def forget(self) -> None:
+        """What was recorded."""
+        self.graphs = None
+
     def tape(self) -> None:
         """Record steps of few streams on a CPU as they come."""
         self.tapes = Tapes(self.slots, self.capacity, self._step, self._model)

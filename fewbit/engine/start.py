@@ -105,13 +105,13 @@ class Loaded:
 
     def record(self, runner: Any, eager: bool) -> None:
         """CUDA graphs of decoding, where they can be had. One that cannot be recorded is said, and runs without."""
-        if eager or self.team is not None:
+        if eager:
             return
         if self.session is not None and self.session.measures:
             return  # a graph does not call who watches
         if isinstance(runner, Paged) and not runner.apart and self.device.type == "cpu":
             runner.tape()
-        if not runner.ahead:
+        if not (runner.inner.ahead if isinstance(runner, Lockstep) else runner.ahead):
             return
         if any(hasattr(module, INSIDE) for module in self.model.modules()):
             LOG.warning("attention computes in plain torch, and decoding without CUDA graphs: %s; blocking the types "
@@ -121,7 +121,7 @@ class Loaded:
             with progress("recording graphs") as tell:
                 runner.capture(tell)
         except (RuntimeError, UnsupportedError) as error:
-            runner.graphs = None
+            runner.forget()
             LOG.warning("decoding runs without CUDA graphs: %s", first_line(error))
         else:
             LOG.info("recorded %d CUDA graphs in %.1f s", len(runner.graphs.sizes), runner.graphs.seconds)

@@ -49,6 +49,7 @@ def test_two_ranks_are_one(name: str, folder: Path, tmp_path: Path) -> None:
     both = engine(path, 2, **options)
     (pid,) = pids(both)
     try:
+        assert (both.runner.graphs is None) == (name == "eager")
         same(want, texts(both, 12, 90))
     finally:
         both.shutdown()
