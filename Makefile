@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DIR ?=
 
-.PHONY: demo test check fix fixtures sweep fuzz soak bench test-gpu clean
+.PHONY: demo test check fix fixtures sweep fuzz soak bench bench-gpu test-gpu clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -42,6 +42,9 @@ soak: .venv/ready  ## ten minutes of load; memory, descriptors, threads and page
 bench: .venv/ready
 	$(BIN)/python benchmarks/encode.py
 	$(BIN)/python benchmarks/read_safetensors.py
+
+bench-gpu:  ## tokens a second of the engine beside vLLM's on one NVIDIA GPU; makes 16 GB of random weights once (DIR=)
+	$(PYTHON) benchmarks/gpu_engine.py $(or $(DIR),.cache/bench-gpu) --repeat 1
 
 test-gpu:  ## on a machine with a GPU, in the environment that is there; kernels compile in eight processes at once
 	$(PYTHON) -m pytest -m "gpu and not slow" -n 8 -p no:cacheprovider -p no:benchmark

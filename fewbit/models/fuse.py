@@ -38,7 +38,7 @@ def plan(config: Any) -> Plan:
                 _PLANS[key] = planned(name, small, twin.require(config))
         return _PLANS[key]
     except Exception as error:  # whatever a model definition raises on this config is the finding
-        return Plan(name, (), (Decision(name, "merged", "anything", told(error)),))
+        return Plan(name, (), (Decision(name, "merged", "anything", twin.told(error)),))
 
 
 def planned(name: str, small: Any, attention: str) -> Plan:
@@ -88,7 +88,7 @@ class Bench:
             left = [d.reason for d in place(copy, rewrites) if not d.kept]
             got = self.logits(copy)
         except Exception as error:  # code that reads what is no longer there
-            return told(error)
+            return twin.told(error)
         error = max(twin.relative(a, b) for a, b in zip(got, self.wanted, strict=True))
         if left or error <= LIMIT:
             return left[0] if left else ""
@@ -112,7 +112,3 @@ def placed(model: nn.Module, plan: Plan) -> Iterator[Decision]:
     if why is not None:
         left = [r for r in plan.rewrites if r.kind != "merged" and r not in idle]
         yield from (Decision(r.target.name, r.kind, str(r.form), why) for r in left)
-
-
-def told(error: Exception) -> str:
-    return f"{type(error).__name__}: {twin.first_line(error)}"

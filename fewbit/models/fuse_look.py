@@ -1,7 +1,7 @@
 """Looking at a twin at work: what each module was called with, and which linears of one module read one tensor."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import FunctionType
@@ -15,7 +15,7 @@ from fewbit.models.fuse_forms import gate_form, glu_form, norm_form, rotary_form
 from fewbit.models.fuse_latent import is_latent, latent_form
 from fewbit.models.fuse_mixture import mixture_form
 from fewbit.models.fuse_route import is_router, route_form
-from fewbit.models.fuse_values import Called, Decision, Rewrite, Siblings, Signature
+from fewbit.models.fuse_values import Called, Decision, Kind, Rewrite, Siblings, Signature
 from fewbit.modules.linear import Linear
 from fewbit.modules.rotary import RotaryForm
 
@@ -62,8 +62,16 @@ def proposals(seen: list[Seen]) -> Iterator[Rewrite | Decision]:
     yield from siblings(seen)
     at = {id(s.module): s for s in seen}
     known: set[tuple[Signature, str]] = set()
+    looks: dict[Kind, Callable[[Seen], Rewrite | Decision | None]] = {
+        "norm": norm, "glu": glu, "rotary": rotary, "latent": latent, "route": route,
+        "mixture": lambda seen: mixture(seen, at),
+    }  # fmt: skip
     for found in seen:
-        for rewrite in (norm(found), glu(found), rotary(found), latent(found), route(found), mixture(found, at)):
+        for kind, look in looks.items():
+            try:
+                rewrite = look(found)
+            except Exception as error:  # a model's own code, run on what it was not made for
+                rewrite = Decision(type(found.module).__name__, kind, "anything", twin.told(error))
             if isinstance(rewrite, Rewrite) and (rewrite.target, rewrite.kind) not in known:
                 known.add((rewrite.target, rewrite.kind))
                 yield rewrite

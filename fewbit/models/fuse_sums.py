@@ -49,7 +49,7 @@ def additions(model: Any, config: Any, known: Sequence[Rewrite]) -> Iterator[Rew
         seen = watched(model, layers, config)
     except Exception as error:  # code that asks of hidden states what only a tensor has
         for name in kinds:
-            yield Decision(name, "sums", WHAT, f"{type(error).__name__}: {twin.first_line(error)}")
+            yield Decision(name, "sums", WHAT, twin.told(error))
         return
     forms = [r for r in known if isinstance(r.form, NormForm)]
     norms = {id(m) for m in model.modules() if any(r.fits(m) for r in forms)}

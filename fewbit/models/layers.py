@@ -327,7 +327,7 @@ def shape_of(config: Any) -> Shape:
         try:
             _SHAPES[key] = _prove(config, key)
         except Exception as error:  # whatever a model definition raises here only says that it runs whole
-            _SHAPES[key] = Shape("", 0, f"{type(error).__name__}: {twin.first_line(error)}")
+            _SHAPES[key] = Shape("", 0, twin.told(error))
     return _SHAPES[key]
 
 

@@ -39,7 +39,7 @@ def observe(config: Any) -> Wiring:
 
 
 def told(error: Exception) -> str:
-    return f"{type(error).__name__}: {twin.first_line(error)}"
+    return twin.told(error)
 
 
 def looked_at(small: Any, attention: str) -> Wiring:

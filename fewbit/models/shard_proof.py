@@ -105,7 +105,7 @@ def _prove(small: Any, attention: str, sizes: Iterable[int]) -> Proven:
     try:
         looked = look(small, attention)
     except Exception as error:  # whatever a model definition raises on numbers of no meaning is the finding
-        return Proven(Chosen(frozenset(), False), (f"{type(error).__name__}: {twin.first_line(error)}",))
+        return Proven(Chosen(frozenset(), False), (twin.told(error),))
     bench = Bench(small, attention, looked)
     stacks = {name_of(item) for items in looked.layers for item in items if isinstance(item, Stack)}
     reasons: dict[str, str] = {}

@@ -64,7 +64,7 @@ def check(config: Any) -> Verdict:
         truth = random(small)
         wanted = logits(truth, small)
     except Exception as error:  # whatever a model definition raises on this config is the finding
-        return Verdict(math.inf, "", f"no twin: {type(error).__name__}: {first_line(error)}")
+        return Verdict(math.inf, "", f"no twin: {told(error)}")
     state = hf.disk_state(truth)
     verdict = Verdict(math.inf, "")
     for attention in (hf.OURS, "eager"):
@@ -102,7 +102,7 @@ def attempt(small: Any, attention: str, state: dict[str, Tensor], wanted: list[T
         fill(model, Memory(state))
         got = logits(model, small)
     except Exception as error:
-        return Verdict(math.inf, attention, f"{type(error).__name__}: {first_line(error)}")
+        return Verdict(math.inf, attention, told(error))
     return Verdict(max(relative(a, b) for a, b in zip(got, wanted, strict=True)), attention)
 
 
@@ -110,6 +110,10 @@ def fill(model: nn.Module, source: Memory) -> None:
     prepare(model)
     filler = Filler(model, hf.rules(model), Options(), torch.device("cpu"))
     finish(filler, filler.fill(source), source)
+
+
+def told(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def first_line(error: Exception) -> str:

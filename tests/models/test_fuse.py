@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.engine.fusion import KINDS
-from fewbit.models import build, fuse, hf, twin
+from fewbit.models import build, fuse, fuse_look, hf, twin
 from fewbit.models.fuse_place import put_back
 from fewbit.models.fuse_values import Decision, Fused, Plan
 from fewbit.models.shrink import shrink
@@ -392,3 +392,12 @@ def test_plan_of_nothing_changes_nothing() -> None:
     small = shrink(config("llama"))
     _, model = twin.filled(small, twin.require(small))
     assert fuse.apply(model, Plan("llama")).decisions == ()
+
+
+def test_what_a_look_raises_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model's code, run on what it was not made for, takes no other kind of kernel with it."""
+    monkeypatch.setattr(fuse, "_PLANS", {})
+    monkeypatch.setattr(fuse_look, "norm_form", lambda *_: 1 / 0)
+    plan = fuse.plan(config("llama"))
+    assert {r.kind for r in plan.rewrites} == {"merged", "glu", "rotary"}
+    assert any(d.kind == "norm" and "ZeroDivisionError" in d.reason for d in plan.refused)
