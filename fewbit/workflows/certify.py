@@ -152,9 +152,10 @@ def _values(
 
 
 def _runs(kernel: Kernel, q: Quantized, x: Tensor) -> Iterator[Tensor]:
-    """All rows at once, and where a GPU may do few rows otherwise also a few at a time."""
+    """All rows at once, and where a GPU may do few rows otherwise also a few, if no scale is found in all of them."""
     yield _run(kernel, q, x).cpu()
-    if x.is_cuda:
+    apart = all(scale.block[0] == 1 or not scale.dynamic for scale in q.format.act.scales) if q.format.act else True
+    if x.is_cuda and apart:
         yield torch.cat([_run(kernel, q, part).cpu() for part in x.split(FEW)])
 
 
