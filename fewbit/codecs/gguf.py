@@ -17,6 +17,7 @@ from fewbit.codecs.gguf_tokenizer import tokenizer_files
 from fewbit.codecs.gguf_write import NVFP4_INPUT
 from fewbit.codecs.gguf_write import create as create
 from fewbit.codecs.gguf_write import fit as fit
+from fewbit.codecs.gguf_write import refuse as refuse
 from fewbit.codecs.source import Entry, Source
 from fewbit.errors import CheckpointError, UnsupportedError
 from fewbit.files.checkpoint import Checkpoint

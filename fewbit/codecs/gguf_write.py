@@ -6,7 +6,7 @@ their stack is whole; everything else goes to disk as it comes.
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -155,13 +155,7 @@ def create(
     out: str | Path, config: Mapping[str, Any], layout: Layout, files: Mapping[str, bytes], overwrite: bool = False
 ) -> Sink:
     """Plan a GGUF file from a config.json, the layout and the tokenizer files -> where to put the tensors."""
-    arch = ARCHITECTURES.get(str(config.get("model_type")))
-    if arch is None:
-        known = [f"known: {', '.join(sorted(ARCHITECTURES))}"]
-        raise UnsupportedError(
-            f"config.json: model_type {config.get('model_type')!r} has no GGUF architecture here", known
-        )
-    config = dict(config)
+    arch, config = architecture_of(config), dict(config)
     slots = {name: slots_of(name, arch, config) for name in layout}
     types, shapes = _plan(layout, slots, config)
     if "token_embd.weight" not in shapes:
@@ -180,6 +174,28 @@ def create(
     for n, table in tables.items():
         writer.put(n, table)
     return Sink(writer, slots, types, config)
+
+
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """What a GGUF file calls the architecture of a config.json."""
+    arch = ARCHITECTURES.get(str(config.get("model_type")))
+    if arch is None:
+        known = [f"known: {', '.join(sorted(ARCHITECTURES))}"]
+        raise UnsupportedError(
+            f"config.json: model_type {config.get('model_type')!r} has no GGUF architecture here", known
+        )
+    return arch
+
+
+def refuse(config: Mapping[str, Any], names: Iterable[str], files: Mapping[str, bytes]) -> None:
+    """Raise what `create` would raise of a model whatever it is quantized to: before the work, not after it."""
+    arch, config = architecture_of(config), dict(config)
+    for name in names:
+        slots_of(name, arch, config)
+    rotary_tables(config)
+    vocab = int(config["vocab_size"])
+    metadata_of(config, arch, vocab)
+    tokenizer_kv(files, vocab)
 
 
 def _special_kv(config: Mapping[str, Any], kv: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:

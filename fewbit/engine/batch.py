@@ -57,6 +57,11 @@ class Batch:
         self.starts.append(len(self.ids))
 
     @property
+    def decodes(self) -> bool:
+        """Whether it is one token of each stream, and its logits: what graphs and tapes hold."""
+        return self.ones == len(self.works) and self.asked == list(range(self.ones))
+
+    @property
     def pending(self) -> bool:
         return PENDING in self.ids
 

@@ -74,9 +74,7 @@ class Graphs:
         return self._forward(self._step(slots=held[SLOTS].long(), table=table), ids, held[POSITIONS].long(), None)
 
     def takes(self, batch: Batch) -> bool:
-        """One token of each stream, and its logits."""
-        count = len(batch.works)
-        return batch.ones == count <= self.sizes[-1] and batch.asked == list(range(count))
+        return batch.decodes and len(batch.works) <= self.sizes[-1]
 
     def run(self, batch: Batch, flight: Flight | None) -> Tensor:
         """-> [count, V], until the next call."""

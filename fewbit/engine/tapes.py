@@ -36,9 +36,7 @@ class Tapes:
         self._refused: set[int] = set()
 
     def takes(self, batch: Batch) -> bool:
-        """One token of each stream, and its logits."""
-        count = len(batch.works)
-        return batch.ones == count <= SIZES[-1] and batch.asked == list(range(count)) and not batch.pending
+        return batch.decodes and len(batch.works) <= SIZES[-1] and not batch.pending
 
     def run(self, batch: Batch, plainly: Callable[[], Tensor]) -> Tensor:
         """-> [count, V], until the next call. plainly: the same by the model itself."""

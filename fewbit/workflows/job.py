@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fewbit
 from fewbit import codecs
+from fewbit.codecs import gguf
 from fewbit.codecs.source import Source
 from fewbit.errors import RequestError, UnsupportedError
 from fewbit.models import hf
@@ -30,6 +31,7 @@ from fewbit.workflows.calibration import Samples, calibration
 from fewbit.workflows.floats import Floats
 from fewbit.workflows.recipe import Recipe, Target
 from fewbit.workflows.schemes import Place
+from fewbit.workflows.small_files import carried
 
 KV: dict[str, QuantSpec | None] = {
     "none": None,
@@ -154,6 +156,8 @@ def prepare(
             raise RequestError(f"{src}: the recipe quantizes nothing of this model")
         job = Job(source, floats, layers, recipe, codec, to, found, places, calibrate or Calibration(),
                   torch.device(device), max_memory)  # fmt: skip
+        if codec is gguf:
+            gguf.refuse(source.config, [*source.modules, *source.dense], carried(source))
         if job.kv and not getattr(codec, "kv_endings", None):
             raise UnsupportedError(f"{to} has no place for KV scales", ["leave out --kv, or choose another --to"])
     except BaseException:

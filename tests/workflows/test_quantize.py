@@ -20,6 +20,7 @@ from fewbit.files.writer import verify_manifest
 from fewbit.workflows.journal import FOLDER
 from fewbit.workflows.quantize import quantize
 from tests import tiny
+from tests.models import saved
 
 LENGTH = 32
 QUIET = {"length": LENGTH, "dtype": "float32", "report": False}
@@ -417,3 +418,10 @@ def test_requests_that_cannot_be_met(model: Path, ids: list[Tensor], tmp_path: P
     with pytest.raises(FewbitError, match="nowhere"):
         quantize(tmp_path / "nowhere", out, "W4A16", **QUIET)
     assert not out.exists() or not list(out.iterdir())
+
+
+def test_what_a_gguf_file_cannot_be_is_told_before_the_work(tmp_path: Path) -> None:
+    path = saved.save(saved.model("opt"), tmp_path / "opt")
+    with pytest.raises(UnsupportedError, match="model_type 'opt' has no GGUF architecture here"):
+        quantize(path, tmp_path / "out", "q8_0", algo="rtn", to="gguf", **QUIET)
+    assert not (tmp_path / "out").exists()
