@@ -13,11 +13,9 @@ import torch
 from fewbit import env
 from fewbit.errors import UnsupportedError
 
-CLUSTER, EARLY = (
-    4,
-    6,
-)  # launch attributes by the driver's numbers: blocks of a cluster; begin before the last one ends
-SHARED = 8  # an attribute of functions: bytes of shared memory that a launch may ask for
+CLUSTER = 4  # the driver's number of a launch attribute: how many blocks are a cluster
+EARLY = 6  # of another: to begin before the kernel before it ends
+SHARED = 8  # of an attribute of functions: bytes of shared memory that a launch may ask for
 
 
 class Attribute(ctypes.Structure):
@@ -64,15 +62,6 @@ def function(
     checked(driver().cuModuleGetFunction(ctypes.byref(handle), module, name.encode()))
     checked(driver().cuFuncSetAttribute(handle, SHARED, shared))
     return Function(handle, threads, shared, cluster)
-
-
-def lacking() -> str | None:
-    """Why nothing can be compiled."""
-    try:
-        nvrtc(), driver()
-    except UnsupportedError as error:
-        return str(error)
-    return None
 
 
 @cache

@@ -10,6 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fewbit.errors import UnsupportedError
 from fewbit.kernels import compiled_gpu
 from fewbit.kernels.compiled_gpu import Function
 
@@ -20,7 +21,6 @@ TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float8_e4m3fn: 2, torch.int8
 HALVES = (torch.bfloat16, torch.float16)
 CHUNK = 64  # bytes of a row that a warp takes at a time
 ROWS, BLOCK = 16, 64  # columns of y that a block makes: from rows of W, from humming's blocks
-RUN = 128  # columns of W that a warp takes at a time from humming's blocks
 INTEGERS, NVFP4, MXFP4 = range(3)  # few.cu's CODES
 GROUPS = {INTEGERS: (32, 64, 128, 256, 512), NVFP4: (16,), MXFP4: (32,)}  # columns to a scale
 
@@ -49,12 +49,18 @@ def lacking(device: torch.device) -> str | None:
         return f"runs on NVIDIA GPUs, not on {device.type}"
     if (found := torch.cuda.get_device_capability(device)) < LEAST:
         return f"needs compute capability {LEAST[0]}.{LEAST[1]}, found {found[0]}.{found[1]}"
-    return compiled_gpu.lacking()
+    try:
+        _by_rows(device, torch.bfloat16, torch.bfloat16, 1, ROWS)  # what compiles once does for every shape
+    except (UnsupportedError, OSError) as error:
+        return str(error)
+    return None
 
 
-def takes(x: Tensor, n: int, bias: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether `rows` multiplies x [M, K] by [n, K] of its type, for results of dtype."""
-    if not x.is_cuda or x.dtype not in TYPES or dtype not in HALVES or n % ROWS or lacking(x.device):
+def takes(x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether `rows` multiplies x [M, K] by w [N, K], which is contiguous, for results of dtype."""
+    if not x.is_cuda or x.dtype not in TYPES or dtype not in HALVES or lacking(x.device):
+        return False
+    if w.dtype != x.dtype or len(w) % ROWS or w.data_ptr() % 16:
         return False
     most = MOST["floats" if x.dtype in HALVES else "codes"]
     return len(x) <= most and x.shape[1] * x.element_size() % CHUNK == 0 and _lies_well(x, bias, dtype)

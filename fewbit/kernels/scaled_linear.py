@@ -80,10 +80,9 @@ def _product(x: Tensor, held: Scaled, bias: Tensor | None) -> Tensor:
     from fewbit.kernels.triton_scale import scale_
 
     codes, scale = input_codes(x, held.rounding, held.given)
-    if few.takes(codes, held.codes.shape[1], bias, x.dtype):
-        return few.rows(
-            codes, held.codes.t(), x.dtype, scale, held.whole if held.columns is None else held.columns, bias
-        )
+    rows = held.codes.t()
+    if few.takes(codes, rows, bias, x.dtype):
+        return few.rows(codes, rows, x.dtype, scale, held.whole if held.columns is None else held.columns, bias)
     alone = scale.numel() == 1
     whole = scale.view(1) if alone else held.one
     after = not alone or held.columns is not None
