@@ -13,6 +13,7 @@ from fewbit.kernels.input_rounding import Wanted, offer
 from fewbit.kernels.triton_early import begin, early
 from fewbit.kernels.triton_norm import of_rows, takes, tile
 from fewbit.kernels.triton_quantize import flags, put_codes, room
+from fewbit.kernels.triton_runtime import cdiv
 
 NONE: NormParts = (None, None, 1.0, "wide", False)
 
@@ -68,7 +69,7 @@ def add_norm(
     first, second = before or NONE, after or NONE
     how = wanted.how if wanted and y is not None else None
     codes = None if how is None else room(x, how)
-    _add_norm[(triton.cdiv(rows, several),)](
+    _add_norm[(cdiv(rows, several),)](
         x, residual, total, total if y is None else y,
         *(x if t is None else t for t in (*first[:2], *second[:2])), rows, first[2], second[2], d,
         before is not None, *_flags(first), after is not None, *_flags(second), several, block,

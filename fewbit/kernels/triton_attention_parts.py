@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from fewbit.kernels.cache import Cache
+from fewbit.kernels.triton_runtime import power
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1e30)
@@ -182,7 +183,7 @@ def walk(
 
 def padded(size: int) -> int:
     """A size that tiles can have."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, power(size))
 
 
 def sizes(cache: Cache) -> dict[str, int]:

@@ -8,6 +8,7 @@ from fewbit.kernels import saturation
 from fewbit.kernels.cache import Cache
 from fewbit.kernels.triton_attention_parts import padded
 from fewbit.kernels.triton_early import begin, early
+from fewbit.kernels.triton_runtime import power
 
 TILE = 4096  # numbers of a program
 EVEN = tl.constexpr(12582912.0)  # 1.5 x 2^23: what is added to it and taken away again is rounded, ties to even
@@ -17,7 +18,7 @@ def write(cache: Cache, slots: Tensor, key: Tensor, value: Tensor) -> None:
     """key: [1, G, T, D], value: [1, G, T, Dv], any strides but the last; slots: [T]."""
     heads, tokens, size, value_size = key.shape[1], key.shape[2], key.shape[3], value.shape[3]
     pad, element = padded(max(size, value_size)), cache.element
-    block = min(triton.next_power_of_2(heads), max(1, TILE // pad))
+    block = min(power(heads), max(1, TILE // pad))
     _write[(tokens, -(-heads // block), 2)](
         key, value, cache.key, cache.value, cache.key_scale, cache.value_scale, cache.key_measured,
         cache.value_measured, None if cache.key_measured is None else saturation.count_of(key.device), slots, heads,

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fewbit.kernels.triton_early import begin, early
+from fewbit.kernels.triton_runtime import power
 
 MOST = 8192  # experts; a program holds a token's all
 LAST = tl.constexpr(65535)
@@ -122,13 +123,13 @@ def choose(logits: Tensor, bias: Tensor | None, by: Any, dtype: torch.dtype) -> 
     if not tokens:
         return weights, index
     each = experts // by.groups
-    high, wide = triton.next_power_of_2(by.groups), triton.next_power_of_2(each)
+    high, wide = power(by.groups), power(each)
     _choose[(tokens,)](
         logits, logits if bias is None else bias.contiguous(), weights, index, logits.stride(0), each,
         by.groups, float(form.eps), float(by.scale), float(groups.fill if groups else 0.0),
         by.top, by.kept, SCORES[form.score], SCORES[form.then], DIVIDES[form.divide], bias is not None,
         groups is not None, groups is not None and groups.by == "two", groups is not None and groups.weighed,
-        high, wide, triton.next_power_of_2(by.top), num_warps=max(1, min(8, high * wide // 256)),
+        high, wide, power(by.top), num_warps=max(1, min(8, high * wide // 256)),
         **early(logits.device),
     )  # fmt: skip
     return weights, index

@@ -11,6 +11,7 @@ from torch import Tensor
 from fewbit.kernels.input_rounding import Wanted, offer
 from fewbit.kernels.triton_early import begin, early
 from fewbit.kernels.triton_quantize import flags, put_codes, room
+from fewbit.kernels.triton_runtime import cdiv, power
 
 ACTS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "sigmoid")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -80,8 +81,8 @@ def act_mul(
     gate, up = gate.reshape(-1, n), up.reshape(-1, n)
     how = wanted.how if wanted and n <= LONGEST else None
     codes = None if how is None else room(y, how)
-    block = triton.next_power_of_2(n) if how else 1024 if y.numel() >= FULL else 256
-    blocks, warps = triton.cdiv(n, block), max(1, min(16, block // (512 if how else 256)))
+    block = power(n) if how else 1024 if y.numel() >= FULL else 256
+    blocks, warps = cdiv(n, block), max(1, min(16, block // (512 if how else 256)))
     _act_mul[(gate.shape[0] * blocks,)](
         gate, up, y, n, blocks, *gate.stride(), *up.stride(), alpha, limit, plus, act, block, *(codes or (y, y)),
         num_warps=warps, **flags(how), **early(gate.device),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewbit.kernels.triton_early import begin, early
 from fewbit.kernels.triton_rotary import FLOATS, MANY, _entries, _turn, steps
+from fewbit.kernels.triton_runtime import cdiv, power
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -61,9 +62,9 @@ def assemble(
     if q.numel():
         d, width = turned.shape[-1], cos.shape[-1] * (2 if table == "short" else 1)
         together = 16 if texts * tokens >= MANY else 4
-        half, tail = triton.next_power_of_2(width // 2), triton.next_power_of_2(max(1, d - width))
-        room = triton.next_power_of_2(size - d)
-        _assemble[(texts * tokens, triton.cdiv(heads, together))](
+        half, tail = power(width // 2), power(max(1, d - width))
+        room = power(size - d)
+        _assemble[(texts * tokens, cdiv(heads, together))](
             q, kv, turned, cos, sin, q_out, k_out, tokens, heads, *q.stride()[:3], *kv.stride()[:3],
             *turned.stride()[:2], *steps(cos), *steps(sin), *q_out.stride()[:3], size - d, d, width, reads, writes,
             table == "own", wide, together, half, tail, room, num_warps=max(1, min(8, together * room // 256)),

@@ -138,15 +138,10 @@ def launch(
     high, shares, steps = grid
     tiles().times[-(-w.n // tiling.n), high, shares](
         x, x if token is None else token, y, x if bias is None else bias, x if counts is None else counts, w.codes,
-        w.scales, w.zeros, y.shape[-2], w.n, w.k, experts, token is not None, bias is not None, power(experts), w.form,
-        w.k == shares * steps * tiling.k, x.dtype == torch.float32, steps, tiling.m, tiling.n, tiling.k,
-        num_warps=tiling.warps, num_stages=tiling.stages,
+        w.scales, w.zeros, y.shape[-2], w.n, w.k, experts, token is not None, bias is not None,
+        triton_runtime.power(experts), w.form, w.k == shares * steps * tiling.k, x.dtype == torch.float32, steps,
+        tiling.m, tiling.n, tiling.k, num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
-
-
-def power(count: int) -> int:
-    """The least power of two >= count; 0 of 0."""
-    return 1 << (count - 1).bit_length() if count else 0
 
 
 @cache

@@ -12,6 +12,7 @@ from fewbit.kernels.input_rounding import Wanted, offer
 from fewbit.kernels.rows import leading, widest
 from fewbit.kernels.triton_early import begin, early
 from fewbit.kernels.triton_quantize import flags, put_codes, room
+from fewbit.kernels.triton_runtime import cdiv, power
 
 LONGEST = 1 << 15  # of a row: what the registers of 16 warps hold
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -93,7 +94,7 @@ def _pair(
 
 def tile(d: int, rows: int) -> tuple[int, int, int]:
     """Rows of a program, numbers of a row, warps."""
-    block = triton.next_power_of_2(d)
+    block = power(d)
     several = 8 if d <= SHORT and rows >= MANY else 1
     return several, block, min(16, max(1, several * block // 512))
 
@@ -117,7 +118,7 @@ def norm(
     several, block, warps = tile(d, rows)
     how = wanted.how if wanted and y.is_contiguous() else None
     codes = None if how is None else room(y, how)
-    _norm[(triton.cdiv(rows, several),)](
+    _norm[(cdiv(rows, several),)](
         x, weight if weight is not None else x, bias if bias is not None else x, y, rows, n1, n2, *xs, *ys, eps, d,
         float(times == "plus"), late, centred, weight is not None, bias is not None, several, block,
         *(codes or (y, y)), num_warps=warps, **flags(how), **early(x.device),
@@ -139,7 +140,7 @@ def pair(
             for t, w in ((x, weight), (other, of_other)))  # fmt: skip
     rows, d, e = x.numel() // x.shape[-1], x.shape[-1], other.shape[-1]
     if rows:
-        blocks = triton.next_power_of_2(d), triton.next_power_of_2(e)
+        blocks = power(d), power(e)
         _pair[(rows, 2)](
             x, weight, y, other, of_other, z, x.stride(-2), other.stride(-2), eps, other_eps, d, e,
             float(times == "plus"), late, centred, *blocks, num_warps=min(16, max(1, max(blocks) // 512)),

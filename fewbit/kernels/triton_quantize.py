@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fewbit.kernels.input_rounding import Rounding, offered
 from fewbit.kernels.triton_early import begin, early
+from fewbit.kernels.triton_runtime import cdiv, power
 
 HELD = 16384  # columns of a row that stay in registers between the search and the rounding
 TILE = 2048  # values of a program that rounds runs of columns
@@ -44,7 +45,7 @@ def quantize_rows(x: Tensor, how: Rounding, scale: Tensor | None = None) -> tupl
     if how.columns:
         return codes, _by_runs(x, codes, how)
     scales = scale if how.given else torch.empty(m, 1, dtype=torch.float32, device=x.device)
-    block = min(triton.next_power_of_2(k), HELD)
+    block = min(power(k), HELD)
     warps = max(1, min(16, block // 512))
     if m:
         _token[(m,)](x, codes, scales, k, how.reach, how.empty, block, block >= k, how.given, how.powers,
@@ -54,11 +55,11 @@ def quantize_rows(x: Tensor, how: Rounding, scale: Tensor | None = None) -> tupl
 
 def _by_runs(x: Tensor, codes: Tensor, how: Rounding) -> Tensor:
     m, k = x.shape
-    runs = triton.cdiv(k, how.columns)
+    runs = cdiv(k, how.columns)
     scales = torch.empty(m, runs, dtype=torch.float32, device=x.device)
-    each = min(triton.next_power_of_2(runs), TILE // how.columns)
+    each = min(power(runs), TILE // how.columns)
     if m:
-        _runs[(m, triton.cdiv(runs, each))](x, codes, scales, k, runs, how.reach, how.empty, how.columns, each,
+        _runs[(m, cdiv(runs, each))](x, codes, scales, k, runs, how.reach, how.empty, how.columns, each,
                                             how.powers, how.element == "int8", num_warps=4,
                                             **early(x.device))  # fmt: skip
     return scales

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fewbit.kernels.triton_early import begin, early
+from fewbit.kernels.triton_runtime import cdiv, power
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MANY = 1024  # tokens from which on a program takes more heads
@@ -120,12 +121,12 @@ def rotate(
         return q_out.copy_(q), k_out.copy_(k)
     tokens, width = q.shape[3 - heads], cos.shape[-1] * (2 if table == "short" else 1)
     together = 16 if q.shape[0] * tokens >= MANY else 4
-    tiles = triton.cdiv(q.shape[heads], together) + triton.cdiv(k.shape[heads], together)
+    tiles = cdiv(q.shape[heads], together) + cdiv(k.shape[heads], together)
 
     def strides(x: Tensor) -> tuple[int, int, int]:
         return x.stride(0), x.stride(3 - heads), x.stride(heads)
 
-    half, tail = triton.next_power_of_2(width // 2), triton.next_power_of_2(max(1, q.shape[3] - width))
+    half, tail = power(width // 2), power(max(1, q.shape[3] - width))
     _rotate[(q.shape[0] * tokens, tiles)](
         q, k, cos, sin, q_out, k_out, tokens, q.shape[heads], k.shape[heads], *strides(q), *strides(k), *steps(cos),
         *steps(sin), *strides(q_out), *strides(k_out), q.shape[3], width, reads, writes, table == "own", wide,

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor, empty_like, int32
 
 from fewbit.kernels.rounded import AMAX, CEIL, GIVEN, INTEGER, ROUND, TWO, Grid
+from fewbit.kernels.triton_runtime import cdiv, power
 
 HELD = 16384  # columns of a row that stay in registers between the search and the rounding
 TILE = 2048  # values of a program otherwise
@@ -21,15 +22,15 @@ def rounded(x: Tensor, how: Grid, given: Tensor | None, cut: Tensor | None) -> T
     x = x.contiguous()
     out, count, parts = empty_like(x), x.numel(), 0
     if how.whole:
-        parts = min(PARTS, triton.next_power_of_2(triton.cdiv(count, TILE)))
+        parts = min(PARTS, power(cdiv(count, TILE)))
         given = x.new_empty(parts, dtype=int32)
-        _largest[(parts,)](x, given, count, triton.cdiv(count, parts * TILE), TILE=TILE, num_warps=4)
+        _largest[(parts,)](x, given, count, cdiv(count, parts * TILE), TILE=TILE, num_warps=4)
     columns = TILE if how.rule == GIVEN else how.columns or x.shape[-1]
-    width = triton.next_power_of_2(columns)
+    width = power(columns)
     held = min(width, HELD)
     each = max(1, TILE // held)
-    runs = triton.cdiv(count, columns)
-    _round[(triton.cdiv(runs, each),)](
+    runs = cdiv(count, columns)
+    _round[(cdiv(runs, each),)](
         x, out, given, cut, count, columns, how.fraction, how.least, how.low, how.high, how.rule, how.reach, how.power,
         how.empty, how.divides, each, held, width > held, parts, num_warps=max(1, min(16, each * held // 512)),
     )  # fmt: skip

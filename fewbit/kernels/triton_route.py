@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fewbit.kernels.triton_early import begin, early
+from fewbit.kernels.triton_runtime import cdiv, power
 
 BLOCK = 1024  # choices looked at together
 
@@ -79,7 +80,7 @@ def route(choices: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     size, device = choices.numel(), choices.device
     token, place = (torch.empty(size, dtype=torch.int64, device=device) for _ in range(2))
     rows = torch.empty(experts, dtype=torch.int64, device=device)
-    block = min(BLOCK, triton.next_power_of_2(max(size, 16)))
+    block = min(BLOCK, power(max(size, 16)))
     _route[(experts + 1,)](
         choices.contiguous(), token, place, rows, size, experts, max(1, choices.shape[-1]), block,
         **early(choices.device),
@@ -99,8 +100,8 @@ def combine(
     n = y.shape[-1]
     out = torch.empty(tokens, n, dtype=dtype, device=y.device)
     if out.numel():
-        block = min(BLOCK, triton.next_power_of_2(n))
-        grid = (tokens, triton.cdiv(n, block))
+        block = min(BLOCK, power(n))
+        grid = (tokens, cdiv(n, block))
         _combine[grid](
             y.contiguous(), choices.contiguous(), place, weights.contiguous(), y if onto is None else onto.contiguous(),
             out, n, experts, k, onto is not None, block, **early(y.device),
@@ -112,9 +113,7 @@ def add_bias(y: Tensor, bias: Tensor, rows: Tensor) -> Tensor:
     """y: [S, N] sorted by expert, bias: [E, N], rows: [E] -> y, with its expert's bias added to each row in place."""
     y, n = y.contiguous(), y.shape[-1]
     if y.numel():
-        block = min(BLOCK, triton.next_power_of_2(n))
-        grid = (len(y), triton.cdiv(n, block))
-        _add_bias[grid](
-            y, bias.contiguous(), rows, n, len(rows), triton.next_power_of_2(len(rows)), block, **early(y.device)
-        )
+        block = min(BLOCK, power(n))
+        grid = (len(y), cdiv(n, block))
+        _add_bias[grid](y, bias.contiguous(), rows, n, len(rows), power(len(rows)), block, **early(y.device))
     return y

@@ -17,3 +17,13 @@ def lacking(device: torch.device) -> str | None:
     if device.type == "cuda" or env.triton_interpreted():
         return None
     return f"Triton compiles for GPUs, not for {device.type}"
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up: Triton's own takes 4 us, since kernels may call it too."""
+    return -(-a // b)
+
+
+def power(count: int) -> int:
+    """The least power of two >= count; 0 of 0."""
+    return 1 << (count - 1).bit_length() if count else 0

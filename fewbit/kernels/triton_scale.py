@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fewbit.kernels.triton_early import begin, early
+from fewbit.kernels.triton_runtime import cdiv, power
 
 BLOCK = 2048
 
@@ -13,9 +14,9 @@ def scale_(y: Tensor, rows: Tensor | None, columns: Tensor | None, bias: Tensor 
     """y: [M, N], in place; rows: [M, 1] float32, columns: [N] float32, bias: [N]. Computed in float32, rounded once."""
     m, n = y.shape
     if m and n:
-        block = min(triton.next_power_of_2(n), BLOCK)
+        block = min(power(n), BLOCK)
         held = (y if part is None else part for part in (rows, columns, bias))
-        _scale[(m, triton.cdiv(n, block))](
+        _scale[(m, cdiv(n, block))](
             y, *held, n, block, rows is not None, columns is not None, bias is not None, num_warps=4, **early(y.device)
         )
     return y
