@@ -26,7 +26,8 @@ MIXED = Path(__file__).parents[1] / "data" / "gguf-q2_k-llamacpp-qwen2"  # v in 
 
 
 def started(folder: Path, **options: Any) -> Engine:
-    return Engine(EngineConfig.of(model=str(folder), device="cpu", dtype="bfloat16", max_model_len=96, **options))
+    options = {"dtype": "bfloat16", **options}
+    return Engine(EngineConfig.of(model=str(folder), device="cpu", max_model_len=96, **options))
 
 
 def answers(engine: Engine) -> list[list[int]]:
@@ -46,6 +47,21 @@ def test_same_tokens(options: dict[str, Any], tmp_path: Path) -> None:
     assert answers(plain) == answers(fused)
     assert fused_modules(plain) == 0 and not hasattr(plain.loaded.model, "fewbit_fused")
     assert fused.loaded.model.fewbit_fused.count("merged") == 4 and fused_modules(fused) > 0
+    for engine in (plain, fused):
+        engine.shutdown()
+
+
+WHOLE = ("mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite", "glm4", "olmo2", "cohere2", "mixtral",
+         "qwen3_moe", "gpt_oss", "deepseek_v3")  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", WHOLE)
+def test_all_of_an_architecture(model_type: str, tmp_path: Path) -> None:
+    """Nothing is refused, and the tokens are those of transformers' own layers."""
+    folder = saved.save(saved.model(model_type), tmp_path)
+    plain, fused = (started(folder, dtype="float32", fusion=way) for way in ("off", "strict"))
+    assert answers(plain) == answers(fused)
+    assert fused.loaded.model.fewbit_fused.count("sums") and fused.loaded.model.fewbit_fused.count("glu")
     for engine in (plain, fused):
         engine.shutdown()
 
