@@ -31,7 +31,8 @@ def started(folder: Path, **options: Any) -> Engine:
 
 
 def answers(engine: Engine) -> list[list[int]]:
-    asked = [Request(str(i), p, SamplingParams(max_tokens=5, **GREEDY)) for i, p in enumerate(prompts(6, shared=20))]
+    texts = [[token % engine.loaded.vocab for token in text] for text in prompts(6, shared=20)]
+    asked = [Request(str(i), text, SamplingParams(max_tokens=5, **GREEDY)) for i, text in enumerate(texts)]
     found = drain(engine, asked)
     return [tokens(found[r.id]) for r in asked]
 
