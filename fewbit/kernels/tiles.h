@@ -9,13 +9,21 @@
 #include <cstring>
 #include <sys/syscall.h>
 #include <unistd.h>
+#include <vector>
 #include "codes.h"
 
-#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(WIDE)
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512VNNI__) && defined(WIDE)
 #define TILES 1
 
 static const int64_t TILE = 1024;  // bytes
 static const int64_t C = 256;      // numbers of a tile C
+
+struct Memory {std::vector<uint8_t> held;
+    uint8_t* of(int64_t bytes) {
+        if (int64_t(held.size()) < bytes + 64) held.resize(bytes + 64);
+        return (uint8_t*)((uintptr_t(held.data()) + 63) & ~uintptr_t(63));
+    }
+};
 
 // Some compilers do not know what the instructions of tiles read: 8 of the configuration's 64 bytes, nothing of a tile.
 static inline void barrier() { asm volatile("" ::: "memory"); }

@@ -1,7 +1,8 @@
 """Linears through the matrix units of a processor (AMX), x and y in bfloat16; the work is in tiles.cpp.
 
 Codes become bfloat16, or stay whole numbers where x is rounded to int8. Every number of y is one chain of sums along K,
-so a row of x gives the same bits alone and among others.
+so a row of x gives the same bits alone and among others. Few rows in int8 take the vector units (dots.h): their sums of
+whole numbers are exact, and join as those of tiles do.
 """
 
 import ctypes

@@ -89,6 +89,18 @@ def test_dense() -> None:
             assert near(tiles.dense(x, w), x.double(), w.double(), 2.0**-17), (rows, n, k)
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, (40, 2304)])
+@pytest.mark.parametrize("name", WHOLE)
+def test_few_rows_in_int8_as_among_many(name: str, shape: tuple[int, int]) -> None:
+    """To the bit: few rows take a loop of their own."""
+    if (q := held(name, *shape, act=True)) is None:
+        return
+    x = draw(60, shape[1]).bfloat16()
+    whole = packed.run_linear(x, q)
+    for start, stop in ((0, 1), (1, 3), (5, 8), (20, 24), (30, 35), (52, 60)):
+        assert torch.equal(packed.run_linear(x[start:stop].contiguous(), q), whole[start:stop]), (start, stop)
+
+
 def runs() -> list[tuple[str, Callable[[Tensor], Tensor]]]:
     w = draw(100, 512).bfloat16()
     names = [("int4-g128", False), ("int8-channel", False), ("nvfp4", False), ("q6_k", False), ("fp8-block", False),
