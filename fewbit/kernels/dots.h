@@ -28,7 +28,7 @@ static inline void dot(const __m512i* turned, const int32_t* x, __m512i flip, co
     for (int i = 0; i < CHAINS * M; i++) a[i] = i < M ? sums[i] : _mm512_setzero_si512();
 #pragma GCC unroll 16
     for (int j = 0; j < PER; j++) {
-        _mm_prefetch(next + 64 * j, _MM_HINT_T1);
+        _mm_prefetch(next + 64 * j, _MM_HINT_T2);
         if (BITS == 8) {
             const __m512i codes = _mm512_xor_si512(turned[j], flip);
 #pragma GCC unroll 8

@@ -25,6 +25,7 @@ struct Place {  // of 32 rows of W, from r of a run that begins at n, and 16 or 
 struct Plain {
     const Weight* w;  // or null
     struct Local {};
+    int64_t bytes() const { return 64; }
     void prepare(Local&, int64_t, int64_t, int64_t, int64_t) const {}
     template <bool TWO> void add(const Local&, float* c, const Place& p, const Input& x) const {
         if (p.step) load_c<TWO>(c);
@@ -48,10 +49,11 @@ struct Whole {
     struct Local { float scale[RUN * STEPS], less[RUN * STEPS]; };
 
     bool one() const { return w.group == w.k; }
+    int64_t bytes() const { return w.group == 32 ? 32 : 64; }  // of K at a time: half a step where groups are
     void prepare(Local& l, int64_t n, int64_t count, int64_t step, int64_t steps) const {
         if (one()) return;
-        const int64_t each = w.group / 64, first = step / each;
-        const __mmask16 held = __mmask16((1u << ((steps + each - 1) / each)) - 1);
+        const int64_t first = step * 64 / w.group;
+        const __mmask16 held = __mmask16((1u << ((steps * 64 + w.group - 1) / w.group)) - 1);
         for (int64_t r = 0; r < count; r++) {
             __m512 scale, less;
             units(w, n + r < w.n ? n + r : w.n - 1, first, held, scale, less);
@@ -67,10 +69,11 @@ struct Whole {
             return store_c<TWO>(c);
         }
         alignas(64) int32_t found[STEPS * 4 * C];
-        const int64_t each = w.group / 64, count = p.count / each, first = p.step / each;
+        const int64_t each = w.group / bytes(), count = p.count * 64 / w.group, first = p.step * 64 / w.group;
         for (int64_t g = 0; g < count; g++) {
+            const int64_t step = g * w.group / 64, half = g * w.group % 64;
             zero_c<TWO>();
-            steps<true, TWO>(p.w + g * each * TILE, STEPS * 16 * 64, x.at(p.m, p.step + g * each), 16 * 64 * x.steps, x.cols, each);
+            steps<true, TWO>(p.w + step * TILE + half, STEPS * 16 * 64, x.at(p.m, p.step + step) + half * x.cols, 16 * 64 * x.steps, x.cols, each);
             store_c<TWO>(found + g * 4 * C);
         }
         for (int64_t i = 0; i < 4; i++) {
@@ -172,7 +175,7 @@ static void product(const Fill& f, const Op& op, const Input& x, int64_t most, u
         uint8_t* panel = memory[0].of(run * STEPS * 64);
         float* sums = (float*)memory[1].of(run * held * 4);
         auto& local = *(typename Op::Local*)memory[2].of(sizeof(typename Op::Local));
-        const Tiles tiles(x.cols);
+        const Tiles tiles(x.cols, op.bytes());
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < f.n; n += run) {
             const int64_t here = f.n - n < run ? (f.n - n + 31) / 32 * 32 : run;
@@ -200,10 +203,10 @@ static void product(const Fill& f, const Op& op, const Input& x, int64_t most, u
     }
 }
 
-// Steps at a time, in whole groups where those are short
-static int64_t most(int64_t steps_of_group) {
-    if (steps_of_group > STEPS) return STEPS;
-    return STEPS / steps_of_group * steps_of_group;
+// Steps at a time: whole groups, up to STEPS of them
+static int64_t most(const Weight& w) {
+    if (w.group == w.k) return STEPS;
+    return w.group == 32 ? STEPS / 2 : STEPS / (w.group / 64) * (w.group / 64);
 }
 
 static const uint8_t* laid(Memory& memory, const void* x, int64_t rows, int64_t bytes) {
@@ -274,7 +277,7 @@ void tiles_whole(const Weight* w, const uint16_t* x, int64_t rows, float reach, 
     if (few) return w->bits == 4 ? dots<4>(*w, r, rows, y) : dots<8>(*w, r, rows, y);
     const Input in{laid(memory, r.codes.data(), rows, w->k), rows, rows < 16 ? rows : 16, w->k / 64};
     const Whole op{*w, r.factors.data(), summed ? r.sums.data() : nullptr, int64_t(r.factors.size())};
-    product(Ints(*w), op, in, w->group == w->k ? STEPS : most(w->group / 64), y);
+    product(Ints(*w), op, in, most(*w), y);
 }
 #endif
 

@@ -37,16 +37,19 @@ struct Config {
     uint8_t rows[16];
 };
 
-// Tiles for `cols` rows of x at a time; what another library had set comes back afterwards.
+// Tiles for `cols` rows of x at a time, of `bytes` of K; what another library had set comes back afterwards.
 class Tiles {
     alignas(64) Config before;
 
   public:
-    explicit Tiles(int64_t cols) {
+    explicit Tiles(int64_t cols, int64_t bytes = 64) {
         alignas(64) Config mine;
         memset(&before, 0, sizeof before), memset(&mine, 0, sizeof mine);
         mine.palette = 1;
-        for (int i = 0; i < 8; i++) mine.rows[i] = 16, mine.bytes[i] = uint16_t(i == 4 || i == 5 ? 64 : 4 * cols);
+        for (int i = 0; i < 8; i++) {
+            mine.rows[i] = uint8_t(i < 6 ? 16 : bytes / 4);
+            mine.bytes[i] = uint16_t(i == 4 || i == 5 ? bytes : 4 * cols);
+        }
         _tile_storeconfig(&before);
         barrier();
         _tile_loadconfig(&mine);

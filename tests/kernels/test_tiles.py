@@ -1,16 +1,18 @@
 """Linears through matrix units: against an oracle in float64 over formats and rows, to the bit against themselves."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from fewbit.kernels import packed, tiles
+from fewbit.quant.elements import F16
 from fewbit.quant.formats import FORMATS, TOKEN_INT8
 from fewbit.quant.qtensor import Quantized
 from fewbit.quant.reference import decode, encode, fake_quant
-from fewbit.quant.spec import Format
+from fewbit.quant.spec import Format, Scale
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(tiles.native() is None, reason="no matrix units (AMX) here")
@@ -66,7 +68,10 @@ def test_inputs_in_int8(name: str, shape: tuple[int, int]) -> None:
 
 def test_what_is_whole() -> None:
     assert {"int8-channel-a8", "int4-g128", "int4-channel-asym", "int8-g64-asym"} <= set(WHOLE)
-    assert not {"int4-g32", "q4_0", "q8_0", "nvfp4", "fp8-channel"} & set(WHOLE)
+    assert {"int4-g32", "q4_0", "q4_1", "q8_0"} <= set(WHOLE)
+    assert not {"q6_k", "q5_0", "nvfp4", "fp8-channel"} & set(WHOLE)
+    long = replace(FORMATS["int4-g128"].weight, scales=(Scale(F16, (1, 1024)),))
+    assert "longer than the 512 columns" in str(packed.slow(long))
     q = held("int8-channel-a8", 72, 512, act=True)
     assert q is not None and q.rule == "range"
     assert (plain := held("int8-channel", 72, 512)) is not None and plain.rule is None
