@@ -53,9 +53,37 @@ static inline void dot(const __m512i* turned, const int32_t* x, __m512i flip, co
     }
 }
 
+// One row of W, all of it a group, as it lies: found[m][0]
+template <int BITS, int M>
+static inline void dot_line(const uint8_t* p, int64_t bytes, const int32_t* x, __m512i flip, int32_t (*found)[16]) {
+    const __m512i low = _mm512_set1_epi8(15);
+    __m512i a[2 * M];
+    for (int i = 0; i < 2 * M; i++) a[i] = _mm512_setzero_si512();
+    for (int64_t c = 0; c < bytes; c += 64, x += M * CHUNK<BITS> / 4) {
+        _mm_prefetch((const char*)p + c + AHEAD, _MM_HINT_T0);
+        const __m512i codes = _mm512_maskz_loadu_epi8(bytes - c >= 64 ? ~0ull : (1ull << (bytes - c)) - 1, p + c);
+        const __m512i first = BITS == 8 ? _mm512_xor_si512(codes, flip) : _mm512_ternarylogic_epi64(codes, flip, low, 0x28);
+        const __m512i odd = _mm512_ternarylogic_epi64(_mm512_srli_epi16(codes, 4), flip, low, 0x28);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+            a[m] = _mm512_dpbusd_epi32(a[m], first, _mm512_loadu_si512(x + m * CHUNK<BITS> / 4));
+            if (BITS == 4) a[M + m] = _mm512_dpbusd_epi32(a[M + m], odd, _mm512_loadu_si512(x + m * CHUNK<BITS> / 4 + 16));
+        }
+    }
+    for (int m = 0; m < M; m++) found[m][0] = _mm512_reduce_add_epi32(_mm512_add_epi32(a[m], a[M + m]));
+}
+
 // Scales of 16 rows of W from n, and what they take off: [groups, to whole 16s][16] each
 static void turned_units(const Weight& w, int64_t n, float* scale, float* less) {
     const int64_t groups = w.k / w.group;
+    if (groups == 1) {
+        const __mmask16 held = w.n - n >= 16 ? 0xffff : __mmask16((1u << (w.n - n)) - 1);
+        __m512 s, l;
+        units(w, n, _mm512_maskz_loadu_ps(held, w.outer + n), held, s, l);
+        _mm512_store_ps(scale, s);
+        if (less) _mm512_store_ps(less, l);
+        return;
+    }
     for (int64_t g = 0; g < groups; g += 16) {
         const __mmask16 held = groups - g >= 16 ? 0xffff : __mmask16((1u << (groups - g)) - 1);
         __m512 s[16], l[16];
@@ -80,7 +108,20 @@ static void dot_block(const Dotted& d, int64_t n, int64_t count, const float* sc
     __m512i sums[M], turned[16];
     __m512 total[M];
     for (int m = 0; m < M; m++) total[m] = _mm512_set1_ps(pieces == all ? -0.0f : 0.0f);
-    int64_t g = 0, piece = 0, done = 0;
+    const auto join = [&](int64_t g) {
+        const __m512 s = _mm512_load_ps(scale + 16 * g);
+        for (int m = 0; m < M; m++) total[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[m]), s, total[m]);
+        if (!less) return;
+        const __m512 l = _mm512_load_ps(less + 16 * g);
+        for (int m = 0; m < M; m++) total[m] = _mm512_fnmadd_ps(_mm512_set1_ps(d.sums[g * M + m]), l, total[m]);
+    };
+    if (pieces == all) {
+        alignas(64) int32_t found[M][16] = {};
+        for (int64_t i = 0; i < 16 && i <= last; i++) dot_line<BITS, M>(p + i * bytes, bytes, d.x, flip, (int32_t(*)[16])&found[0][i]);
+        for (int m = 0; m < M; m++) sums[m] = _mm512_add_epi32(_mm512_load_si512(found[m]), _mm512_set1_epi32(d.begin[m]));
+        join(0);
+    }
+    int64_t g = 0, piece = 0, done = pieces == all ? all : 0;
     for (int64_t c = 0; done < all; c++) {
         const __mmask64 held = 64 * (c + 1) <= bytes ? ~0ull : (1ull << (bytes - 64 * c)) - 1;
         for (int64_t i = 0; i < 16; i++) turned[i] = _mm512_maskz_loadu_epi8(held, p + (i < last ? i : last) * bytes + 64 * c);
@@ -94,13 +135,8 @@ static void dot_block(const Dotted& d, int64_t n, int64_t count, const float* sc
             dot<BITS, M, PER>(turned + part * PER, x + part * PER, flip, (const char*)next + 1024 * c + 64 * PER * part, sums);
             done++;
             if (++piece < pieces) continue;
-            const __m512 s = _mm512_load_ps(scale + 16 * g);
-            for (int m = 0; m < M; m++) total[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[m]), s, total[m]);
-            if (less) {
-                const __m512 l = _mm512_load_ps(less + 16 * g);
-                for (int m = 0; m < M; m++) total[m] = _mm512_fnmadd_ps(_mm512_set1_ps(d.sums[g * M + m]), l, total[m]);
-            }
-            g++, piece = 0;
+            join(g++);
+            piece = 0;
         }
     }
     const __mmask16 rows = last >= 15 ? 0xffff : __mmask16((2u << last) - 1);

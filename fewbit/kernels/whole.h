@@ -45,13 +45,15 @@ static Rounded rounded(const uint16_t* x, int64_t rows, int64_t k, int64_t group
     return r;
 }
 
-// What sums of whole numbers multiply by, and what they take off: of up to 16 groups from i of row n
-static inline void units(const Weight& w, int64_t n, int64_t i, __mmask16 held, __m512& scale, __m512& less) {
-    const int64_t first = n * (w.k / w.group) + i;
+// What sums of whole numbers multiply by, and what they take off: of up to 16 groups from one of them
+static inline void units(const Weight& w, int64_t first, __m512 outer, __mmask16 held, __m512& scale, __m512& less) {
     const __m512 s = Scaling::loaded(w.scale, w.narrow, first, held), shift = _mm512_set1_ps(w.kind == UINT8 ? 128 : 0);
     const __m512 z = w.zeros ? Scaling::loaded(w.zero, w.narrow, first, held) : _mm512_setzero_ps();
-    const __m512 outer = _mm512_set1_ps(w.outer[n]);
     scale = _mm512_mul_ps(s, outer);
     less = _mm512_mul_ps(w.zeros == 2 ? _mm512_fnmadd_ps(shift, s, z) : _mm512_mul_ps(_mm512_sub_ps(z, shift), s), outer);
+}
+// Of row n
+static inline void units(const Weight& w, int64_t n, int64_t i, __mmask16 held, __m512& scale, __m512& less) {
+    units(w, n * (w.k / w.group) + i, _mm512_set1_ps(w.outer[n]), held, scale, less);
 }
 #endif
