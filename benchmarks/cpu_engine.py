@@ -31,6 +31,7 @@ ROWS: dict[str, dict[str, Any]] = {  # name: options of LLM
     "nvfp4": {"quantization": "nvfp4-a16"},
     "mxfp4": {"quantization": "mxfp4-a16"},
     "file": {},  # as MODEL is stored
+    "file-fast": {"activations": "fast"},
 }
 OUT = 32  # tokens of a decoding stream
 
@@ -100,7 +101,7 @@ def shown(name: str, found: dict[str, float], beside: dict[str, float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--model", type=Path, help="a folder or a .gguf file, run as it is stored (row: file)")
+    parser.add_argument("--model", type=Path, help="a folder or a .gguf file, as it is stored: rows file, file-fast")
     parser.add_argument("--rows", default="bf16,int4,int4-fast,int8,int8-fast,fp8,nvfp4,mxfp4")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
@@ -116,7 +117,7 @@ def compare(given: argparse.Namespace) -> None:
     from random_llama import make
 
     model = given.model or make(given.folder / "model", "1.1b")
-    names = ["file"] if given.model else given.rows.split(",")
+    names = ["file", "file-fast"] if given.model else given.rows.split(",")
     dense = model
     if model.suffix == ".gguf":
         import fewbit

@@ -108,8 +108,12 @@ def slow(spec: QuantSpec) -> str | None:
     """Why int8 inputs are no faster with such weights; None where they are."""
     if spec.element.kind != "int" or kind_of(spec.element) is None:
         return f"{spec.element.name} is no whole number of 2 to 8 bits"
-    if any(cols % tiles.WHOLE for _, cols in (scale.block for scale in (*spec.scales, *spec.zeros))):
-        return f"its groups are shorter than the {tiles.WHOLE} columns that int8 units take at once"
+    columns = [scale.block[1] for scale in (*spec.scales, *spec.zeros)]
+    least = tiles.HALF if spec.element.bits in (4, 8) else tiles.WHOLE
+    if any(cols % least for cols in columns):
+        return f"its groups are shorter than the {least} columns that int8 units take at once"
+    if any(cols > tiles.LONGEST for cols in columns):
+        return f"its groups are longer than the {tiles.LONGEST} columns whose sums int8 units hold"
     return None if tiles.native() is not None else "this processor has no int8 matrix units (AMX) that we may use"
 
 

@@ -1,24 +1,14 @@
 // y = x W^T through tiles, for few rows of x and for many: runs of rows of W become tiles in cache and meet every row of x.
 // x is bfloat16 as it is, or rounded to int8 with a scale for each row, whose sums with whole codes are exact.
 
-#include <cmath>
 #include <omp.h>
-#include <vector>
-#include "fill.h"
+#include "dots.h"
 
 #ifdef TILES
 static const int64_t ROWS = 512;  // of x that meet a run of W; of more, the run is made again
 static const int64_t RUN = 256;   // rows of W: its tiles, and the sums, stay in the cache of a core
 static const int64_t FEW = 32;    // rows of x up to which nothing of W is met twice, and runs are as short as can be
 static const int64_t STEPS = 8;   // at a time: 256 columns of bfloat16, 512 of int8
-
-struct Memory {
-    std::vector<uint8_t> held;
-    uint8_t* of(int64_t bytes) {
-        if (int64_t(held.size()) < bytes + 64) held.resize(bytes + 64);
-        return (uint8_t*)((uintptr_t(held.data()) + 63) & ~uintptr_t(63));
-    }
-};
 
 struct Input {  // x as tiles B
     const uint8_t* tiles;
@@ -35,6 +25,7 @@ struct Place {  // of 32 rows of W, from r of a run that begins at n, and 16 or 
 struct Plain {
     const Weight* w;  // or null
     struct Local {};
+    int64_t bytes() const { return 64; }
     void prepare(Local&, int64_t, int64_t, int64_t, int64_t) const {}
     template <bool TWO> void add(const Local&, float* c, const Place& p, const Input& x) const {
         if (p.step) load_c<TWO>(c);
@@ -58,22 +49,14 @@ struct Whole {
     struct Local { float scale[RUN * STEPS], less[RUN * STEPS]; };
 
     bool one() const { return w.group == w.k; }
-    // Of up to 16 groups from i of row n
-    void units(int64_t n, int64_t i, __mmask16 held, __m512& scale, __m512& less) const {
-        const int64_t first = n * (w.k / w.group) + i;
-        const __m512 s = Scaling::loaded(w.scale, w.narrow, first, held), shift = _mm512_set1_ps(w.kind == UINT8 ? 128 : 0);
-        const __m512 z = w.zeros ? Scaling::loaded(w.zero, w.narrow, first, held) : _mm512_setzero_ps();
-        const __m512 outer = _mm512_set1_ps(w.outer[n]);
-        scale = _mm512_mul_ps(s, outer);
-        less = _mm512_mul_ps(w.zeros == 2 ? _mm512_fnmadd_ps(shift, s, z) : _mm512_mul_ps(_mm512_sub_ps(z, shift), s), outer);
-    }
+    int64_t bytes() const { return w.group == 32 ? 32 : 64; }  // of K at a time: half a step where groups are
     void prepare(Local& l, int64_t n, int64_t count, int64_t step, int64_t steps) const {
         if (one()) return;
-        const int64_t each = w.group / 64, first = step / each;
-        const __mmask16 held = __mmask16((1u << ((steps + each - 1) / each)) - 1);
+        const int64_t first = step * 64 / w.group;
+        const __mmask16 held = __mmask16((1u << ((steps * 64 + w.group - 1) / w.group)) - 1);
         for (int64_t r = 0; r < count; r++) {
             __m512 scale, less;
-            units(n + r < w.n ? n + r : w.n - 1, first, held, scale, less);
+            units(w, n + r < w.n ? n + r : w.n - 1, first, held, scale, less);
             _mm256_storeu_ps(l.scale + r * STEPS, _mm512_castps512_ps256(scale));
             _mm256_storeu_ps(l.less + r * STEPS, _mm512_castps512_ps256(less));
         }
@@ -86,10 +69,11 @@ struct Whole {
             return store_c<TWO>(c);
         }
         alignas(64) int32_t found[STEPS * 4 * C];
-        const int64_t each = w.group / 64, count = p.count / each, first = p.step / each;
+        const int64_t each = w.group / bytes(), count = p.count * 64 / w.group, first = p.step * 64 / w.group;
         for (int64_t g = 0; g < count; g++) {
+            const int64_t step = g * w.group / 64, half = g * w.group % 64;
             zero_c<TWO>();
-            steps<true, TWO>(p.w + g * each * TILE, STEPS * 16 * 64, x.at(p.m, p.step + g * each), 16 * 64 * x.steps, x.cols, each);
+            steps<true, TWO>(p.w + step * TILE + half, STEPS * 16 * 64, x.at(p.m, p.step + step) + half * x.cols, 16 * 64 * x.steps, x.cols, each);
             store_c<TWO>(found + g * 4 * C);
         }
         for (int64_t i = 0; i < 4; i++) {
@@ -115,7 +99,7 @@ struct Whole {
     __m512 value(const float* c, int64_t n, int64_t m) const {
         if (!one()) return _mm512_loadu_ps(c);
         __m512 scale, less;
-        units(n, 0, 1, scale, less);
+        units(w, n, 0, 1, scale, less);
         const __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(c)), _mm512_broadcastss_ps(_mm512_castps512_ps128(scale)));
         return sums ? _mm512_fnmadd_ps(_mm512_loadu_ps(sums + m), _mm512_broadcastss_ps(_mm512_castps512_ps128(less)), v) : v;
     }
@@ -191,7 +175,7 @@ static void product(const Fill& f, const Op& op, const Input& x, int64_t most, u
         uint8_t* panel = memory[0].of(run * STEPS * 64);
         float* sums = (float*)memory[1].of(run * held * 4);
         auto& local = *(typename Op::Local*)memory[2].of(sizeof(typename Op::Local));
-        const Tiles tiles(x.cols);
+        const Tiles tiles(x.cols, op.bytes());
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < f.n; n += run) {
             const int64_t here = f.n - n < run ? (f.n - n + 31) / 32 * 32 : run;
@@ -219,50 +203,10 @@ static void product(const Fill& f, const Op& op, const Input& x, int64_t most, u
     }
 }
 
-// x: [rows, k] bfloat16 -> codes int8, a factor of each row, and sums of groups of codes [groups, padded]
-struct Rounded {
-    std::vector<int8_t> codes;
-    std::vector<float> factors, sums;
-};
-
-static float largest(const uint16_t* x, int64_t k) {  // a NaN is larger than all
-    __m512i top = _mm512_setzero_si512();
-    for (int64_t c = 0; c < k; c += 32)
-        top = _mm512_max_epu16(top, _mm512_and_si512(_mm512_loadu_si512(x + c), _mm512_set1_epi16(0x7fff)));
-    alignas(64) uint16_t each[32];
-    _mm512_store_si512(each, top);
-    uint16_t found = 0;
-    for (int i = 0; i < 32; i++) found = each[i] > found ? each[i] : found;
-    return of_bf16(found);
-}
-
-static Rounded rounded(const uint16_t* x, int64_t rows, int64_t k, int64_t group, float reach, float least, bool summed) {
-    const int64_t groups = k / group, padded = (rows + 31) / 32 * 32;
-    Rounded r{std::vector<int8_t>(rows * k), std::vector<float>(padded), std::vector<float>(summed ? groups * padded : 0)};
-#pragma omp parallel for schedule(static)
-    for (int64_t m = 0; m < rows; m++) {
-        const float top = largest(x + m * k, k) / reach, factor = top == 0 ? least : top;
-        const __m512 by = _mm512_set1_ps(factor);
-        r.factors[m] = factor;
-        for (int64_t g = 0; g < groups; g++) {
-            __m512i total = _mm512_setzero_si512();
-            for (int64_t c = g * group; c < (g + 1) * group; c += 16) {
-                const __m256i half = _mm256_loadu_si256((const __m256i*)(x + m * k + c));
-                const __m512 v = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-                const __m512i code = _mm512_min_epi32(_mm512_cvtps_epi32(_mm512_div_ps(v, by)), _mm512_set1_epi32(127));
-                _mm_storeu_si128((__m128i*)(r.codes.data() + m * k + c), _mm512_cvtsepi32_epi8(code));
-                total = _mm512_add_epi32(total, _mm512_max_epi32(code, _mm512_set1_epi32(-128)));
-            }
-            if (summed) r.sums[g * padded + m] = float(_mm512_reduce_add_epi32(total));
-        }
-    }
-    return r;
-}
-
-// Steps at a time, in whole groups where those are short
-static int64_t most(int64_t steps_of_group) {
-    if (steps_of_group > STEPS) return STEPS;
-    return STEPS / steps_of_group * steps_of_group;
+// Steps at a time: whole groups, up to STEPS of them
+static int64_t most(const Weight& w) {
+    if (w.group == w.k) return STEPS;
+    return w.group == 32 ? STEPS / 2 : STEPS / (w.group / 64) * (w.group / 64);
 }
 
 static const uint8_t* laid(Memory& memory, const void* x, int64_t rows, int64_t bytes) {
@@ -327,11 +271,13 @@ void tiles_values(const Weight* w, const uint16_t* x, int64_t rows, uint16_t* y)
 // The same with each row of x rounded to int8, its largest value at `reach`; `least`: the scale of a row of zeros
 void tiles_whole(const Weight* w, const uint16_t* x, int64_t rows, float reach, float least, uint16_t* y) {
     static thread_local Memory memory;
-    const bool summed = w->zeros || w->kind == UINT8;
+    const bool few = rows <= DOTTED && (w->bits == 4 || w->bits == 8);
+    const bool summed = w->zeros || w->kind == UINT8 || few;
     const Rounded r = rounded(x, rows, w->k, w->group, reach, least, summed);
+    if (few) return w->bits == 4 ? dots<4>(*w, r, rows, y) : dots<8>(*w, r, rows, y);
     const Input in{laid(memory, r.codes.data(), rows, w->k), rows, rows < 16 ? rows : 16, w->k / 64};
     const Whole op{*w, r.factors.data(), summed ? r.sums.data() : nullptr, int64_t(r.factors.size())};
-    product(Ints(*w), op, in, w->group == w->k ? STEPS : most(w->group / 64), y);
+    product(Ints(*w), op, in, most(*w), y);
 }
 #endif
 

@@ -9,13 +9,21 @@
 #include <cstring>
 #include <sys/syscall.h>
 #include <unistd.h>
+#include <vector>
 #include "codes.h"
 
-#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(WIDE)
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512VNNI__) && defined(WIDE)
 #define TILES 1
 
 static const int64_t TILE = 1024;  // bytes
 static const int64_t C = 256;      // numbers of a tile C
+
+struct Memory {std::vector<uint8_t> held;
+    uint8_t* of(int64_t bytes) {
+        if (int64_t(held.size()) < bytes + 64) held.resize(bytes + 64);
+        return (uint8_t*)((uintptr_t(held.data()) + 63) & ~uintptr_t(63));
+    }
+};
 
 // Some compilers do not know what the instructions of tiles read: 8 of the configuration's 64 bytes, nothing of a tile.
 static inline void barrier() { asm volatile("" ::: "memory"); }
@@ -29,16 +37,19 @@ struct Config {
     uint8_t rows[16];
 };
 
-// Tiles for `cols` rows of x at a time; what another library had set comes back afterwards.
+// Tiles for `cols` rows of x at a time, of `bytes` of K; what another library had set comes back afterwards.
 class Tiles {
     alignas(64) Config before;
 
   public:
-    explicit Tiles(int64_t cols) {
+    explicit Tiles(int64_t cols, int64_t bytes = 64) {
         alignas(64) Config mine;
         memset(&before, 0, sizeof before), memset(&mine, 0, sizeof mine);
         mine.palette = 1;
-        for (int i = 0; i < 8; i++) mine.rows[i] = 16, mine.bytes[i] = uint16_t(i == 4 || i == 5 ? 64 : 4 * cols);
+        for (int i = 0; i < 8; i++) {
+            mine.rows[i] = uint8_t(i < 6 ? 16 : bytes / 4);
+            mine.bytes[i] = uint16_t(i == 4 || i == 5 ? bytes : 4 * cols);
+        }
         _tile_storeconfig(&before);
         barrier();
         _tile_loadconfig(&mine);

@@ -1,7 +1,8 @@
 """Linears through the matrix units of a processor (AMX), x and y in bfloat16; the work is in tiles.cpp.
 
 Codes become bfloat16, or stay whole numbers where x is rounded to int8. Every number of y is one chain of sums along K,
-so a row of x gives the same bits alone and among others.
+so a row of x gives the same bits alone and among others. Few rows in int8 take the vector units (dots.h): their sums of
+whole numbers are exact, and join as those of tiles do.
 """
 
 import ctypes
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 STEP = 32  # columns
 WHOLE = 64  # the same of int8, and the least group: between groups sums leave the matrix units
+HALF = 32  # the least group of codes of 4 and 8 bits, whose few rows take a loop of their own
+LONGEST = 512  # columns of a group that is not a whole row
 TOKEN = Scale(F32, (1, 0), dynamic=True)
 REACH = {"amax": 127.0, "range": 127.5}  # rule -> where the largest value of a row comes to lie
 LEAST = {"amax": 1.0, "range": torch.finfo(torch.float32).eps}  # the scale of a row of zeros

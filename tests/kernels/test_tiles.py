@@ -1,16 +1,18 @@
 """Linears through matrix units: against an oracle in float64 over formats and rows, to the bit against themselves."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from fewbit.kernels import packed, tiles
+from fewbit.quant.elements import F16
 from fewbit.quant.formats import FORMATS, TOKEN_INT8
 from fewbit.quant.qtensor import Quantized
 from fewbit.quant.reference import decode, encode, fake_quant
-from fewbit.quant.spec import Format
+from fewbit.quant.spec import Format, Scale
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(tiles.native() is None, reason="no matrix units (AMX) here")
@@ -66,7 +68,10 @@ def test_inputs_in_int8(name: str, shape: tuple[int, int]) -> None:
 
 def test_what_is_whole() -> None:
     assert {"int8-channel-a8", "int4-g128", "int4-channel-asym", "int8-g64-asym"} <= set(WHOLE)
-    assert not {"int4-g32", "q4_0", "q8_0", "nvfp4", "fp8-channel"} & set(WHOLE)
+    assert {"int4-g32", "q4_0", "q4_1", "q8_0"} <= set(WHOLE)
+    assert not {"q6_k", "q5_0", "nvfp4", "fp8-channel"} & set(WHOLE)
+    long = replace(FORMATS["int4-g128"].weight, scales=(Scale(F16, (1, 1024)),))
+    assert "longer than the 512 columns" in str(packed.slow(long))
     q = held("int8-channel-a8", 72, 512, act=True)
     assert q is not None and q.rule == "range"
     assert (plain := held("int8-channel", 72, 512)) is not None and plain.rule is None
@@ -87,6 +92,18 @@ def test_dense() -> None:
         for n, k in ((100, 96), (520, 320)):
             x, w = draw(rows, k).bfloat16(), draw(n, k).bfloat16()
             assert near(tiles.dense(x, w), x.double(), w.double(), 2.0**-17), (rows, n, k)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (40, 2304)])
+@pytest.mark.parametrize("name", WHOLE)
+def test_few_rows_in_int8_as_among_many(name: str, shape: tuple[int, int]) -> None:
+    """To the bit: few rows take a loop of their own."""
+    if (q := held(name, *shape, act=True)) is None:
+        return
+    x = draw(60, shape[1]).bfloat16()
+    whole = packed.run_linear(x, q)
+    for start, stop in ((0, 1), (1, 3), (5, 8), (20, 24), (30, 35), (52, 60)):
+        assert torch.equal(packed.run_linear(x[start:stop].contiguous(), q), whole[start:stop]), (start, stop)
 
 
 def runs() -> list[tuple[str, Callable[[Tensor], Tensor]]]:

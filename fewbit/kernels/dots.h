@@ -1,0 +1,217 @@
+// Few rows of x in int8 against codes of 4 or 8 bits, by dot products of four bytes (VNNI). 16 rows of W are turned so that
+// each is a lane; codes are multiplied unsigned, and what they are too large by comes off as a multiple of x's sum. Sums of
+// a group are whole numbers, and groups follow one another with one multiplication and addition each: the bits of tiles.
+
+#pragma once
+#include <omp.h>
+#include "whole.h"
+
+#ifdef TILES
+static const int64_t DOTTED = 8;  // rows of x, at most
+
+struct Dotted {
+    const Weight w;
+    const int32_t* x;      // [chunks of 64 bytes of W][M] words of four columns; of 4 bits even columns, then odd ones
+    const int32_t* begin;  // [groups][M]: what sums begin with
+    const float* sums;     // the same, where they multiply what a group takes off; or null
+    const float* factors;  // [M]
+};
+
+template <int BITS> static const int64_t CHUNK = 512 / BITS;  // columns
+
+// PER of 16 turned words onto sums of M rows of x; lines from `next` are fetched meanwhile
+template <int BITS, int M, int PER>
+static inline void dot(const __m512i* turned, const int32_t* x, __m512i flip, const char* next, __m512i* sums) {
+    constexpr int CHAINS = M < 4 ? 4 : 8 / M;  // sums under way, so that none waits for itself
+    const __m512i low = _mm512_set1_epi8(15);
+    __m512i a[CHAINS * M];
+    for (int i = 0; i < CHAINS * M; i++) a[i] = i < M ? sums[i] : _mm512_setzero_si512();
+#pragma GCC unroll 16
+    for (int j = 0; j < PER; j++) {
+        _mm_prefetch(next + 64 * j, _MM_HINT_T2);
+        if (BITS == 8) {
+            const __m512i codes = _mm512_xor_si512(turned[j], flip);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) {
+                __m512i& sum = a[j % CHAINS * M + m];
+                sum = _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(x[16 * m + j]));
+            }
+            continue;
+        }
+        const __m512i even = _mm512_ternarylogic_epi64(turned[j], flip, low, 0x28);  // (a ^ b) & c
+        const __m512i odd = _mm512_ternarylogic_epi64(_mm512_srli_epi16(turned[j], 4), flip, low, 0x28);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+            __m512i &one = a[2 * j % CHAINS * M + m], &two = a[(2 * j + 1) % CHAINS * M + m];
+            one = _mm512_dpbusd_epi32(one, even, _mm512_set1_epi32(x[32 * m + j]));
+            two = _mm512_dpbusd_epi32(two, odd, _mm512_set1_epi32(x[32 * m + 16 + j]));
+        }
+    }
+    for (int m = 0; m < M; m++) {
+        for (int c = 1; c < CHAINS; c++) a[m] = _mm512_add_epi32(a[m], a[c * M + m]);
+        sums[m] = a[m];
+    }
+}
+
+// One row of W, all of it a group, as it lies: found[m][0]
+template <int BITS, int M>
+static inline void dot_line(const uint8_t* p, int64_t bytes, const int32_t* x, __m512i flip, int32_t (*found)[16]) {
+    const __m512i low = _mm512_set1_epi8(15);
+    __m512i a[2 * M];
+    for (int i = 0; i < 2 * M; i++) a[i] = _mm512_setzero_si512();
+    for (int64_t c = 0; c < bytes; c += 64, x += M * CHUNK<BITS> / 4) {
+        _mm_prefetch((const char*)p + c + AHEAD, _MM_HINT_T0);
+        const __m512i codes = _mm512_maskz_loadu_epi8(bytes - c >= 64 ? ~0ull : (1ull << (bytes - c)) - 1, p + c);
+        const __m512i first = BITS == 8 ? _mm512_xor_si512(codes, flip) : _mm512_ternarylogic_epi64(codes, flip, low, 0x28);
+        const __m512i odd = _mm512_ternarylogic_epi64(_mm512_srli_epi16(codes, 4), flip, low, 0x28);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+            a[m] = _mm512_dpbusd_epi32(a[m], first, _mm512_loadu_si512(x + m * CHUNK<BITS> / 4));
+            if (BITS == 4) a[M + m] = _mm512_dpbusd_epi32(a[M + m], odd, _mm512_loadu_si512(x + m * CHUNK<BITS> / 4 + 16));
+        }
+    }
+    for (int m = 0; m < M; m++) found[m][0] = _mm512_reduce_add_epi32(_mm512_add_epi32(a[m], a[M + m]));
+}
+
+// Scales of 16 rows of W from n, and what they take off: [groups, to whole 16s][16] each
+static void turned_units(const Weight& w, int64_t n, float* scale, float* less) {
+    const int64_t groups = w.k / w.group;
+    if (groups == 1) {
+        const __mmask16 held = w.n - n >= 16 ? 0xffff : __mmask16((1u << (w.n - n)) - 1);
+        __m512 s, l;
+        units(w, n, _mm512_maskz_loadu_ps(held, w.outer + n), held, s, l);
+        _mm512_store_ps(scale, s);
+        if (less) _mm512_store_ps(less, l);
+        return;
+    }
+    for (int64_t g = 0; g < groups; g += 16) {
+        const __mmask16 held = groups - g >= 16 ? 0xffff : __mmask16((1u << (groups - g)) - 1);
+        __m512 s[16], l[16];
+        for (int64_t i = 0; i < 16; i++) units(w, n + i < w.n ? n + i : w.n - 1, g, held, s[i], l[i]);
+        turn((__m512i*)s);
+        if (less) turn((__m512i*)l);
+        for (int64_t i = 0; i < 16; i++) {
+            _mm512_store_ps(scale + 16 * (g + i), s[i]);
+            if (less) _mm512_store_ps(less + 16 * (g + i), l[i]);
+        }
+    }
+}
+
+// 16 rows of W from n. PER: words after which a group may end
+template <int BITS, int M, int PER>
+static void dot_block(const Dotted& d, int64_t n, int64_t count, const float* scale, const float* less, uint16_t* y) {
+    const Weight& w = d.w;
+    const int64_t bytes = w.k * BITS / 8, per = PER * CHUNK<BITS> / 16, pieces = w.group / per, all = w.k / per;
+    const __m512i flip = _mm512_set1_epi8(w.kind == UINT8 || (BITS == 4 && !(w.table[8] & 0x8000)) ? 0 : char(1 << (BITS - 1)));
+    const uint8_t *p = w.codes + n * bytes, *next = p + 16 * bytes;
+    const int64_t last = w.n - 1 - n;
+    __m512i sums[M], turned[16];
+    __m512 total[M];
+    for (int m = 0; m < M; m++) total[m] = _mm512_set1_ps(pieces == all ? -0.0f : 0.0f);
+    const auto join = [&](int64_t g) {
+        const __m512 s = _mm512_load_ps(scale + 16 * g);
+        for (int m = 0; m < M; m++) total[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[m]), s, total[m]);
+        if (!less) return;
+        const __m512 l = _mm512_load_ps(less + 16 * g);
+        for (int m = 0; m < M; m++) total[m] = _mm512_fnmadd_ps(_mm512_set1_ps(d.sums[g * M + m]), l, total[m]);
+    };
+    if (pieces == all) {
+        alignas(64) int32_t found[M][16] = {};
+        for (int64_t i = 0; i < 16 && i <= last; i++) dot_line<BITS, M>(p + i * bytes, bytes, d.x, flip, (int32_t(*)[16])&found[0][i]);
+        for (int m = 0; m < M; m++) sums[m] = _mm512_add_epi32(_mm512_load_si512(found[m]), _mm512_set1_epi32(d.begin[m]));
+        join(0);
+    }
+    int64_t g = 0, piece = 0, done = pieces == all ? all : 0;
+    for (int64_t c = 0; done < all; c++) {
+        const __mmask64 held = 64 * (c + 1) <= bytes ? ~0ull : (1ull << (bytes - 64 * c)) - 1;
+        for (int64_t i = 0; i < 16; i++) turned[i] = _mm512_maskz_loadu_epi8(held, p + (i < last ? i : last) * bytes + 64 * c);
+        turn(turned);
+        const int32_t* x = d.x + c * M * CHUNK<BITS> / 4;
+#pragma GCC unroll 4
+        for (int part = 0; part < 16 / PER; part++) {
+            if (done == all) break;
+            if (piece == 0)
+                for (int m = 0; m < M; m++) sums[m] = _mm512_set1_epi32(d.begin[g * M + m]);
+            dot<BITS, M, PER>(turned + part * PER, x + part * PER, flip, (const char*)next + 1024 * c + 64 * PER * part, sums);
+            done++;
+            if (++piece < pieces) continue;
+            join(g++);
+            piece = 0;
+        }
+    }
+    const __mmask16 rows = last >= 15 ? 0xffff : __mmask16((2u << last) - 1);
+    for (int m = 0; m < count; m++) {
+        const __m512 v = _mm512_mul_ps(total[m], _mm512_set1_ps(d.factors[m]));
+        _mm256_mask_storeu_epi16(y + m * w.n + n, rows, (__m256i)_mm512_cvtneps_pbh(v));
+    }
+}
+
+template <int BITS, int M, int PER>
+static void dot_rows(const Dotted& d, int64_t rows, uint16_t* y) {
+    const Weight& w = d.w;
+    const int64_t groups = w.k / w.group, held = (groups + 15) / 16 * 256, size = groups * (w.narrow ? 2 : 4);
+#pragma omp parallel
+    {
+        static thread_local Memory memory;
+        float *scale = (float*)memory.of(held * 8), *less = d.sums ? scale + held : nullptr;
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < w.n; n += 16) {
+            fetch((const uint8_t*)w.scale + (n + 16) * size, 16 * size);
+            if (w.zeros) fetch((const uint8_t*)w.zero + (n + 16) * size, 16 * size);
+            turned_units(w, n, scale, less);
+            dot_block<BITS, M, PER>(d, n, rows, scale, less, y);
+        }
+    }
+}
+
+// x: [rows, k] codes -> Dotted's x; rows that are not there are 0
+template <int BITS>
+static void dot_words(const int8_t* x, int64_t rows, int64_t k, int64_t m_all, uint8_t* out) {
+    constexpr int64_t columns = CHUNK<BITS>;
+    alignas(64) uint8_t index[64];
+    for (int i = 0; i < 64; i++) index[i] = uint8_t(2 * i);
+    const __m512i even = _mm512_load_si512(index), odd = _mm512_add_epi8(even, _mm512_set1_epi8(1));
+    for (int64_t c = 0; c < k; c += columns)
+        for (int64_t m = 0; m < m_all; m++, out += columns) {
+            const int64_t left = m < rows ? k - c : 0;
+            __m512i part[2];
+            for (int64_t i = 0; i < columns / 64; i++)
+                part[i] = left > 64 * i ? _mm512_loadu_si512(x + m * k + c + 64 * i) : _mm512_setzero_si512();
+            if (BITS == 8) _mm512_storeu_si512(out, part[0]);
+            else {
+                _mm512_storeu_si512(out, _mm512_permutex2var_epi8(part[0], even, part[1]));
+                _mm512_storeu_si512(out + 64, _mm512_permutex2var_epi8(part[0], odd, part[1]));
+            }
+        }
+}
+
+template <int BITS, int M>
+static void dots_of(const Weight& w, const Rounded& r, int64_t rows, uint16_t* y) {
+    static thread_local Memory memory;
+    const int64_t groups = w.k / w.group, padded = int64_t(r.factors.size());
+    const int64_t bytes = (w.k + CHUNK<BITS> - 1) / CHUNK<BITS> * CHUNK<BITS> * M;
+    uint8_t* x = memory.of(bytes + groups * M * 8);
+    int32_t* begin = (int32_t*)(x + bytes);
+    float* sums = (float*)(begin + groups * M);
+    dot_words<BITS>(r.codes.data(), rows, w.k, M, x);
+    const bool taken = w.zeros || w.kind == UINT8;
+    const int32_t over = w.kind == UINT8 || BITS == 8 || (w.table[8] & 0x8000) ? 1 << (BITS - 1) : 0;
+    for (int64_t g = 0; g < groups; g++)
+        for (int64_t m = 0; m < M; m++) {
+            sums[g * M + m] = r.sums[g * padded + m];
+            begin[g * M + m] = -over * int32_t(sums[g * M + m]);
+        }
+    const Dotted d{w, (const int32_t*)x, begin, taken ? sums : nullptr, r.factors.data()};
+    if (w.group % CHUNK<BITS> == 0) dot_rows<BITS, M, 16>(d, rows, y);
+    else if (w.group % (CHUNK<BITS> / 2) == 0) dot_rows<BITS, M, 8>(d, rows, y);
+    else dot_rows<BITS, M, 4>(d, rows, y);
+}
+
+template <int BITS>
+static void dots(const Weight& w, const Rounded& r, int64_t rows, uint16_t* y) {
+    if (rows == 1) return dots_of<BITS, 1>(w, r, rows, y);
+    if (rows == 2) return dots_of<BITS, 2>(w, r, rows, y);
+    if (rows <= 4) return dots_of<BITS, 4>(w, r, rows, y);
+    dots_of<BITS, 8>(w, r, rows, y);
+}
+#endif
