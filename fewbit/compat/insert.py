@@ -76,7 +76,8 @@ class Runner:
     def __init__(self, host: Any):
         self.host, self.parts = host, dict(host.quantizers.items())
 
-    def run(self, name: str, x: Tensor, rows: Sequence[int]) -> Tensor:
+    def run(self, name: str, x: Tensor, rows: Sequence[int], token: Tensor | None = None) -> Tensor:
+        assert token is None, "rows that the host has sorted are picked out"
         held = self.parts[name]
         x = held.input_quantizer.scaled(x)
         # a scale that each call chooses is each expert's own
