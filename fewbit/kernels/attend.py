@@ -106,7 +106,7 @@ def write(cache: Cache | PackedCache, slots: Tensor, key: Tensor, value: Tensor)
     plain = isinstance(cache, Cache) and cache.element is None and cache.fits(slots, key, value)
     pairs = ((key, cache.key), (value, cache.value)) if plain and isinstance(cache, Cache) else ()
     if not pairs or not all(_alike(*pair) for pair in pairs) or isinstance(library("attend"), str):
-        cache.write(slots, key, value)  # which says what is wrong
+        cache.write(slots, key, value)  # or torch's error, where they do not fit
         return
     sizes = [n * t.element_size() for t, _ in pairs for n in (t.shape[3], t.stride(2), t.stride(1))]
     call(_native().keep, KEEP.pack(

@@ -10,7 +10,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from functools import cache, partial
 from pathlib import Path
@@ -57,19 +57,27 @@ def _openmp() -> Path | None:
 
 
 def _built(source: Path, compiler: str) -> Path:
-    """The library, from the cache or made now; several processes may do so at once."""
+    """The library; several processes may make it at once."""
     files = (source, *sorted(source.parent.glob("*.h")))
     made_of = (" ".join(FLAGS), _run(compiler, "--version"), _processor())
-    parts = (*(file.read_bytes() for file in files), *(part.encode() for part in made_of))
-    digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
-    target = env.cache() / "kernels" / f"{source.stem}-{digest}.so"
+
+    def make(place: Path) -> Path:
+        made = [place / "made.o", place / "made.so"]
+        _run(compiler, *FLAGS, "-c", str(source), "-o", str(made[0]))
+        _run(compiler, "-shared", str(made[0]), "-o", str(made[1]))
+        return made[1]
+
+    return kept(source.stem, "so", (*(file.read_bytes() for file in files), *(part.encode() for part in made_of)), make)
+
+
+def kept(stem: str, suffix: str, made_of: Iterable[bytes], make: Callable[[Path], Path]) -> Path:
+    """What `make` makes in a folder, from the cache or made now. made_of: all that it depends on."""
+    digest = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:20]
+    target = env.cache() / "kernels" / f"{stem}-{digest}.{suffix}"
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as place:
-            made = [Path(place) / "made.o", Path(place) / "made.so"]
-            _run(compiler, *FLAGS, "-c", str(source), "-o", str(made[0]))
-            _run(compiler, "-shared", str(made[0]), "-o", str(made[1]))
-            made[1].rename(target)
+            make(Path(place)).rename(target)
     return target
 
 

@@ -1,8 +1,6 @@
 """CUDA C++ beside the Python: compiled by the nvrtc that torch brought, for this device, and kept in the cache."""
 
 import ctypes
-import hashlib
-import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -10,8 +8,8 @@ from typing import Any
 
 import torch
 
-from fewbit import env
 from fewbit.errors import UnsupportedError
+from fewbit.kernels.compiled import kept
 
 CLUSTER = 4  # the driver's number of a launch attribute: how many blocks are a cluster
 EARLY = 6  # of another: to begin before the kernel before it ends
@@ -86,20 +84,19 @@ def _library(name: str, places: Sequence[Path]) -> ctypes.CDLL:
 
 
 def _built(source: Path, target: str, defines: tuple[str, ...]) -> bytes:
-    """What the device runs, from the cache or made now; several processes may do so at once."""
+    """What the device runs; several processes may make it at once."""
     version = (ctypes.c_int * 2)()
     _done(nvrtc().nvrtcVersion(version, ctypes.byref(version, 4)), None)
     text = source.read_bytes()
     options = (f"--gpu-architecture={target}", "--std=c++17", *(f"-D{each}" for each in defines))
+
+    def make(place: Path) -> Path:
+        made = place / "made"
+        made.write_bytes(_compiled(source.name, text, options))
+        return made
+
     made_of = (text, " ".join(options).encode(), f"{version[0]}.{version[1]}".encode())
-    kept = env.cache() / "kernels" / f"{source.stem}-{hashlib.sha256(b''.join(made_of)).hexdigest()[:20]}.cubin"
-    if not kept.is_file():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent) as place:
-            made = Path(place) / "made"
-            made.write_bytes(_compiled(source.name, text, options))
-            made.rename(kept)
-    return kept.read_bytes()
+    return kept(source.stem, "cubin", made_of, make).read_bytes()
 
 
 def _compiled(name: str, text: bytes, options: Sequence[str]) -> bytes:

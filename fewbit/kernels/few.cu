@@ -3,12 +3,12 @@
 //
 // mma takes 16 rows of W (its A) and 8 rows of x (its B). Which columns lie in which place of a fragment does not
 // matter as long as A and B agree, so lane 4g + t takes what lies 16 bytes wide in memory: of rows g and g + 8 of W, and
-// of row g of x. `few_rows` reads W [N, K] as stored; `few_blocks` reads codes of 4 bits in humming's layout, where the
+// of row g of x. `few_rows` reads W [N, K] as stored; `few_laid` reads codes of 4 bits in humming's layout, where the
 // codes of 64 rows and 16 columns are 512 bytes, a word of each lane for every 16 rows. Each lane copies into shared
 // memory what it reads back itself: loads that are under way need no registers, and nothing need be synchronised.
 //
 // Compiled for: TYPE of x (0 bfloat16, 1 float16, 2 e4m3, 3 int8), OUT of y (0, 1), TILES of 8 rows of x, WARPS of a
-// block, DEPTH copies under way; blocks: CODES 0 integers under scales of x's type, 1 e2m1 under e4m3, 2 e2m1 under e8m0;
+// block, DEPTH copies under way; laid: CODES 0 integers under scales of x's type, 1 e2m1 under e4m3, 2 e2m1 under e8m0;
 // GROUP columns to a scale, ZEROS 1 where each has a zero, SPLIT blocks to a sum.
 
 typedef unsigned short u16;
@@ -251,8 +251,8 @@ __device__ __forceinline__ void two_of(const Scales &v, int r, float &above, flo
 // w: [k / 16, n / 64, 32 lanes, 4 words]; scales: [k / GROUP, n / 64, 8, 8], of row g + 8 j at [g, j], and so zeros of 4
 // bits. A block makes 64 columns of y over its share of K; the SPLIT blocks of a cluster add up in one another's memory.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-few_blocks(const Four *w, const char *x, Finish finish, const Scales *scales, const u32 *zeros, int k) {
-    constexpr int TIMES = GROUP < 128 ? 128 / GROUP : 1, EACH = 8 / TIMES;  // scales of 128 columns; blocks to each
+few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, const u32 *zeros, int k) {
+    constexpr int TIMES = GROUP < 128 ? 128 / GROUP : 1, EACH = 8 / TIMES;  // scales of 128 columns; pieces of 16 columns to each
     constexpr int STRIDE = SPLIT * WARPS, ROW = 256 + 16, HALF = TILES * 8 * ROW;  // rows of x lie in banks of their own
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int tile = blockIdx.x / SPLIT, rank = blockIdx.x % SPLIT, tiles = finish.n / 64, runs = k / 128;

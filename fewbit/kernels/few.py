@@ -4,6 +4,7 @@ A row of y is the same whatever rows are beside it: K is dealt out by the shape 
 """
 
 import ctypes
+import logging
 from dataclasses import dataclass
 from functools import cache
 
@@ -14,20 +15,21 @@ from fewbit.errors import UnsupportedError
 from fewbit.kernels import compiled_gpu
 from fewbit.kernels.compiled_gpu import Function
 
+LOG = logging.getLogger("fewbit.kernels")
 TILE = 8  # rows of x to a tile of matrix units
-MOST = {"codes": 2 * TILE, "floats": TILE, "blocks": TILE}  # rows up to which it is faster than what takes more
+MOST = {"codes": 2 * TILE, "floats": TILE, "laid": TILE}  # rows up to which it is faster than what takes more
 LEAST = (9, 0)
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float8_e4m3fn: 2, torch.int8: 3}
 HALVES = (torch.bfloat16, torch.float16)
 CHUNK = 64  # bytes of a row that a warp takes at a time
-ROWS, BLOCK = 16, 64  # columns of y that a block makes: from rows of W, from humming's blocks
+ROWS, TALL = 16, 64  # columns of y that a program makes: from rows of W, from humming's layout
 INTEGERS, NVFP4, MXFP4 = range(3)  # few.cu's CODES
 GROUPS = {INTEGERS: (32, 64, 128, 256, 512), NVFP4: (16,), MXFP4: (32,)}  # columns to a scale
 
 
 @dataclass(frozen=True, slots=True)
-class Blocks:
-    """Codes of 4 bits that `blocks` reads."""
+class Laid:
+    """Codes of 4 bits that `laid` reads."""
 
     codes: int
     group: int
@@ -52,6 +54,7 @@ def lacking(device: torch.device) -> str | None:
     try:
         _by_rows(device, torch.bfloat16, torch.bfloat16, 1, ROWS)  # what compiles once does for every shape
     except (UnsupportedError, OSError) as error:
+        LOG.warning("few rows are slower than they could be here: %s", error)
         return str(error)
     return None
 
@@ -66,9 +69,9 @@ def takes(x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool
     return len(x) <= most and x.shape[1] * x.element_size() % CHUNK == 0 and _lies_well(x, bias, dtype)
 
 
-def takes_blocks(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether `blocks` multiplies x [M, K], K whole runs, on a weight of whole blocks."""
-    return len(x) <= MOST["blocks"] and not lacking(x.device) and _lies_well(x, bias, x.dtype)
+def takes_laid(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether `laid` multiplies x [M, K], K whole runs, on a weight of whole runs of 64 rows."""
+    return len(x) <= MOST["laid"] and not lacking(x.device) and _lies_well(x, bias, x.dtype)
 
 
 def _lies_well(x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
@@ -87,15 +90,15 @@ def rows(
     return y
 
 
-def blocks(
-    x: Tensor, w: Tensor, n: int, how: Blocks, scales: Tensor, zeros: Tensor | None, outer: Tensor | None,
+def laid(
+    x: Tensor, w: Tensor, n: int, how: Laid, scales: Tensor, zeros: Tensor | None, outer: Tensor | None,
     bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """x: [M, K]; w, scales, zeros: codes of 4 bits [n, K] as humming holds them; outer: [1] float32 -> [M, n]."""
     y = x.new_empty(len(x), n)
-    run = _by_blocks(x.device, x.dtype, _tiles(len(x)), how, zeros is not None, n)
+    run = _by_layout(x.device, x.dtype, _tiles(len(x)), how, zeros is not None, n)
     finish, k = _finish(y, None, outer, bias), ctypes.c_int(x.shape[1])
-    run(n // BLOCK * run.cluster, _stream(x), (_at(w), _at(x), finish, _at(scales), _at(zeros), k))
+    run(n // TALL * run.cluster, _stream(x), (_at(w), _at(x), finish, _at(scales), _at(zeros), k))
     return y
 
 
@@ -108,12 +111,12 @@ def _by_rows(device: torch.device, kind: torch.dtype, out: torch.dtype, tiles: i
 
 
 @cache
-def _by_blocks(device: torch.device, kind: torch.dtype, tiles: int, how: Blocks, zeros: bool, n: int) -> Function:
-    tall, processors = n // BLOCK, _processors(device)
-    warps, split = (4, 8) if 2 * tall <= processors else (8, 2) if tall <= 2 * processors else (4, 2)
+def _by_layout(device: torch.device, kind: torch.dtype, tiles: int, how: Laid, zeros: bool, n: int) -> Function:
+    high, processors = n // TALL, _processors(device)
+    warps, split = (4, 8) if 2 * high <= processors else (8, 2) if high <= 2 * processors else (4, 2)
     defines = {"TYPE": TYPES[kind], "OUT": TYPES[kind], "TILES": tiles, "WARPS": warps, "DEPTH": 8, "GROUP": how.group,
                "CODES": how.codes, "ZEROS": int(zeros), "SPLIT": split}  # fmt: skip
-    return _function("few_blocks", device, defines, warps * (4096 + tiles * 4352), split)
+    return _function("few_laid", device, defines, warps * (4096 + tiles * 4352), split)
 
 
 def _function(name: str, device: torch.device, defines: dict[str, int], shared: int, split: int = 1) -> Function:

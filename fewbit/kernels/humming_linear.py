@@ -38,7 +38,7 @@ class Held:
     rounding: Rounding | None
     given: Tensor | None
     locks: Tensor
-    blocks: few.Blocks | None = None  # where `few` reads this layout too
+    laid: few.Laid | None = None  # where `few` reads this layout too
     plain: Tensor | None = None  # which kernel for how many rows; compiled at the first call
     biased: tuple[Tensor, Tensor, Tensor] | None = None  # (the bias, which kernels, the bias in humming's order)
 
@@ -69,10 +69,10 @@ def prepack_linear(q: Quantized, dtype: torch.dtype, rounded: bool = False) -> H
     given = q.act["scale0"].float().view(1) if how.input and how.input.given else None
     locks = torch.zeros(LOCKS, dtype=torch.int32, device=device)
     held = tuple(map(tensors.get, names))
-    return Held(emptied(q), config, dtype, held, columns, how.input, given, locks, _blocks(config, how, columns, dtype))
+    return Held(emptied(q), config, dtype, held, columns, how.input, given, locks, _laid(config, how, columns, dtype))
 
 
-def _blocks(config: Any, how: Layout, columns: Tensor | None, dtype: torch.dtype) -> few.Blocks | None:
+def _laid(config: Any, how: Layout, columns: Tensor | None, dtype: torch.dtype) -> few.Laid | None:
     """Codes of 4 bits in whole tiles of the layout that sm_90 has for inputs of 16 bits."""
     kinds = {("uint4", PLAIN[dtype]): few.INTEGERS, ("float4e2m1", "float8e4m3"): few.NVFP4}
     if dtype == torch.bfloat16:  # humming holds e8m0 otherwise beside float16
@@ -80,10 +80,10 @@ def _blocks(config: Any, how: Layout, columns: Tensor | None, dtype: torch.dtype
     codes = kinds.get((how.codes, how.scale))
     if codes is None or how.kind != "group" or how.input or columns is not None or config.sm_version // 10 != 9:
         return None
-    laid = ("use_raw_weight", "use_flat_weight", "use_packed_k_layout", "use_native_dequant", "use_ldmatrix_dequant")
-    other = any(getattr(config, name, False) for name in laid)
+    others = ("use_raw_weight", "use_flat_weight", "use_packed_k_layout", "use_native_dequant", "use_ldmatrix_dequant")
+    other = any(getattr(config, name, False) for name in others)
     whole = config.pad_shape_n == config.pad_shape_k == 0 and how.group in few.GROUPS[codes]
-    return few.Blocks(codes, how.group) if whole and not other else None
+    return few.Laid(codes, how.group) if whole and not other else None
 
 
 def emptied(q: Quantized) -> Quantized:
@@ -113,8 +113,8 @@ def _product(x: Tensor, held: Held, bias: Tensor | None) -> Tensor:
     else:
         x = x.reshape(-1, x.shape[-1])
     weight, weight_scale, outer, zero = held.tensors
-    if held.blocks and weight is not None and weight_scale is not None and few.takes_blocks(x, bias):
-        return few.blocks(x, weight, held.source.weight.shape[-2], held.blocks, weight_scale, zero, outer, bias)
+    if held.laid and weight is not None and weight_scale is not None and few.takes_laid(x, bias):
+        return few.laid(x, weight, held.source.weight.shape[-2], held.laid, weight_scale, zero, outer, bias)
     inside = bias if held.columns is None else None
     configs, ordered = _biased(held, inside) if inside is not None else (_plain(held), None)
     y: Tensor = torch.ops.humming.launch_kernel.default(

@@ -85,12 +85,13 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel(
         "scaled", "linear", ("cuda",), (torch.bfloat16,), scaled_linear.supports, scaled_linear.prepack_linear,
         scaled_linear.run_linear, (8, 9),
-        note="FP8 times FP8 through cuBLASLt, the scales of rows in a step of their own",
+        note="FP8 times FP8 through cuBLASLt, the scales of rows in a step of their own; up to 16 rows by few.cu",
     ),
     Kernel(
         "humming", "linear", ("cuda",), HALVES, humming_linear.supports, humming_linear.prepack_linear,
         humming_linear.run_linear, (7, 5), owns=True,
-        note="humming-kernels: weights of 2 to 8 bits in its own layout, compiled for each shape when first run",
+        note="humming-kernels: weights of 2 to 8 bits in its own layout, compiled for each shape when first run; "
+        "up to 8 rows of 4 bits by few.cu",
     ),
     Kernel(
         "humming-rounded", "linear", ("cuda",), HALVES, partial(humming_linear.supports, rounded=True),

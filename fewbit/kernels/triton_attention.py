@@ -35,7 +35,7 @@ def write(cache: Cache, slots: Tensor, key: Tensor, value: Tensor) -> None:
     from fewbit.kernels import triton_cache
 
     if not cache.fits(slots, key, value):
-        cache.write(slots, key, value)  # which says what is wrong
+        cache.write(slots, key, value)  # torch's error
         return
     triton_cache.write(cache, slots, _dense_heads(key), _dense_heads(value))
 

@@ -68,6 +68,6 @@ def assemble(
             q, kv, turned, cos, sin, q_out, k_out, tokens, heads, *q.stride()[:3], *kv.stride()[:3],
             *turned.stride()[:2], *steps(cos), *steps(sin), *q_out.stride()[:3], size - d, d, width, reads, writes,
             table == "own", wide, together, half, tail, room, num_warps=max(1, min(8, together * room // 256)),
-        **early(q.device),
+            **early(q.device),
         )  # fmt: skip
     return q_out.transpose(1, 2), k_out.transpose(1, 2)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import SpecError
+from fewbit.kernels import few
 from fewbit.kernels.registry import Kernel, kernels
 from fewbit.models.device import present
 from fewbit.quant import elements
@@ -30,7 +31,6 @@ ROWS = (1, 3, 16, 65)  # of inputs, for the sums
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # of one rounding to nearest
 PARTS = {"humming": 8, "humming-rounded": 8}  # roundings to the 16-bit type within a sum: parts of K are added so
 PLACED = 9  # float16 holds sums up to so many powers of two below their scale, so that they do not overflow
-FEW = 8  # rows that a GPU may have another way for
 EXACT, EQUAL = ("exact", "in ", "within"), ("equal", "as ")  # how words begin that are no complaint
 SCALES = {"humming-rounded": 2.0**-8}  # how far a kernel's values may be off, because it rounds scales and says so
 
@@ -156,7 +156,7 @@ def _runs(kernel: Kernel, q: Quantized, x: Tensor) -> Iterator[Tensor]:
     yield _run(kernel, q, x).cpu()
     apart = all(scale.block[0] == 1 or not scale.dynamic for scale in q.format.act.scales) if q.format.act else True
     if x.is_cuda and apart:
-        yield torch.cat([_run(kernel, q, part).cpu() for part in x.split(FEW)])
+        yield torch.cat([_run(kernel, q, part).cpu() for part in x.split(few.TILE)])
 
 
 def _read(got: Tensor, seen: Tensor, values: Tensor, kernel: Kernel) -> tuple[str, Tensor]:

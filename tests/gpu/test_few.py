@@ -55,14 +55,11 @@ def test_rows(kind: torch.dtype, n: int, k: int) -> None:
         near(few.rows(x[:m], w, out, one, one), x[:m], w, sums[:m] * float(one) ** 2, float(one) ** 2)
 
 
-def test_what_is_not_there_stays() -> None:
-    """Nothing is written beyond the rows that were asked for, and NaN of one row stays in it."""
+def test_a_nan_stays_in_its_row() -> None:
     x, w = torch.randn(3, 128, device=CUDA).bfloat16(), torch.randn(32, 128, device=CUDA).bfloat16()
     x[1, 5] = float("nan")
-    room = torch.full((4, 32), 7.0, dtype=torch.bfloat16, device=CUDA)
-    torch.cuda.synchronize()
     y = few.rows(x, w, torch.bfloat16)
-    assert y.isnan().all(1).tolist() == [False, True, False] and bool((room == 7).all())
+    assert y.isnan().all(1).tolist() == [False, True, False] and not y[::2].isnan().any()
 
 
 def test_dense_linear_takes_it() -> None:
@@ -78,7 +75,7 @@ def test_dense_linear_takes_it() -> None:
 @pytest.mark.parametrize("zeros", ["", "-asym"])
 @pytest.mark.parametrize("group", few.GROUPS[few.INTEGERS])
 @pytest.mark.parametrize("dtype", few.HALVES, ids=str)
-def test_blocks(dtype: torch.dtype, group: int, zeros: str) -> None:
+def test_laid(dtype: torch.dtype, group: int, zeros: str) -> None:
     form = FORMATS.get(f"int4-g{group}{zeros}")
     if form is None:
         base = FORMATS[f"int4-g128{zeros}"].weight
@@ -90,7 +87,7 @@ def test_blocks(dtype: torch.dtype, group: int, zeros: str) -> None:
         w = encode(torch.randn(n, k, generator=torch.Generator().manual_seed(n)) * 0.1, form.weight).to(CUDA)
         values = decode(w)
         held = humming_linear.prepack_linear(Quantized(form, w), dtype)
-        assert isinstance(held, humming_linear.Held) and held.blocks == few.Blocks(few.INTEGERS, group)
+        assert isinstance(held, humming_linear.Held) and held.laid == few.Laid(few.INTEGERS, group)
         x, bias = torch.randn(8, k, device=CUDA).to(dtype), torch.randn(n, device=CUDA).to(dtype)
         for m in (1, 3, 8):
             y = humming_linear.run_linear(x[:m], held)
@@ -101,7 +98,7 @@ def test_blocks(dtype: torch.dtype, group: int, zeros: str) -> None:
             assert bool(((biased - want).abs() <= 2 * UNIT[dtype] * (want.abs() + 1)).all())
         weight, scale, outer, zero = held.tensors
         assert weight is not None and scale is not None
-        two = few.blocks(x.repeat(2, 1), weight, n, held.blocks, scale, zero, outer)
+        two = few.laid(x.repeat(2, 1), weight, n, held.laid, scale, zero, outer)
         assert torch.equal(two[8:], two[:8]) and torch.equal(two[:8], humming_linear.run_linear(x, held))
 
 
@@ -114,7 +111,7 @@ def test_floats_of_4_bits(name: str, dtype: torch.dtype) -> None:
         w = encode(torch.randn(n, k, generator=torch.Generator().manual_seed(n)) * 0.1, form.weight).to(CUDA)
         values = decode(w)
         held = humming_linear.prepack_linear(Quantized(form, w), dtype)
-        assert isinstance(held, humming_linear.Held) and held.blocks is not None
+        assert isinstance(held, humming_linear.Held) and held.laid is not None
         x, bias = torch.randn(8, k, device=CUDA).to(dtype), torch.randn(n, device=CUDA).to(dtype)
         for m in (1, 3, 8):
             y = humming_linear.run_linear(x[:m], held)
