@@ -1,7 +1,8 @@
 """Attention over a paged cache on a GPU: what it takes, and the way to its kernels. Its oracle is modules.paged.
 
 Requests with one row go to triton_attention_decode, which splits long texts among programs; the others go to
-triton_attention_prefill. Nothing here waits for the device or reads from it, so that a CUDA graph can hold all of it.
+triton_attention_prefill. A table with blocks says on the device which are whose. Nothing here waits for the device or
+reads from it, so that a CUDA graph can hold all of it.
 """
 
 import torch
@@ -60,7 +61,7 @@ def attend(
     query = _dense_heads(query)
     if table.ones:
         triton_attention_decode.run(query, cache, out, table, scaling, window, softcap, sinks, p)
-    if len(table.lengths) > table.ones:
+    if table.blocks is not None or len(table.lengths) > table.ones:
         triton_attention_prefill.run(query, cache, out, table, scaling, window, softcap, sinks, p)
 
 

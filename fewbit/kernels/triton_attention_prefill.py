@@ -2,6 +2,8 @@
 
 Rows stand at the end of their text: what the cache had before is seen by all of them, their own by those behind. The
 tokens that every row of a block sees are walked without masks. Blocks that see most are started first.
+
+The grid is over the blocks of the longest request, or over those that the table lists: then a CUDA graph can hold it.
 """
 
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fewbit.kernels.cache import Cache
-from fewbit.kernels.table import Table
+from fewbit.kernels.table import BLOCK, Table
 from fewbit.kernels.triton_attention_parts import opening, padded, precision, scaled, shared_bytes, sizes, walk
 
 
@@ -54,31 +56,46 @@ def run(
     sinks: Tensor | None,
     p: float = 0.0,
 ) -> None:
-    """The requests behind the first table.ones; see triton_attention.attend."""
-    cut, heads, requests = tile(query, cache, table.longest), query.shape[1], len(table.lengths) - table.ones
-    _block[(-(-table.longest // cut.rows), heads, requests)](
+    """The requests behind the first table.ones, or the blocks of the table; see triton_attention.attend."""
+    cut, heads = tile(query, cache, table.longest), query.shape[1]
+    if table.blocks is None:
+        grid = -(-table.longest // cut.rows), heads, len(table.lengths) - table.ones
+    else:
+        grid = len(table.blocks) * (BLOCK // cut.rows), heads, 1
+    _block[grid](
         query, cache.key, cache.value, cache.key_scale, cache.value_scale, cache.key_measured, cache.value_measured,
-        out, table.pages, table.lengths, table.starts, sinks, table.ones, scaling, window, softcap, query.stride(2),
-        query.stride(1), *cache.key.stride()[:2], *cache.value.stride()[:2], *out.stride()[:2], table.pages.stride(0),
-        cache.key.shape[1], GROUP=heads // cache.key.shape[1], ROWS=cut.rows, TOKENS=cut.tokens, SIZE=table.size,
-        PRECISION=precision(query.dtype), P=p, **sizes(cache), num_warps=cut.warps, num_stages=cut.stages,
+        out, table.pages, table.lengths, table.starts, table.blocks, sinks, table.ones, scaling, window, softcap,
+        query.stride(2), query.stride(1), *cache.key.stride()[:2], *cache.value.stride()[:2], *out.stride()[:2],
+        table.pages.stride(0), cache.key.shape[1], GROUP=heads // cache.key.shape[1], ROWS=cut.rows, TOKENS=cut.tokens,
+        SIZE=table.size, EACH=BLOCK // cut.rows, PRECISION=precision(query.dtype), P=p, **sizes(cache),
+        num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["ones", "p_row"], do_not_specialize_on_alignment=["pages", "lengths", "starts"])
+UNALIGNED = ["pages", "lengths", "starts", "blocks"]
+
+
+@triton.jit(do_not_specialize=["ones", "p_row"], do_not_specialize_on_alignment=UNALIGNED)
 def _block(
-    query, key, value, key_scale, value_scale, key_measured, value_measured, out, pages, lengths, starts, sinks, ones,
-    scaling, window, softcap, q_row, q_head, k_slot, k_head, v_slot, v_head, o_row, o_head, p_row, key_heads,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, P: tl.constexpr,
+    query, key, value, key_scale, value_scale, key_measured, value_measured, out, pages, lengths, starts, blocks, sinks,
+    ones, scaling, window, softcap, q_row, q_head, k_slot, k_head, v_slot, v_head, o_row, o_head, p_row, key_heads,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, SIZE: tl.constexpr, EACH: tl.constexpr,
+    PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    request = ones + tl.program_id(2)
+    if blocks is None:
+        request = ones + tl.program_id(2)
+        before = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
+    else:  # EACH programs for a line
+        line = blocks + tl.program_id(0) // EACH * 2
+        request = tl.load(line)
+        before = tl.load(line + 1) + (EACH - 1 - tl.program_id(0) % EACH) * ROWS
+    if request < 0:
+        return
     head = tl.program_id(1)
     kin = head // GROUP
     begin = tl.load(starts + request)
     count = tl.load(starts + request + 1) - begin
-    before = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
-    if before >= count:
+    if (before >= count) | ((count == 1) & (request < ones)):  # the latter is decoding's
         return
     length = tl.load(lengths + request)
     row = before + tl.arange(0, ROWS)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fewbit.kernels import saturation, triton_attention
 from fewbit.kernels.cache import Cache
+from fewbit.kernels.table import BLOCK
 from fewbit.kernels.triton_runtime import lacking
 from tests.kernels.caches import WHOLE, rounding
 from tests.kernels.test_triton_attention import Case, Made, by_kernels, copied, make, plainly, planes, same
@@ -141,6 +142,42 @@ def test_inside_a_graph(name: str) -> None:
     with torch.cuda.graph(graph):
         step()
     renew(held, fresh)
+    out.fill_(torch.nan)
+    graph.replay()
+    close(out, truth(fresh, second), case.dtype)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama e4m3", "gpt-oss"])
+def test_inside_a_graph_of_any_step(name: str) -> None:
+    """Its table lists blocks: who decodes, who has no rows and who has many changes between replays."""
+    case = CASES[name]
+    first = replace(case, requests=((1, 5), (1, 9), (0, 0), (298, 298), (0, 0)))
+    second = replace(case, requests=((130, 2000), (1, 3000), (2, 64), (1, 1), (166, 166)))
+    held, fresh = make(first, "cuda"), make(second, "cuda")
+
+    def lines(of: Case) -> Tensor:
+        found = [(i, at) for i, (count, _) in enumerate(of.requests) if count > 1 for at in range(0, count, BLOCK)]
+        return torch.tensor((found + [(-1, 0)] * 8)[:8], dtype=torch.int32, device="cuda")
+
+    pages = torch.zeros(5, fresh.table.pages.shape[1], dtype=torch.int32, device="cuda")
+    held.table = replace(held.table, pages=pages, blocks=lines(first), ones=5, reach=5000, longest=300)
+    held.cache = copied(fresh.cache)
+    out = torch.full((300, case.heads[0], case.size), torch.nan, dtype=case.dtype, device="cuda")
+    how = case.how or {}
+
+    def step() -> None:
+        triton_attention.write(held.cache, held.slots, held.key, held.value)
+        triton_attention.attend(held.query, held.cache, out, held.table, case.size**-0.5, how.get("sliding_window"),
+                                how.get("softcap"), held.sinks)  # fmt: skip
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    renew(held, fresh)
+    assert held.table.blocks is not None
+    held.table.blocks.copy_(lines(second))
     out.fill_(torch.nan)
     graph.replay()
     close(out, truth(fresh, second), case.dtype)

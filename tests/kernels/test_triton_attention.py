@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fewbit.kernels import saturation, triton_attention
 from fewbit.kernels.cache import HELD, Cache, Rounding
 from fewbit.kernels.cache_packed import room
-from fewbit.kernels.table import Table
+from fewbit.kernels.table import BLOCK, Table
 from fewbit.kernels.triton_runtime import lacking
 from fewbit.modules import paged
 from fewbit.modules.attention_sides import weighed
@@ -150,10 +150,10 @@ def make(case: Case, device: str = "cpu", held: torch.dtype | str | None = None)
         mine = order[sum(needs[:i]) :][: needs[i]]
         pages[i, : needs[i]] = mine
         text = (mine[:, None] * case.page + torch.arange(case.page)).flatten()[:length]
-        if length:
+        if length and count:
             cache.write(text[: length - count], *(drawn(length - count, groups, d) for d in (case.size, wide)))
             spans.append(Span(at, at + count, length, text))
-        slots.append(text[length - count :] if length else torch.full((count,), capacity - 1))
+        slots.append(text[length - count : length] if length else torch.full((count,), capacity - 1))
         at += count
     starts = torch.tensor([0, *torch.tensor(rows).cumsum(0).tolist()], dtype=torch.int32)
     ones = next((i for i, n in enumerate(rows) if n != 1), len(rows))
@@ -233,6 +233,40 @@ def test_equals_plain_torch(name: str) -> None:
     got, written = by_kernels(made, case)
     torch.testing.assert_close(got, want, **bound(case))
     same(written, kept)
+
+
+ANYHOW = ((7, 40), (1, 37), (0, 20), (1, 0), (150, 160), (1, 5), (0, 0), (19, 19), (3, 0))
+LISTED = {
+    "plain": Case(requests=ANYHOW),
+    "split": Case((2, 1), requests=((3, 20), (1, 130), (1, 33), (1, 0), (0, 70))),
+    "all": Case(size=48, value_size=32, requests=ANYHOW, how={"sliding_window": 40, "softcap": 2.0}, sinks=True),
+    "halves of e4m3": Case(dtype=torch.float16, held="fp8 measured", requests=ANYHOW),
+}
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["beside decoding", "all of it"])
+@pytest.mark.parametrize("name", LISTED)
+def test_blocks_that_are_listed(name: str, alone: bool) -> None:
+    """Requests in any order, some without rows. Rows behind the last request, and those not listed, stay untouched."""
+    case = LISTED[name]
+    made = make(case)
+    lines = [(i, at) for i, (count, _) in enumerate(case.requests) if alone or count > 1
+             for at in range(0, count, BLOCK)]  # fmt: skip
+    blocks = torch.tensor([*reversed(lines), *[(-1, 0)] * 3], dtype=torch.int32)
+    made.table = replace(made.table, blocks=blocks, ones=0 if alone else len(case.requests))
+    want, _ = plainly(made, case)
+    got, cache = by_kernels(made, case)
+    torch.testing.assert_close(got, want, **bound(case))
+    wide = torch.full((len(got) + 4, *got.shape[1:]), torch.nan, dtype=got.dtype)
+    query = torch.cat([made.query, made.query[:, :, :4]], 2)
+    how = case.how or {}
+    made.table.blocks = blocks[1:]
+    triton_attention.attend(query, cache, wide, made.table, case.size**-0.5, how.get("sliding_window"),
+                            how.get("softcap"), made.sinks)  # fmt: skip
+    left_out, at = lines[-1]
+    first = int(made.table.starts[left_out]) + at
+    silent = [*range(first, min(first + BLOCK, int(made.table.starts[left_out + 1]))), *range(len(got), len(wide))]
+    assert wide.isnan().all((1, 2)).nonzero().flatten().tolist() == silent
 
 
 def test_a_step_with_a_table_makes_no_spans() -> None:
@@ -356,10 +390,9 @@ def test_probabilities_in_fp8(coded: Rounding | None) -> None:
     cache.write(torch.arange(length), k, v)
     scores = (q @ k.mT * size**-0.5).masked_fill(torch.ones(length, length).triu(1).bool(), float("-inf"))
     want, plain = (x[0].transpose(0, 1) for x in (weighed(scores, v, 1.0), scores.softmax(-1) @ v))
-    pages, starts = torch.arange(2, dtype=torch.int32)[None], torch.tensor([0, length], dtype=torch.int32)
-    lengths = torch.tensor([length], dtype=torch.int32)
-    for table, rows in ((Table(pages, lengths, starts, 0, length, length, 16), length),
-                        (Table(pages, lengths, starts, 1, 1, length, 16), 1)):  # fmt: skip
+    pages, lengths = torch.arange(2, dtype=torch.int32)[None], torch.tensor([length], dtype=torch.int32)
+    for ones, rows in ((0, length), (1, 1)):
+        table = Table(pages, lengths, torch.tensor([0, rows], dtype=torch.int32), ones, rows, length, 16)
         out = torch.full((rows, heads, size), float("nan"))
         triton_attention.attend(q[:, :, -rows:], cache, out, table, size**-0.5, None, None, None, 1.0)
         torch.testing.assert_close(out, want[-rows:], rtol=1e-4, atol=1e-5)
