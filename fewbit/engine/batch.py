@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fewbit.engine.request import PENDING, Stream
 from fewbit.engine.scheduler import Work
+from fewbit.kernels.table import BLOCK
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,9 @@ class Batch:
         begin = len(self.ids)
         if self.ones == len(self.counts) and stop - start == 1:
             self.ones += 1
-        for at in range(start, stop):
-            self.slots.append(stream.pages[at // size] * size + at % size)
+        for page in range(start // size, -(-stop // size)):
+            first = stream.pages[page] * size
+            self.slots += range(first + max(start - page * size, 0), first + min(stop - page * size, size))
         self.ids += stream.tokens[start:stop]
         self.positions += range(start, stop)
         self.sources += [-1] * (stop - start)
@@ -60,6 +62,13 @@ class Batch:
     def decodes(self) -> bool:
         """Whether it is one token of each stream, and its logits: what graphs and tapes hold."""
         return self.ones == len(self.works) and self.asked == list(range(self.ones))
+
+    @property
+    def blocks(self) -> list[tuple[int, int]]:
+        """(work, first of its rows) of each BLOCK of rows, for works of more than one; those that see most first."""
+        sizes = [(i, work.stop - work.start) for i, work in enumerate(self.works)]
+        found = [(i, row) for i, size in sizes if size > 1 for row in range(0, size, BLOCK)]
+        return sorted(found, key=lambda block: -self.works[block[0]].start - block[1])
 
     @property
     def pending(self) -> bool:

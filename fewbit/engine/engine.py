@@ -33,7 +33,7 @@ from fewbit.errors import RequestError
 from fewbit.kernels import saturation
 
 LOG = logging.getLogger("fewbit.engine")
-TOGETHER = 16  # requests that a full engine on a GPU begins at once: a prompt makes its step miss the CUDA graphs
+TOGETHER = 16  # requests that a full engine on a GPU begins at once: few prompts fill a graph of rows badly
 
 
 @dataclass(slots=True)
@@ -127,7 +127,8 @@ class Engine:
             raise RequestError(f"request id {request.id!r} is in use: each needs its own")
         if not request.prompt:
             raise RequestError("the prompt is empty: at least one token is needed")
-        wrong = [t for t in request.prompt if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < self.vocab]
+        vocab = self.vocab
+        wrong = [t for t in request.prompt if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < vocab]
         if wrong:
             raise RequestError(f"prompt: {wrong[0]!r} is no token id; they go from 0 to {self.vocab - 1}")
         if len(request.prompt) >= self.limits.max_len:

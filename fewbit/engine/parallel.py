@@ -126,9 +126,9 @@ class Team:
         found = [self.guarded(mine)]
         return found + [tuple(self.answer(rank)["measured"]) for rank in self.ranks]
 
-    def capture(self, mine: Callable[[], None]) -> None:
+    def capture(self, mine: Callable[[], None], prompts: bool) -> None:
         """All record what they do together, or none does: a graph has rows that a step without it has not."""
-        self.command("capture")
+        self.command("capture", prompts=prompts)
         why = ""
         try:
             self.guarded(mine)
@@ -203,8 +203,8 @@ class Lockstep:
     def graphs(self) -> Graphs | None:
         return self.inner.graphs if self.paged else None
 
-    def capture(self, tell: Callable[[int, int], None]) -> None:
-        self.team.capture(partial(self.inner.capture, tell))
+    def capture(self, tell: Callable[[int, int], None], prompts: bool = True) -> None:
+        self.team.capture(partial(self.inner.capture, tell, prompts), prompts)
 
     def forget(self) -> None:
         self.inner.forget()

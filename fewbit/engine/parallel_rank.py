@@ -53,10 +53,10 @@ def say(wire: Wire, error: BaseException) -> None:
         return
 
 
-def captured(runner: Any) -> str:
+def captured(runner: Any, prompts: bool) -> str:
     """Record graphs with the others. -> why there are none"""
     try:
-        runner.capture(lambda *_: None)
+        runner.capture(lambda *_: None, prompts)
     except (RuntimeError, UnsupportedError) as error:
         return first_line(error)
     return ""
@@ -85,7 +85,7 @@ def serve(wire: Wire, told: dict[str, Any]) -> None:
         elif command["command"] == "runner":
             runner = loaded.own_runner(Limits(**command["limits"]))
         elif command["command"] == "capture":
-            wire.tell(captured=captured(runner))
+            wire.tell(captured=captured(runner, command["prompts"]))
         elif command["command"] == "forget":
             runner.forget()
         elif command["command"] == "finish":

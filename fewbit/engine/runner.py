@@ -65,13 +65,13 @@ class Paged:
     paged = True
 
     def __init__(self, model: nn.Module, pages: int, size: int, cache_dtype: torch.dtype | None, apart: bool = False,
-                 streams: int = 1, reach: int = 0):  # fmt: skip
+                 streams: int = 1, reach: int = 0, budget: int = 0):  # fmt: skip
         """apart: one stream a forward, for rotary tables that depend on the longest text of a batch.
 
-        On a GPU at most `streams` run, none longer than `reach` tokens.
+        On a GPU at most `streams` run, none longer than `reach` tokens; steps of up to `budget` tokens are recorded.
         """
         self.model, self.size, self.capacity, self.cache_dtype = model, size, pages * size, cache_dtype
-        self.apart, self.reach = apart, reach or self.capacity
+        self.apart, self.reach, self.budget = apart, reach or self.capacity, budget
         self.caches: dict[int, AnyCache] = {}
         self.device = device_of(model)
         self.ahead = self.device.type == "cuda" and not apart
@@ -82,10 +82,11 @@ class Paged:
         self.tapes: Tapes | None = None
         self.exact = False  # no rows beyond the last text, which somebody who watches would take for text
 
-    def capture(self, tell: Callable[[int, int], None]) -> None:
-        """Record a CUDA graph for each of some counts of decoding streams. tell: (how many are done, of how many)."""
+    def capture(self, tell: Callable[[int, int], None], prompts: bool = True) -> None:
+        """Record CUDA graphs of steps, of those with prompts too. tell: (how many are done, of how many)."""
         assert self.tables is not None
-        self.graphs = Graphs(self.tables, self.size, self.reach, self.capacity, self._step, self._model)
+        most = self.budget if prompts else 0
+        self.graphs = Graphs(self.tables, self.size, self.reach, self.capacity, self._step, self._model, most)
         self.graphs.capture(tell)
 
     def forget(self) -> None:
@@ -111,8 +112,8 @@ class Paged:
 
     def _forward(self, works: Sequence[Work], flight: Flight | None) -> Logits:
         batch = Batch.of(works, self.size, flight)
-        if self.graphs is not None and self.graphs.takes(batch):
-            return Logits(self.graphs.run(batch, flight), batch.counts)
+        if self.graphs is not None and (size := self.graphs.size(batch)) is not None:
+            return Logits(self.graphs.run(size, batch, flight), batch.counts)
         plainly = partial(self._eager, batch, flight)
         taped = self.tapes is not None and not self.exact and self.tapes.takes(batch)
         return Logits(self.tapes.run(batch, plainly) if taped else plainly(), batch.counts)

@@ -126,7 +126,7 @@ class Scheduler:
         """It is on its way. Full pages may be shared from now on, but for those with a token that nobody knows yet."""
         stream, size = work.stream, self.pool.size
         stream.computed = work.stop
-        while (len(stream.digests) + 1) * size <= min(stream.computed, stream.known):
+        while self.pool.caching and (len(stream.digests) + 1) * size <= min(stream.computed, stream.known):
             at = len(stream.digests)
             before = stream.digests[-1] if stream.digests else b""
             stream.digests.append(self.pool.digest(before, stream.tokens[at * size : (at + 1) * size]))

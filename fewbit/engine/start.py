@@ -78,7 +78,7 @@ class Loaded:
             self.watch()
             return Alone(self.model, proof.cache_of(self.model.config))
         made = Paged(self.model, limits.pages, self.page, self.cache_dtype, apart(self.model), limits.most_running,
-                     limits.max_len)  # fmt: skip
+                     limits.max_len, limits.budget)  # fmt: skip
         made.exact = self.watch()
         return made
 
@@ -104,7 +104,7 @@ class Loaded:
             self.team.answer(rank)
 
     def record(self, runner: Any, eager: bool) -> None:
-        """CUDA graphs of decoding, where they can be had. One that cannot be recorded is said, and runs without."""
+        """CUDA graphs of steps, where they can be had. What cannot be recorded is said, and runs without."""
         if eager:
             return
         if self.session is not None and self.session.measures:
@@ -114,17 +114,19 @@ class Loaded:
         if not (runner.inner.ahead if isinstance(runner, Lockstep) else runner.ahead):
             return
         if any(hasattr(module, INSIDE) for module in self.model.modules()):
-            LOG.warning("attention computes in plain torch, and decoding without CUDA graphs: %s; blocking the types "
+            LOG.warning("attention computes in plain torch, and steps without CUDA graphs: %s; blocking the types "
                         "Matmul, Softmax and ModuleFusedSDPA leaves it to kernels", PLAIN)  # fmt: skip
             return
-        try:
-            with progress("recording graphs") as tell:
-                runner.capture(tell)
-        except (RuntimeError, UnsupportedError) as error:
-            runner.forget()
-            LOG.warning("decoding runs without CUDA graphs: %s", first_line(error))
-        else:
-            LOG.info("recorded %d CUDA graphs in %.1f s", len(runner.graphs.sizes), runner.graphs.seconds)
+        for prompts, what in ((True, "steps with prompts run"), (False, "decoding runs")):
+            try:
+                with progress("recording graphs") as tell:
+                    runner.capture(tell, prompts)
+            except (RuntimeError, UnsupportedError) as error:
+                runner.forget()
+                LOG.warning("%s without CUDA graphs: %s", what, first_line(error))
+            else:
+                LOG.info("recorded %d CUDA graphs in %.1f s", len(runner.graphs.sizes), runner.graphs.seconds)
+                return
 
     def check(self) -> None:
         """Raise if a rank is gone."""

@@ -149,8 +149,8 @@ def _attended(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, step
 
 
 def _by_table(query: Tensor, key: Tensor, value: Tensor, cache: Cache, slots: Tensor, table: Table, how: How) -> Tensor:
-    """Rows of no request stay finite; where every request has one row there are no such rows."""
-    room = query.new_empty if table.blocks is None and table.ones == query.shape[2] else query.new_zeros
+    """Rows of no request stay finite; without a list of blocks there are no such rows."""
+    room = query.new_empty if table.blocks is None else query.new_zeros
     out = room(query.shape[2], query.shape[1], value.shape[3])
     triton_attention.write(cache, slots, key, value)
     triton_attention.attend(query, cache, out, table, *how)
