@@ -13,6 +13,7 @@ from fewbit.kernels.compiled import kept
 
 CLUSTER = 4  # the driver's number of a launch attribute: how many blocks are a cluster
 EARLY = 6  # of another: to begin before the kernel before it ends
+OWN = (9, 0)  # compute capability with instructions that no later one has
 SHARED = 8  # of an attribute of functions: bytes of shared memory that a launch may ask for
 
 
@@ -52,7 +53,8 @@ def function(
 ) -> Function:
     """kernels/FILE's kernel of that name, compiled with definitions ("A=1"). shared: bytes that a block asks for."""
     major, minor = torch.cuda.get_device_capability(device)
-    image = _built(Path(__file__).with_name(file), f"sm_{major}{minor}", defines)
+    target = f"sm_{major}{minor}" + "a" * ((major, minor) == OWN)
+    image = _built(Path(__file__).with_name(file), target, defines)
     context, module, handle = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
     checked(driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), torch.device(device).index or 0))  # torch's own
     checked(driver().cuCtxSetCurrent(context))

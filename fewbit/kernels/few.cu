@@ -1,5 +1,6 @@
-// y = x W^T for up to 16 rows of x: a step of decoding is the reading of W, so every warp streams rows of W past its
-// matrix units by itself, K dealt out to warps, and nobody waits for anybody before the sums meet at the end.
+// y = x W^T for few rows of x. Up to 16: a step of decoding is the reading of W, so every warp streams rows of W past its
+// matrix units by itself, K dealt out to warps, and nobody waits for anybody before the sums meet at the end. Codes of 4
+// bits up to 64: `some_laid`, at the end.
 //
 // mma takes 16 rows of W (its A) and 8 rows of x (its B). Which columns lie in which place of a fragment does not
 // matter as long as A and B agree, so lane 4g + t takes what lies 16 bytes wide in memory: of rows g and g + 8 of W, and
@@ -9,7 +10,7 @@
 //
 // Compiled for: TYPE of x (0 bfloat16, 1 float16, 2 e4m3, 3 int8), OUT of y (0, 1), TILES of 8 rows of x, WARPS of a
 // block, DEPTH copies under way; laid: CODES 0 integers under scales of x's type, 1 e2m1 under e4m3, 2 e2m1 under e8m0;
-// GROUP columns to a scale, ZEROS 1 where each has a zero, SPLIT blocks to a sum.
+// GROUP columns to a scale, ZEROS 1 where each has a zero, SPLIT blocks to a sum; and WIDE rows of x, for some_laid.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -110,7 +111,7 @@ struct Finish {
     }
 };
 
-extern __shared__ __align__(16) char memory[];
+extern __shared__ __align__(1024) char memory[];
 
 #if SPLIT == 0
 // w: [n, bytes], x: [m, bytes]; a block makes 16 columns of y.
@@ -183,7 +184,6 @@ few_rows(const char *w, const char *x, Finish finish, int bytes) {
     }
 }
 #else
-static_assert(DEPTH == 8, "x of the next run must have come with this one's codes");
 #if TYPE == 0
 #define MAGIC 0x43004300u  // 128 in bfloat16, whose last bit is worth 1
 #define MIDDLE 0x43084308u
@@ -228,13 +228,11 @@ __device__ __forceinline__ Scales scales_at(const void *at) {
     return v;
 }
 
-// Those of rows g + 16 r and g + 16 r + 8.
-__device__ __forceinline__ void two_of(const Scales &v, int r, float &above, float &below) {
+// Two neighbours.
+__device__ __forceinline__ void scales_of(u32 both, float &above, float &below) {
 #if CODES == 0
-    const u32 both = r == 0 ? v.x : r == 1 ? v.y : r == 2 ? v.z : v.w;
     above = widened(both & 0xffff), below = widened(both >> 16);
 #else
-    const u32 both = (r < 2 ? v.x : v.y) >> r % 2 * 16;
 #if CODES == 1
     u32 halves;
     asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"((u16)both));
@@ -245,6 +243,18 @@ __device__ __forceinline__ void two_of(const Scales &v, int r, float &above, flo
     above = __uint_as_float(one == 0 ? 1u << 22 : one == 255 ? 0x7fc00000u : one << 23);
     below = __uint_as_float(two == 0 ? 1u << 22 : two == 255 ? 0x7fc00000u : two << 23);
 #endif
+#endif
+}
+
+#ifndef WIDE
+static_assert(DEPTH == 8, "x of the next run must have come with this one's codes");
+
+// Those of rows g + 16 r and g + 16 r + 8.
+__device__ __forceinline__ void two_of(const Scales &v, int r, float &above, float &below) {
+#if CODES == 0
+    scales_of(r == 0 ? v.x : r == 1 ? v.y : r == 2 ? v.z : v.w, above, below);
+#else
+    scales_of((r < 2 ? v.x : v.y) >> r % 2 * 16, above, below);
 #endif
 }
 
@@ -396,4 +406,190 @@ few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, cons
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");  // memory stays until then
 #endif
 }
+
+#else
+// The same for up to WIDE rows of x (16, 32 or 64), on the matrix units of a warpgroup (wgmma, sm_90a), which take W from
+// registers and x from shared memory. A block makes 256 columns of y, so that x is fetched once for as many: two
+// warpgroups of 128 rows of W each, two times 64. Of a warpgroup's rows a warp has neighbours 16 rows apart, whose codes
+// lie side by side. All of a block waits for its copies together, 128 columns at a time.
+constexpr int TALL = 256, CODED = 128 * TALL / 2, SIDE = WIDE * 128, STAGE = CODED + 2 * SIDE, PITCH = TALL + 4;
+constexpr int TIMES = GROUP < 128 ? 128 / GROUP : 1, EACH = 8 / TIMES;  // scales of 128 columns; steps of 16 to each
+constexpr int SUMS = WIDE / 2;  // of a lane
+
+__device__ __forceinline__ void copy_if(bool there, u32 to, const void *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(there ? 16 : 0));
+}
+
+#if TYPE == 0
+#define KIND "f32.bf16.bf16"
+#else
+#define KIND "f32.f16.f16"
+#endif
+#define F4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define F8(d, i) F4(d, i), F4(d, i + 4)
+
+// d = [d +] a b^T: a 64 x 16 in registers, b WIDE x 16 at a descriptor.
+__device__ __forceinline__ void product(float (&d)[SUMS], const u32 (&a)[4], u64 b, int add) {
+#if WIDE == 16
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %13, 0;\nwgmma.mma_async.sync.aligned.m64n16k16." KIND
+                 " {%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, p, 1, 1, 0;\n}"
+                 : F8(d, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+#elif WIDE == 32
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\nwgmma.mma_async.sync.aligned.m64n32k16." KIND
+                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, p, 1, 1, 0;\n}"
+                 : F8(d, 0), F8(d, 8) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+#else
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\nwgmma.mma_async.sync.aligned.m64n64k16." KIND
+                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
+                 "%23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"
+                 : F8(d, 0), F8(d, 8), F8(d, 16), F8(d, 24)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+#endif
+}
+
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void close_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int most> __device__ __forceinline__ void await_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(most) : "memory");
+}
+
+// 128 bytes of each row of x, in the order of 16 bytes that the units read without conflicts.
+__device__ __forceinline__ u64 descriptor(u32 at) { return (u64)(at >> 4 & 0x3fff) | 1ull << 16 | 64ull << 32 | 1ull << 62; }
+
+extern "C" __global__ void __launch_bounds__(256, 1)
+some_laid(const Four *w, const char *x, Finish finish, const char *scales, const u32 *zeros, int k) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int tiles = finish.n / 64, first = blockIdx.x / SPLIT * 4, rank = blockIdx.x % SPLIT, runs = k / 128;
+    const int inside = warp / 2, block = min(first + inside, tiles - 1), word = warp % 2 * 2;  // and the word after it
+    const u32 base = (u32)__cvta_generic_to_shared(memory);
+    const int count = (runs - rank + SPLIT - 1) / SPLIT;
+    auto fetch_codes = [&](int i) {
+        const u32 to = base + i % DEPTH * STAGE;
+        const u64 step = (u64)(rank + i * SPLIT) * 8;
+#pragma unroll
+        for (int c = threadIdx.x; c < CODED / 16; c += 256) {
+            const int of = c / 32 % 4;
+            if (first + of < tiles)
+                asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;"
+                             :: "r"(to + c * 16), "l"(w + ((step + c / 128) * tiles + first + of) * 32 + c % 32));
+        }
+    };
+    auto fetch_x = [&](int i) {
+        const u32 to = base + i % DEPTH * STAGE + CODED;
+        const char *from = x + (rank + i * SPLIT) * 256;
+#pragma unroll
+        for (int c = threadIdx.x; c < WIDE * 16; c += 256) {
+            const int row = c / 16, piece = c % 16;
+            const bool there = row < finish.m;
+            copy_if(there, to + piece / 8 * SIDE + row * 128 + (piece % 8 ^ row % 8) * 16,
+                    from + (there ? (u64)row * k * 2 + piece * 16 : 0));
+        }
+    };
+    u32 scale[TIMES][2], zero[TIMES];
+    auto look_up = [&](int i) {
+#pragma unroll
+        for (int s = 0; s < TIMES; s++) {
+            const int run = rank + i * SPLIT;
+            const u64 at = ((u64)(GROUP < 128 ? run * TIMES + s : run * 128 / GROUP) * tiles + block) * 8 + g;
+#if CODES == 0
+            scale[s][0] = ::word(scales + at * 16 + word * 4), scale[s][1] = ::word(scales + at * 16 + word * 4 + 4);
+#else
+            scale[s][0] = ::word(scales + at * 8 + word * 2), scale[s][1] = scale[s][0] >> 16;
+#endif
+#if ZEROS
+            zero[s] = ::word(zeros + at) >> 8 * word;
+#endif
+        }
+    };
+    let_next();
+    for (int i = 0; i < DEPTH - 1 && i < count; i++) fetch_codes(i);
+    if (count) look_up(0);
+    await_last();
+    for (int i = 0; i < DEPTH - 1; i++) {
+        if (i < count) fetch_x(i);
+        close_group();
+    }
+    float sum[2][SUMS] = {};
+    for (int i = 0; i < count; i++) {
+        asm volatile("cp.async.wait_group %0;" :: "n"(DEPTH - 2) : "memory");
+        asm volatile("fence.proxy.async;" ::: "memory");  // the matrix units read what was copied
+        __syncthreads();  // and all have done with the stage before
+        if (i + DEPTH - 1 < count) fetch_codes(i + DEPTH - 1), fetch_x(i + DEPTH - 1);
+        close_group();
+        u32 given[TIMES][2], nil[TIMES];
+#pragma unroll
+        for (int s = 0; s < TIMES; s++) given[s][0] = scale[s][0], given[s][1] = scale[s][1], nil[s] = zero[s];
+        if (i + 1 < count) look_up(i + 1);
+        const char *codes = memory + i % DEPTH * STAGE + inside * 512 + lane * 16 + word * 4;
+        const u64 rows = descriptor(base + i % DEPTH * STAGE + CODED);
+        float part[2][SUMS];
+        u32 a[2][2][4];
+#pragma unroll
+        for (int s = 0; s < 8; s++) {
+            if (s % EACH > 1) await_products<1>();  // of the step whose registers are filled again
+            const u64 both = *(const u64 *)(codes + s * 2048);
+#pragma unroll
+            for (int q = 0; q < 2; q++) {
+                const u32 held = (u32)(both >> 32 * q);
+#if ZEROS
+                const u32 z0 = MAGIC | (nil[s / EACH] >> 8 * q & 15) * 0x10001u;
+                const u32 z1 = MAGIC | (nil[s / EACH] >> (8 * q + 4) & 15) * 0x10001u;
+#else
+                const u32 z0 = MIDDLE, z1 = MIDDLE;
+#endif
+                a[s % 2][q][0] = pair<0>(held, z0), a[s % 2][q][2] = pair<1>(held, z0);
+                a[s % 2][q][1] = pair<2>(held, z1), a[s % 2][q][3] = pair<3>(held, z1);
+            }
+            begin_products();
+#pragma unroll
+            for (int q = 0; q < 2; q++)
+                product(part[q], a[s % 2][q], rows + s / 4 * (SIDE >> 4) + s % 4 * 2, s % EACH);
+            close_products();
+            if (s % EACH == EACH - 1) {
+                await_products<0>();
+#pragma unroll
+                for (int q = 0; q < 2; q++) {
+                    float above, below;
+                    scales_of(given[s / EACH][q], above, below);
+#pragma unroll
+                    for (int j = 0; j < SUMS; j++) sum[q][j] += part[q][j] * (j % 4 < 2 ? above : below);
+                }
+            }
+        }
+    }
+    __syncthreads();  // of the ring, which gives way to the sums
+    float *parts = (float *)memory;  // [WIDE][PITCH]
+#pragma unroll
+    for (int q = 0; q < 2; q++)
+#pragma unroll
+        for (int j = 0; j < SUMS; j++)
+            parts[(j / 4 * 8 + 2 * t + j % 2) * PITCH + inside * 64 + (word + q) * 16 + g + j % 4 / 2 * 8] = sum[q][j];
+#if SPLIT == 1
+    __syncthreads();
+#else
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#endif
+    const int high = min(TALL, finish.n - first * 64);
+    for (int i = rank * 256 + threadIdx.x; i < finish.m * TALL; i += SPLIT * 256) {
+        const int row = i / TALL, column = i % TALL;
+        float total = 0;
+#if SPLIT == 1
+        total = parts[row * PITCH + column];
+#else
+#pragma unroll
+        for (int q = 0; q < SPLIT; q++) {
+            u32 at;
+            float v;
+            asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(base + (row * PITCH + column) * 4), "r"(q));
+            asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(at));
+            total += v;
+        }
+#endif
+        if (column < high) finish(total, row, first * 64 + column);
+    }
+#if SPLIT > 1
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");  // memory stays until then
+#endif
+}
+#endif
 #endif

@@ -1,6 +1,7 @@
-"""Products of up to 16 rows on a GPU that can begin a kernel before the last one ends (compute capability 9.0): few.cu.
+"""Products of few rows on a GPU that can begin a kernel before the last one ends (compute capability 9.0): few.cu.
 
-A row of y is the same whatever rows are beside it: K is dealt out by the shape of the weight alone.
+A row of y is the same whatever rows are beside it, as long as the same kernel takes them: K is dealt out by the shape
+of the weight alone.
 """
 
 import ctypes
@@ -17,12 +18,14 @@ from fewbit.kernels.compiled_gpu import Function
 
 LOG = logging.getLogger("fewbit.kernels")
 TILE = 8  # rows of x to a tile of matrix units
-MOST = {"codes": 2 * TILE, "floats": TILE, "laid": TILE}  # rows up to which it is faster than what takes more
+MOST = {"codes": 2 * TILE, "floats": TILE, "laid": 64}  # rows up to which it is faster than what takes more
+WIDE = (16, 32, 64)  # rows of x that some_laid is compiled for
 LEAST = (9, 0)
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float8_e4m3fn: 2, torch.int8: 3}
 HALVES = (torch.bfloat16, torch.float16)
 CHUNK = 64  # bytes of a row that a warp takes at a time
-ROWS, TALL = 16, 64  # columns of y that a program makes: from rows of W, from humming's layout
+ROWS, TALL, BLOCK = 16, 64, 256  # columns of y that few_rows, few_laid, some_laid make
+STAGES = 5  # of 128 columns that some_laid has under way
 INTEGERS, NVFP4, MXFP4 = range(3)  # few.cu's CODES
 GROUPS = {INTEGERS: (32, 64, 128, 256, 512), NVFP4: (16,), MXFP4: (32,)}  # columns to a scale
 
@@ -96,9 +99,12 @@ def laid(
 ) -> Tensor:  # fmt: skip
     """x: [M, K]; w, scales, zeros: codes of 4 bits [n, K] as humming holds them; outer: [1] float32 -> [M, n]."""
     y = x.new_empty(len(x), n)
-    run = _by_layout(x.device, x.dtype, _tiles(len(x)), how, zeros is not None, n)
+    many = len(x) > TILE
+    made = _by_blocks if many else _by_layout
+    run = made(x.device, x.dtype, _wide(len(x)) if many else _tiles(len(x)), how, zeros is not None, n)
     finish, k = _finish(y, None, outer, bias), ctypes.c_int(x.shape[1])
-    run(n // TALL * run.cluster, _stream(x), (_at(w), _at(x), finish, _at(scales), _at(zeros), k))
+    blocks = -(-n // (BLOCK if many else TALL)) * run.cluster
+    run(blocks, _stream(x), (_at(w), _at(x), finish, _at(scales), _at(zeros), k))
     return y
 
 
@@ -119,6 +125,16 @@ def _by_layout(device: torch.device, kind: torch.dtype, tiles: int, how: Laid, z
     return _function("few_laid", device, defines, warps * (4096 + tiles * 4352), split)
 
 
+@cache
+def _by_blocks(device: torch.device, kind: torch.dtype, wide: int, how: Laid, zeros: bool, n: int) -> Function:
+    """One block to a processor: as many share a sum as leave none idle."""
+    spare = _processors(device) // -(-n // BLOCK)
+    split = next(s for s in (8, 4, 2, 1) if s <= max(1, spare))
+    defines = {"TYPE": TYPES[kind], "OUT": TYPES[kind], "TILES": 1, "WARPS": 8, "DEPTH": STAGES, "GROUP": how.group,
+               "CODES": how.codes, "ZEROS": int(zeros), "SPLIT": split, "WIDE": wide}  # fmt: skip
+    return _function("some_laid", device, defines, STAGES * (64 * BLOCK + wide * 256), split)
+
+
 def _function(name: str, device: torch.device, defines: dict[str, int], shared: int, split: int = 1) -> Function:
     given = tuple(f"{key}={value}" for key, value in defines.items())
     return compiled_gpu.function("few.cu", name, device, given, defines["WARPS"] * 32, shared, split)
@@ -131,6 +147,10 @@ def _processors(device: torch.device) -> int:
 
 def _tiles(m: int) -> int:
     return -(-m // TILE)
+
+
+def _wide(m: int) -> int:
+    return next(wide for wide in WIDE if m <= wide)
 
 
 def _stream(x: Tensor) -> int:

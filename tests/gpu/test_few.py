@@ -72,6 +72,9 @@ def test_dense_linear_takes_it() -> None:
         assert bool(((y[0].double() - want).abs() <= 2.0**-7 * (want.abs() + bias.double().abs() + 1)).all())
 
 
+SOME = (1, 3, 8, 9, 16, 29, 33, 64)  # rows: by warps up to 8, then by blocks of 16, 32 and 64
+
+
 @pytest.mark.parametrize("zeros", ["", "-asym"])
 @pytest.mark.parametrize("group", few.GROUPS[few.INTEGERS])
 @pytest.mark.parametrize("dtype", few.HALVES, ids=str)
@@ -83,23 +86,23 @@ def test_laid(dtype: torch.dtype, group: int, zeros: str) -> None:
         form = replace(FORMATS[f"int4-g128{zeros}"], weight=replace(base, **wider))
     scales = tuple(replace(s, element=BF16 if dtype == torch.bfloat16 else F16) for s in form.weight.scales)
     form = replace(form, weight=replace(form.weight, scales=scales))
-    for n, k in ((128, 512), (256, 1024 + 512), (9216, 512)):
+    for n, k in ((128, 512), (256, 1024 + 512), (384, 512), (9216, 512)):
         w = encode(torch.randn(n, k, generator=torch.Generator().manual_seed(n)) * 0.1, form.weight).to(CUDA)
         values = decode(w)
         held = humming_linear.prepack_linear(Quantized(form, w), dtype)
         assert isinstance(held, humming_linear.Held) and held.laid == few.Laid(few.INTEGERS, group)
-        x, bias = torch.randn(8, k, device=CUDA).to(dtype), torch.randn(n, device=CUDA).to(dtype)
-        for m in (1, 3, 8):
+        x, bias = torch.randn(64, k, device=CUDA).to(dtype), torch.randn(n, device=CUDA).to(dtype)
+        for m in SOME:
             y = humming_linear.run_linear(x[:m], held)
             near(y, x[:m], values, x[:m].double() @ values.double().T)
-            assert torch.equal(y, humming_linear.run_linear(x, held)[:m])
+            assert torch.equal(y, humming_linear.run_linear(x[: 8 if m <= 8 else 64], held)[:m])
             biased = humming_linear.run_linear(x[:m], held, bias).double()
             want = x[:m].double() @ values.double().T + bias.double()
             assert bool(((biased - want).abs() <= 2 * UNIT[dtype] * (want.abs() + 1)).all())
         weight, scale, outer, zero = held.tensors
         assert weight is not None and scale is not None
-        two = few.laid(x.repeat(2, 1), weight, n, held.laid, scale, zero, outer)
-        assert torch.equal(two[8:], two[:8]) and torch.equal(two[:8], humming_linear.run_linear(x, held))
+        two = few.laid(x[:8].repeat(2, 1), weight, n, held.laid, scale, zero, outer)
+        assert torch.equal(two[8:], two[:8])
 
 
 @pytest.mark.parametrize("name, dtype", [
@@ -112,11 +115,11 @@ def test_floats_of_4_bits(name: str, dtype: torch.dtype) -> None:
         values = decode(w)
         held = humming_linear.prepack_linear(Quantized(form, w), dtype)
         assert isinstance(held, humming_linear.Held) and held.laid is not None
-        x, bias = torch.randn(8, k, device=CUDA).to(dtype), torch.randn(n, device=CUDA).to(dtype)
-        for m in (1, 3, 8):
+        x, bias = torch.randn(64, k, device=CUDA).to(dtype), torch.randn(n, device=CUDA).to(dtype)
+        for m in SOME:
             y = humming_linear.run_linear(x[:m], held)
             near(y, x[:m], values, x[:m].double() @ values.double().T)
-            assert torch.equal(y, humming_linear.run_linear(x, held)[:m])
+            assert torch.equal(y, humming_linear.run_linear(x[: 8 if m <= 8 else 64], held)[:m])
         want = x.double() @ values.double().T + bias.double()
         off = (humming_linear.run_linear(x, held, bias).double() - want).abs()
         assert bool((off <= 2 * UNIT[dtype] * (want.abs() + 1)).all())
