@@ -16,6 +16,7 @@ from fewbit.engine.params import SamplingParams
 from fewbit.engine.sampler_draw import draw
 from fewbit.engine.sampler_edits import edit, edited
 from fewbit.engine.transfer import Reading, sent
+from fewbit.kernels.triton_runtime import lacking
 
 
 @dataclass(slots=True)
@@ -93,8 +94,7 @@ def _tokens(logits: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         used = logits.to(torch.float32, copy=changed)
     if changed:
         edit(used, rows)
-    tokens = used.argmax(-1)
-    best = used.gather(1, tokens.unsqueeze(-1)).squeeze(-1)
+    tokens, best = _largest(used)
     if changed:  # a mask may have hidden a NaN
         best = best + 0 * logits.amax(-1).float()
     if len(drawn) == len(rows):
@@ -103,6 +103,16 @@ def _tokens(logits: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         where = sent(drawn, torch.int64, logits.device)
         tokens = tokens.index_copy(0, where, draw(used[where], [rows[i] for i in drawn]))
     return tokens, best
+
+
+def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """-> [B] where each row is largest, the first of equals, and [B] the values there; NaN is over all."""
+    if logits.is_cuda and logits.stride(1) == 1 and lacking(logits.device) is None:
+        from fewbit.kernels.triton_argmax import argmax
+
+        return argmax(logits)
+    tokens = logits.argmax(-1)
+    return tokens, logits.gather(1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def _tops(logits: Tensor, tokens: Tensor, chosen: list[int], count: int) -> list[Tensor]:

@@ -42,10 +42,10 @@ def _add_norm(
     tl.store(s_at + there, total, inside)
     if AFTER:
         h = of_rows(total, inside, at, w1_at, b1_at, eps1, D, OFFSET1, LATE1, CENTRED1, WEIGHT1, BIAS1, out)
-        tl.store(y_at + there, h.to(out), inside)
+        y = h.to(out)
+        tl.store(y_at + there, y, inside)
         if ROUND:
-            values = tl.where(inside, h.to(out).to(tl.float32), 0.0)
-            put_codes(values, row, at, inside, row < rows, codes, scales, D, REACH, EMPTY, POWERS, INT)
+            put_codes(y, row, at, inside, row < rows, codes, scales, D, REACH, EMPTY, POWERS, INT)
 
 
 def takes_sum(x: Tensor, residual: Tensor, before: NormParts | None, after: NormParts | None) -> bool:

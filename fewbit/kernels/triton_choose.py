@@ -22,11 +22,16 @@ DIVIDES = {"no": 0, "plus": 1, "least": 2}
 
 
 @triton.jit
+def ordered(value):
+    """float32 -> int32 in the order of values, NaN over all."""
+    bits = (value + 0.0).to(tl.int32, bitcast=True)  # -0 is 0
+    return tl.where(value == value, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+
+
+@triton.jit
 def _rank(value, at):
     """[..] float32 and places below 65536 -> int64 in the order of values."""
-    bits = (value + 0.0).to(tl.int32, bitcast=True)  # -0 is 0
-    key = tl.where(value == value, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
-    return key.to(tl.int64) * (LAST + 1) + (LAST - at)
+    return ordered(value).to(tl.int64) * (LAST + 1) + (LAST - at)
 
 
 @triton.jit

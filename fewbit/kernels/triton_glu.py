@@ -3,6 +3,9 @@
 Both factors are rounded to the type of gate before they are multiplied, as models do that write the two apart.
 """
 
+from math import inf
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -10,7 +13,7 @@ from torch import Tensor
 
 from fewbit.kernels.input_rounding import Wanted, offer
 from fewbit.kernels.triton_early import begin, early
-from fewbit.kernels.triton_quantize import flags, put_codes, room
+from fewbit.kernels.triton_quantize import MANY, codes_by, codes_of, room, scale_of
 from fewbit.kernels.triton_runtime import cdiv, power
 
 ACTS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "sigmoid")
@@ -21,17 +24,24 @@ FULL = 1 << 18  # values from which on every processor has work in large tiles
 
 
 @triton.jit
+def _sigmoid(x):
+    """1 / (1 + exp(-x)): where that overflows a root needs no care, and a quotient does."""
+    root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
+    return root * root
+
+
+@triton.jit
 def _act(x, alpha, ACT: tl.constexpr):
     if ACT == "silu":
-        y = x * tl.sigmoid(x)
+        y = x * _sigmoid(x)
     elif ACT == "gelu":
         y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACT == "gelu_tanh":  # 0.5 * (1 + tanh(u)) = sigmoid(2 u)
-        y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        y = x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     elif ACT == "quick_gelu":
-        y = x * tl.sigmoid(alpha * x)
+        y = x * _sigmoid(alpha * x)
     elif ACT == "sigmoid":
-        y = tl.sigmoid(x)
+        y = _sigmoid(x)
     elif ACT == "relu":
         y = tl.maximum(x, 0.0)
     else:
@@ -40,28 +50,58 @@ def _act(x, alpha, ACT: tl.constexpr):
     return y
 
 
+@triton.jit
+def _product(
+    gate, up, alpha, limit, plus, ACT: tl.constexpr, LIMITED: tl.constexpr, PLUS: tl.constexpr, OUT: tl.constexpr
+):  # fmt: skip
+    gate, up = gate.to(tl.float32), up.to(tl.float32)
+    if LIMITED:  # NaN stays
+        gate = tl.where(gate > limit, limit, gate)
+        up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+    if PLUS:
+        up = (up + plus).to(OUT).to(tl.float32)
+    return (_act(gate, alpha, ACT).to(OUT).to(tl.float32) * up).to(OUT)
+
+
 @triton.jit(do_not_specialize=["blocks"])
 def _act_mul(
     gate_at, up_at, y_at, n, blocks, gate_row, gate_step, up_row, up_step, alpha, limit, plus,
-    ACT: tl.constexpr, BLOCK: tl.constexpr, codes, scales, ROUND: tl.constexpr, REACH: tl.constexpr,
-    EMPTY: tl.constexpr, POWERS: tl.constexpr, INT: tl.constexpr, EARLY: tl.constexpr,
+    ACT: tl.constexpr, LIMITED: tl.constexpr, PLUS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     begin(EARLY)
     pid = tl.program_id(0)
     row = (pid // blocks).to(tl.int64)
     at = pid % blocks * BLOCK + tl.arange(0, BLOCK)
-    dtype = y_at.dtype.element_ty
-    gate = tl.load(gate_at + row * gate_row + at * gate_step, at < n).to(tl.float32)
-    up = tl.load(up_at + row * up_row + at * up_step, at < n).to(tl.float32)
-    gate = tl.where(gate > limit, limit, gate)  # NaN stays
-    up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-    a = _act(gate, alpha, ACT).to(dtype).to(tl.float32)
-    y = (a * (up + plus).to(dtype).to(tl.float32)).to(dtype)
+    gate = tl.load(gate_at + row * gate_row + at * gate_step, at < n)
+    up = tl.load(up_at + row * up_row + at * up_step, at < n)
+    y = _product(gate, up, alpha, limit, plus, ACT, LIMITED, PLUS, y_at.dtype.element_ty)
     tl.store(y_at + row * n + at, y, at < n)
-    if ROUND:  # a program has a whole row
-        values = tl.where(at < n, y.to(tl.float32), 0.0)[None, :]
-        there = row + tl.arange(0, 1)
-        put_codes(values, there, at, (at < n)[None, :], there >= 0, codes, scales, n, REACH, EMPTY, POWERS, INT)
+
+
+@triton.jit
+def _act_mul_round(
+    gate_at, up_at, y_at, codes, scales, gate_row, gate_step, up_row, up_step, alpha, limit, plus, N: tl.constexpr,
+    ACT: tl.constexpr, LIMITED: tl.constexpr, PLUS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+    REACH: tl.constexpr, EMPTY: tl.constexpr, POWERS: tl.constexpr, INT: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """A program has a whole row."""
+    begin(EARLY)
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    made, top = (), tl.zeros([BLOCK], tl.float32)
+    for i in tl.static_range(STEPS):
+        at = i * BLOCK + lane
+        gate = tl.load(gate_at + row * gate_row + at * gate_step, at < N, 0.0)
+        up = tl.load(up_at + row * up_row + at * up_step, at < N, 0.0)
+        y = _product(gate, up, alpha, limit, plus, ACT, LIMITED, PLUS, y_at.dtype.element_ty)
+        made = made + (y,)  # noqa: RUF005 - Triton unpacks no tuple
+        top = tl.maximum(top, tl.where(at < N, tl.abs(y.to(tl.float32)), 0.0))
+    scale = scale_of(tl.max(top, 0, keep_dims=True), REACH, EMPTY, POWERS)
+    tl.store(scales + row + tl.arange(0, 1), scale)
+    for i in tl.static_range(STEPS):
+        at = i * BLOCK + lane
+        tl.store(y_at + row * N + at, made[i], at < N)
+        tl.store(codes + row * N + at, codes_of(made[i].to(tl.float32), scale, False, POWERS, INT), at < N)
 
 
 def takes(gate: Tensor, up: Tensor) -> bool:
@@ -80,11 +120,25 @@ def act_mul(
     n = gate.shape[-1]
     gate, up = gate.reshape(-1, n), up.reshape(-1, n)
     how = wanted.how if wanted and n <= LONGEST else None
-    codes = None if how is None else room(y, how)
-    block = power(n) if how else 1024 if y.numel() >= FULL else 256
-    blocks, warps = cdiv(n, block), max(1, min(16, block // (512 if how else 256)))
-    _act_mul[(gate.shape[0] * blocks,)](
-        gate, up, y, n, blocks, *gate.stride(), *up.stride(), alpha, limit, plus, act, block, *(codes or (y, y)),
-        num_warps=warps, **flags(how), **early(gate.device),
-    )  # fmt: skip
+    rows, codes, of = gate.shape[0], None, (alpha, limit, plus)
+    fixed: dict[str, Any] = {"ACT": act, "LIMITED": limit < inf, "PLUS": plus != 0, **early(gate.device)}
+    if how is None:
+        block, warps = (1024, 4) if y.numel() >= FULL else (256, 1)
+        blocks = cdiv(n, block)
+        _act_mul[(rows * blocks,)](
+            gate, up, y, n, blocks, *gate.stride(), *up.stride(), *of, BLOCK=block, num_warps=warps, **fixed
+        )
+    else:
+        codes = room(y, how)
+        block, steps, warps = _shape(n, rows)
+        _act_mul_round[(rows,)](
+            gate, up, y, *codes, *gate.stride(), *up.stride(), *of, n, BLOCK=block, STEPS=steps, num_warps=warps,
+            **codes_by(how), **fixed,
+        )  # fmt: skip
     return y if wanted is None else offer(y, wanted, codes)
+
+
+def _shape(n: int, rows: int) -> tuple[int, int, int]:
+    """Of a program with a row: values of a step, steps, warps."""
+    block = min(power(n), 2048 if rows >= MANY and n <= 16384 else 4096)  # up to 64 values of a thread in registers
+    return block, cdiv(n, block), max(1, block // 256)

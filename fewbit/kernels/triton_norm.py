@@ -60,8 +60,7 @@ def _norm(
     y = h.to(y_at.dtype.element_ty)
     tl.store(y_at + y_rows[:, None] + at[None, :], y, inside)
     if ROUND:
-        values = tl.where(inside, y.to(tl.float32), 0.0)  # beyond a row a bias is added to zeros
-        put_codes(values, row, at, inside, row < rows, codes, scales, D, REACH, EMPTY, POWERS, INT)
+        put_codes(y, row, at, inside, row < rows, codes, scales, D, REACH, EMPTY, POWERS, INT)
 
 
 @triton.jit

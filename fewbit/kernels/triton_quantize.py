@@ -7,13 +7,17 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import cuda_capability_geq
 
+from fewbit.env import triton_interpreted
 from fewbit.kernels.input_rounding import Rounding, offered
 from fewbit.kernels.triton_early import begin, early
 from fewbit.kernels.triton_runtime import cdiv, power
 
 HELD = 16384  # columns of a row that stay in registers between the search and the rounding
+MANY = 256  # rows from which on a processor has several of them
 TILE = 2048  # values of a program that rounds runs of columns
+INTERPRETED = tl.constexpr(triton_interpreted())
 
 
 def input_codes(x: Tensor, how: Rounding, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -30,11 +34,15 @@ def room(x: Tensor, how: Rounding) -> tuple[Tensor, Tensor]:
 
 
 def flags(how: Rounding | None) -> dict[str, object]:
-    """What `put_codes` is compiled for."""
+    """What a kernel is compiled for that may round what it makes."""
     if how is None:
         return {"ROUND": False, "REACH": 1.0, "EMPTY": 1.0, "POWERS": False, "INT": False}
-    whole = how.element == "int8"
-    return {"ROUND": True, "REACH": how.reach, "EMPTY": how.empty, "POWERS": how.powers, "INT": whole}
+    return {"ROUND": True, **codes_by(how)}
+
+
+def codes_by(how: Rounding) -> dict[str, object]:
+    """What `scale_of` and `codes_of` are compiled for."""
+    return {"REACH": how.reach, "EMPTY": how.empty, "POWERS": how.powers, "INT": how.element == "int8"}
 
 
 def quantize_rows(x: Tensor, how: Rounding, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -46,7 +54,7 @@ def quantize_rows(x: Tensor, how: Rounding, scale: Tensor | None = None) -> tupl
         return codes, _by_runs(x, codes, how)
     scales = scale if how.given else torch.empty(m, 1, dtype=torch.float32, device=x.device)
     block = min(power(k), HELD)
-    warps = max(1, min(16, block // 512))
+    warps = max(1, min(16, block // (1024 if m >= MANY else 512)))
     if m:
         _token[(m,)](x, codes, scales, k, how.reach, how.empty, block, block >= k, how.given, how.powers,
                      how.element == "int8", num_warps=warps, **early(x.device))  # fmt: skip
@@ -66,7 +74,7 @@ def _by_runs(x: Tensor, codes: Tensor, how: Rounding) -> Tensor:
 
 
 @triton.jit
-def _scale(amax, REACH: tl.constexpr, EMPTY: tl.constexpr, POWERS: tl.constexpr):
+def scale_of(amax, REACH: tl.constexpr, EMPTY: tl.constexpr, POWERS: tl.constexpr):
     """Largest magnitudes -> scales; one that would round to 0 is that of an empty row."""
     value = tl.math.div_rn(amax, REACH)
     if POWERS:
@@ -81,12 +89,44 @@ def _scale(amax, REACH: tl.constexpr, EMPTY: tl.constexpr, POWERS: tl.constexpr)
     return value
 
 
+@triton.constexpr_function
+def _able() -> bool:
+    """Whether it is compiled for what rounds to e4m3 itself, and adds products without rounding them."""
+    return cuda_capability_geq(8, 9) and not INTERPRETED
+
+
 @triton.jit
-def _codes(x, scale, INT: tl.constexpr):
-    value = tl.math.div_rn(x, scale)
+def _divided(x, scale, GIVEN: tl.constexpr, POWERS: tl.constexpr):
+    """x / scale as far as codes depend on it: it lies on the same side of every middle between two of them.
+
+    A product with the reciprocal is off by less than 1.5 of its last bits. Corrected once by what it leaves of x, it
+    can differ from the quotient only where that lies next to a point at which float32 rounds the other way. A middle of
+    codes has few bits, so there are few such quotients around it: tests try them all, each comes out to the bit.
+    """
+    if not _able():
+        return tl.math.div_rn(x, scale)
+    inverse = tl.math.div_rn(1.0, scale)
+    if POWERS:  # exact, and rounded once
+        return x * inverse
+    usual = (scale > 2.0**-64) & (scale < 2.0**64)  # float32 ends far from all that counts here
+    if tl.min(usual.to(tl.int32)) > 0:
+        near = x * inverse
+        if GIVEN:  # of what lies beyond all codes infinity may come, and of that NaN
+            near = tl.minimum(tl.maximum(near, -512.0), 512.0)
+        value = tl.fma(tl.fma(scale, near, x * -1.0), -inverse, near)  # so a zero keeps its sign
+    else:
+        value = tl.math.div_rn(x, scale)
+    return value
+
+
+@triton.jit
+def codes_of(x, scale, GIVEN: tl.constexpr, POWERS: tl.constexpr, INT: tl.constexpr):
+    value = _divided(x, scale, GIVEN, POWERS)
     if INT:
         value = tl.minimum(tl.maximum(value, -256.0), 256.0)
         codes = tl.minimum(tl.maximum(value + 12582912.0 - 12582912.0, -128.0), 127.0).to(tl.int8)
+    elif _able():
+        codes = value.to(tl.float8e4nv)
     else:
         value = tl.maximum(value, -448.0, propagate_nan=tl.PropagateNan.ALL)
         value = tl.minimum(value, 448.0, propagate_nan=tl.PropagateNan.ALL)
@@ -100,13 +140,17 @@ def _codes(x, scale, INT: tl.constexpr):
 
 @triton.jit
 def put_codes(
-    values, row, at, inside, whole_row, codes, scales, k, REACH: tl.constexpr, EMPTY: tl.constexpr,
+    y, row, at, inside, whole_row, codes, scales, K: tl.constexpr, REACH: tl.constexpr, EMPTY: tl.constexpr,
     POWERS: tl.constexpr, INT: tl.constexpr,
 ):  # fmt: skip
-    """values: [ROWS, BLOCK] float32, whole rows, zeros beyond them; row: [ROWS], at: [BLOCK]."""
-    scale = _scale(tl.max(tl.abs(values), 1), REACH, EMPTY, POWERS)
+    """y: [ROWS, BLOCK], whole rows; row: [ROWS], at: [BLOCK]."""
+    values = y.to(tl.float32)
+    if y.shape[1] > K:  # beyond a row may be a bias
+        values = tl.where((at < K)[None, :], values, 0.0)
+    scale = scale_of(tl.max(tl.abs(values), 1), REACH, EMPTY, POWERS)
     tl.store(scales + row, scale, whole_row)
-    tl.store(codes + row[:, None] * k + at[None, :], _codes(values, scale[:, None], INT), inside)
+    there = tl.max_contiguous(row[:, None] * K + at[None, :], (1, 8))  # as y lies: another way is by shared memory
+    tl.store(codes + there, codes_of(values, scale[:, None], False, POWERS, INT), inside)
 
 
 @triton.jit
@@ -122,24 +166,24 @@ def _token(
     if WHOLE:
         values = tl.load(x + at, mask=at < k, other=0.0).to(tl.float32)
         if GIVEN:
-            scale = tl.load(scales)
+            scale = tl.load(scales + tl.arange(0, 1))
         else:
-            scale = _scale(tl.max(tl.abs(values), 0), REACH, EMPTY, POWERS)
-            tl.store(scales + row, scale)
-        tl.store(codes + at, _codes(values, scale, INT), mask=at < k)
+            scale = scale_of(tl.max(tl.abs(values), 0, keep_dims=True), REACH, EMPTY, POWERS)
+            tl.store(scales + row + tl.arange(0, 1), scale)
+        tl.store(codes + at, codes_of(values, scale, GIVEN, POWERS, INT), mask=at < k)
     else:
         if GIVEN:
-            scale = tl.load(scales)
+            scale = tl.load(scales + tl.arange(0, 1))
         else:
             top = tl.zeros((BLOCK,), tl.float32)
             for start in range(0, k, BLOCK):
                 values = tl.load(x + start + at, mask=start + at < k, other=0.0).to(tl.float32)
                 top = tl.maximum(top, tl.abs(values))
-            scale = _scale(tl.max(top, 0), REACH, EMPTY, POWERS)
-            tl.store(scales + row, scale)
+            scale = scale_of(tl.max(top, 0, keep_dims=True), REACH, EMPTY, POWERS)
+            tl.store(scales + row + tl.arange(0, 1), scale)
         for start in range(0, k, BLOCK):
             values = tl.load(x + start + at, mask=start + at < k, other=0.0).to(tl.float32)
-            found = _codes(values, scale, INT)
+            found = codes_of(values, scale, GIVEN, POWERS, INT)
             tl.store(codes + start + at, found, mask=start + at < k)
 
 
@@ -153,7 +197,7 @@ def _runs(
     run = tl.program_id(1) * EACH + tl.arange(0, EACH)
     at = run[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     values = tl.load(x + row * k + at, mask=at < k, other=0.0).to(tl.float32)
-    scale = _scale(tl.max(tl.abs(values), 1), REACH, EMPTY, POWERS)
+    scale = scale_of(tl.max(tl.abs(values), 1), REACH, EMPTY, POWERS)
     tl.store(scales + row * runs + run, scale, mask=run < runs)
-    found = _codes(values, scale[:, None], INT)
+    found = codes_of(values, scale[:, None], False, POWERS, INT)
     tl.store(codes + row * k + at, found, mask=at < k)

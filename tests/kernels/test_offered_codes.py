@@ -60,6 +60,34 @@ def test_as_the_reader(make: Made, name: str, dtype: torch.dtype, width: int) ->
         assert torch.equal(got.view(torch.uint8), want.view(torch.uint8)) and torch.equal(want.float(), own.float())
 
 
+@pytest.mark.parametrize(("act", "limit", "plus"), [("silu", float("inf"), 0.0), ("sigmoid", 0.7, 1.0)])
+@pytest.mark.parametrize("name", BY_ROW)
+def test_rows_of_several_steps(name: str, act: str, limit: float, plus: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last one in part beyond the row; gate and up side by side in one tensor."""
+    from fewbit.kernels import triton_glu
+    from fewbit.kernels.triton_quantize import quantize_rows
+
+    gate, up = torch.randn(3, 2 * 150, generator=torch.Generator().manual_seed(0)).to(DEVICE).chunk(2, -1)
+    how = BY_ROW[name]
+    plain = triton_glu.act_mul(gate, up, act, 1.0, limit, plus)
+    monkeypatch.setattr(triton_glu, "_shape", lambda n, rows: (64, 3, 1))
+    made = triton_glu.act_mul(gate, up, act, 1.0, limit, plus, Wanted(how))
+    assert torch.equal(made, plain)
+    codes = offered(made, how)
+    assert codes is not None
+    for got, want in zip(codes, quantize_rows(plain, how), strict=True):
+        assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
+
+
+@pytest.mark.parametrize("rows", [3, 256])
+@pytest.mark.parametrize("n", [1, 100, 2048, 14336, 28672, 1 << 15])
+def test_a_row_in_registers(n: int, rows: int) -> None:
+    from fewbit.kernels.triton_glu import _shape
+
+    block, steps, warps = _shape(n, rows)
+    assert (steps - 1) * block < n <= steps * block <= 64 * 32 * warps
+
+
 def test_of_somebody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes of another rounding are not taken, nor those of a view of the tensor."""
     from fewbit.kernels import triton_quantize

@@ -84,6 +84,77 @@ def test_every_tie_and_code() -> None:
     assert torch.equal(codes.cpu().view(torch.uint8)[0], elements.encode(x, elements.E4M3))
 
 
+def hard(bits: int) -> torch.Tensor:
+    """[2, N] whole numbers of 24 bits, over and under: all whose quotient lies within 8 parts in 2**48 of where float32
+    begins or ceases to round to a number of that many bits."""
+    low, high = 1 << 23, 1 << 24
+    under = (torch.arange(low, high + 1, 1 << (25 - bits))[:, None] + torch.arange(-8, 9)).flatten()
+    under = under[(under >= low) & (under < high)]
+    middles = torch.arange(1 << (bits - 1), (1 << bits) + 1) << (25 - bits)
+    found = []
+    for end in torch.cat([middles - 1, middles + 1]).tolist():
+        for shift in (24, 25):  # quotients from 1 on, and below
+            over = (under * end + (1 << (shift - 1))) >> shift
+            near = ((over << shift) - under * end).abs() <= 8
+            near &= (over >= low) & (over < high)
+            found.append(torch.stack([over[near], under[near]]))
+    return torch.cat(found, 1)
+
+
+def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """a * b + c rounded once: in float64 it is rounded to odd, which the second rounding does not feel."""
+    product, c = a.double() * b.double(), c.double()
+    total = product + c
+    part = total - product
+    rest = (product - (total - part)) + (c - part)
+    bits = total.view(torch.int64)
+    step = torch.where((rest > 0) == (total > 0), 1, -1)
+    return torch.where((rest != 0) & (bits % 2 == 0), bits + step, bits).view(torch.float64).float()
+
+
+@pytest.mark.parametrize("bits", [5, 9])  # of the middles between codes of e4m3; more than int8's have
+def test_a_corrected_product_is_the_quotient(bits: int) -> None:
+    """What a GPU does, where it could go wrong, in exact arithmetic: an error here is at most 5 parts in 2**48."""
+    x, scale = hard(bits).float()
+    inverse = 1 / scale
+    near = x * inverse
+    assert not torch.equal(near, x / scale)
+    assert torch.equal(fma(fma(scale, near, -x), -inverse, near), x / scale)
+
+
+@pytest.mark.parametrize("power", [-120, -70, -64, -30, 0, 60, 90])
+def test_quotients_that_are_hard_to_round(power: int) -> None:
+    """Each scale in a row of its own, which its largest value puts there; then given, to those of one scale."""
+    pairs = hard(5)
+    each = pairs[1].unique()
+    x = torch.zeros(len(each), 32)
+    for row, scale in enumerate(each):
+        over = pairs[0, pairs[1] == scale].float()
+        x[row, 0], x[row, 1 : 1 + len(over)] = 448.0 * scale, over
+        x[row, -len(over) :] = -over * 2.0**-9  # around the middles of the smallest codes
+    x = torch.ldexp(x, torch.tensor(power - 23))
+    want = wanted(x, TOKEN_FP8, {})
+    codes, _ = quantize_rows(x.to(DEVICE), how(TOKEN_FP8))
+    assert torch.equal(codes.cpu().view(torch.uint8), want.planes["codes"])
+    for row in range(0, len(each), 1 if DEVICE.type == "cuda" else 16):
+        plane = torch.ldexp(each[row].float(), torch.tensor(power - 23)).view(1, 1)
+        codes, _ = quantize_rows(x[row, None].to(DEVICE), how(TENSOR_FP8), plane.to(DEVICE))
+        want = wanted(x[row, None], TENSOR_FP8, {"scale0": plane})
+        assert torch.equal(codes.cpu().view(torch.uint8), want.planes["codes"])
+
+
+@pytest.mark.parametrize("name", ["token", "given", "int8", "block"])
+def test_what_lies_beyond(name: str) -> None:
+    """Infinities saturate, whatever the scale; zeros keep their sign."""
+    spec = {**SPECS, "given": TENSOR_FP8}[name]
+    x = torch.randn(4, 256)
+    x[0, 3], x[1, 5], x[2, 7], x[3, :9] = torch.inf, -torch.inf, 3e38, -0.0
+    plane = torch.full((1, 1), 1e-19)
+    codes, _ = quantize_rows(x.to(DEVICE), how(spec), plane.to(DEVICE))
+    want = wanted(x, spec, {"scale0": plane} if name == "given" else {})
+    assert torch.equal(codes.cpu().view(torch.uint8), want.planes["codes"])
+
+
 def test_rows_longer_than_a_block() -> None:
     import fewbit.kernels.triton_quantize as module
 
