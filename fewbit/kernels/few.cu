@@ -403,7 +403,7 @@ few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, cons
         }
         finish(total, i / 64, tile * 64 + i % 64);
     }
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");  // memory stays until then
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");  // memory stays
 #endif
 }
 
@@ -467,8 +467,8 @@ some_laid(const Four *w, const char *x, Finish finish, const char *scales, const
         const u32 to = base + i % DEPTH * STAGE;
         const u64 step = (u64)(rank + i * SPLIT) * 8;
 #pragma unroll
-        for (int c = threadIdx.x; c < CODED / 16; c += 256) {
-            const int of = c / 32 % 4;
+        for (int u = 0; u < CODED / 4096; u++) {
+            const int c = u * 256 + threadIdx.x, of = c / 32 % 4;
             if (first + of < tiles)
                 asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;"
                              :: "r"(to + c * 16), "l"(w + ((step + c / 128) * tiles + first + of) * 32 + c % 32));
@@ -478,14 +478,17 @@ some_laid(const Four *w, const char *x, Finish finish, const char *scales, const
         const u32 to = base + i % DEPTH * STAGE + CODED;
         const char *from = x + (rank + i * SPLIT) * 256;
 #pragma unroll
-        for (int c = threadIdx.x; c < WIDE * 16; c += 256) {
-            const int row = c / 16, piece = c % 16;
+        for (int u = 0; u < WIDE / 16; u++) {
+            const int row = u * 16 + threadIdx.x / 16, piece = threadIdx.x % 16;
             const bool there = row < finish.m;
             copy_if(there, to + piece / 8 * SIDE + row * 128 + (piece % 8 ^ row % 8) * 16,
                     from + (there ? (u64)row * k * 2 + piece * 16 : 0));
         }
     };
-    u32 scale[TIMES][2], zero[TIMES];
+    u32 scale[TIMES][2];
+#if ZEROS
+    u32 zero[TIMES];
+#endif
     auto look_up = [&](int i) {
 #pragma unroll
         for (int s = 0; s < TIMES; s++) {
@@ -512,13 +515,21 @@ some_laid(const Four *w, const char *x, Finish finish, const char *scales, const
     float sum[2][SUMS] = {};
     for (int i = 0; i < count; i++) {
         asm volatile("cp.async.wait_group %0;" :: "n"(DEPTH - 2) : "memory");
-        asm volatile("fence.proxy.async;" ::: "memory");  // the matrix units read what was copied
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // the matrix units read what was copied
         __syncthreads();  // and all have done with the stage before
         if (i + DEPTH - 1 < count) fetch_codes(i + DEPTH - 1), fetch_x(i + DEPTH - 1);
         close_group();
-        u32 given[TIMES][2], nil[TIMES];
+        u32 given[TIMES][2];
+#if ZEROS
+        u32 nil[TIMES];
+#endif
 #pragma unroll
-        for (int s = 0; s < TIMES; s++) given[s][0] = scale[s][0], given[s][1] = scale[s][1], nil[s] = zero[s];
+        for (int s = 0; s < TIMES; s++) {
+            given[s][0] = scale[s][0], given[s][1] = scale[s][1];
+#if ZEROS
+            nil[s] = zero[s];
+#endif
+        }
         if (i + 1 < count) look_up(i + 1);
         const char *codes = memory + i % DEPTH * STAGE + inside * 512 + lane * 16 + word * 4;
         const u64 rows = descriptor(base + i % DEPTH * STAGE + CODED);
@@ -588,7 +599,7 @@ some_laid(const Four *w, const char *x, Finish finish, const char *scales, const
         if (column < high) finish(total, row, first * 64 + column);
     }
 #if SPLIT > 1
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");  // memory stays until then
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");  // memory stays
 #endif
 }
 #endif
