@@ -1,12 +1,15 @@
-"""Linears through humming-kernels, compiled for each shape when first run: weights of 2 to 8 bits in its own layout.
+"""Linears through humming-kernels, compiled for each shape as soon as it is met: weights of 2 to 8 bits in its layout.
 
 Its choice of tile, and of how many blocks share a sum, depends on the number of rows, so a row's last bits may too. It
 finds its compiler (nvrtc) beside torch and keeps what it compiles in ~/.humming, or where HUMMING_CACHE_DIR says. Codes
 of 4 bits are read by `few` where there are few rows, out of the same memory.
 """
 
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
+from threading import Lock
 from typing import Any
 
 import torch
@@ -27,11 +30,19 @@ MISSING = "needs humming-kernels: pip install 'fewbit[gpu]'"
 
 
 @dataclass(slots=True)
+class Compiled:
+    """kernels: for more rows than the key says."""
+
+    config: Any
+    kernels: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
 class Held:
     """A weight in humming's layout; `source` has no planes left."""
 
     source: Quantized
-    config: Any
+    plain: Compiled
     dtype: torch.dtype
     tensors: tuple[Tensor | None, ...]  # weight, weight_scale, weight_scale_2, zero_point
     columns: Tensor | None  # scales of rows of the weight that are applied after the product
@@ -39,8 +50,7 @@ class Held:
     given: Tensor | None
     locks: Tensor
     laid: few.Laid | None = None  # where `few` reads this layout too
-    plain: Tensor | None = None  # which kernel for how many rows; compiled at the first call
-    biased: tuple[Tensor, Tensor, Tensor] | None = None  # (the bias, which kernels, the bias in humming's order)
+    biased: tuple[Tensor, Compiled, Tensor] | None = None  # (the bias, kernels with one, the bias in humming's order)
 
 
 def supports(form: Format, device: torch.device, dtype: torch.dtype, rounded: bool = False) -> str | None:
@@ -69,7 +79,9 @@ def prepack_linear(q: Quantized, dtype: torch.dtype, rounded: bool = False) -> H
     given = q.act["scale0"].float().view(1) if how.input and how.input.given else None
     locks = torch.zeros(LOCKS, dtype=torch.int32, device=device)
     held = tuple(map(tensors.get, names))
-    return Held(emptied(q), config, dtype, held, columns, how.input, given, locks, _laid(config, how, columns, dtype))
+    laid = _laid(config, how, columns, dtype)
+    _compiling(config, device, few.MOST["laid"] if laid else 0)
+    return Held(emptied(q), Compiled(config), dtype, held, columns, how.input, given, locks, laid)
 
 
 def _laid(config: Any, how: Layout, columns: Tensor | None, dtype: torch.dtype) -> few.Laid | None:
@@ -115,11 +127,15 @@ def _product(x: Tensor, held: Held, bias: Tensor | None) -> Tensor:
     weight, weight_scale, outer, zero = held.tensors
     if held.laid and weight is not None and weight_scale is not None and few.takes_laid(x, bias):
         return few.laid(x, weight, held.source.weight.shape[-2], held.laid, weight_scale, zero, outer, bias)
-    inside = bias if held.columns is None else None
-    configs, ordered = _biased(held, inside) if inside is not None else (_plain(held), None)
+    run, ordered = held.plain, None
+    if bias is not None and held.columns is None:
+        run, ordered = _biased(held, bias)
+    above = few.MOST["laid"] if held.laid and len(x) > few.MOST["laid"] else 0
+    if above not in run.kernels:
+        run.kernels[above] = _compiling(run.config, x.device, above).result()
     y: Tensor = torch.ops.humming.launch_kernel.default(
-        configs, x, weight, weight_scale, outer, scale, None, zero, ordered, None, None, None, None, None, held.locks,
-        1, 0,
+        run.kernels[above], x, weight, weight_scale, outer, scale, None, zero, ordered, None, None, None, None, None,
+        held.locks, 1, 0,
     )  # fmt: skip
     if held.columns is None:
         return y
@@ -128,29 +144,39 @@ def _product(x: Tensor, held: Held, bias: Tensor | None) -> Tensor:
     return scale_(y, None, held.columns, bias)
 
 
-def _plain(held: Held) -> Tensor:
-    if held.plain is None:
-        held.plain = _compiled(held.config, held.locks.device)
-    return held.plain
-
-
-def _biased(held: Held, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """-> the kernels that add a bias, and it in humming's order."""
+def _biased(held: Held, bias: Tensor) -> tuple[Compiled, Tensor]:
     if held.biased is None or held.biased[0] is not bias:
         from fewbit.kernels.humming_weight import bias_of, with_bias
 
-        configs = _compiled(with_bias(held.config), held.locks.device)
-        held.biased = bias, configs, bias_of(bias, held.dtype)
+        held.biased = bias, Compiled(with_bias(held.plain.config)), bias_of(bias, held.dtype)
     return held.biased[1:]
 
 
-def _compiled(config: Any, device: torch.device) -> Tensor:
+_under_way: dict[tuple[str, torch.device, int], Future[Tensor]] = {}
+_lock = Lock()
+
+
+def _compiling(config: Any, device: torch.device, above: int) -> Future[Tensor]:
+    """The kernels for more rows than `above`: shapes are compiled side by side, and while others are still laid out."""
+    key = config.to_str(), device, above
+    with _lock:
+        if key not in _under_way:
+            _under_way[key] = _workers().submit(_compiled, config, device, above)
+        return _under_way[key]
+
+
+@cache
+def _workers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(8, "humming")
+
+
+def _compiled(config: Any, device: torch.device, above: int) -> Tensor:
     """-> int64 on the CPU: (rows above, rows up to, kernel, processors) of every tile that humming would choose."""
     from humming.kernel.humming import HummingKernel
     from humming.tune import get_heuristics_config
 
     with torch.cuda.device(device):
-        tiles = get_heuristics_config(config, device=device)
+        tiles = [tile for tile in get_heuristics_config(config, device=device) if tile[1] > above]
         tiles = [tile for tile in tiles if not ROWS or any(tile[0] < rows <= tile[1] for rows in ROWS)]
         found: Tensor = HummingKernel.prepare_kernels(config.to_str(), None, tiles, device)
     return found
