@@ -85,18 +85,18 @@ def run(
 
 @triton.jit
 def _stretch(length, window, parts, TOKENS: tl.constexpr):
-    """-> the first token that is seen, and how many each part takes: whole tiles."""
+    """-> the tile of the first token that is seen, and how many tokens each part takes: whole tiles."""
     first = 0
     if window is not None:
-        first = tl.maximum(length - window, 0)
+        first = tl.maximum(length - window, 0) // TOKENS * TOKENS
     return first, tl.cdiv(tl.cdiv(length - first, parts), TOKENS) * TOKENS
 
 
 @triton.jit(do_not_specialize=["parts", "p_row"], do_not_specialize_on_alignment=["pages", "lengths", "starts"])
 def _part(
     query, key, value, key_scale, value_scale, key_measured, value_measured, out, found, weights, pages, lengths,
-    starts, sinks, scaling, window, softcap, heads, q_row, q_head, k_slot, k_head, v_slot, v_head, o_row, o_head, p_row,
-    key_heads, parts,
+    starts, sinks, scaling, window, softcap, heads, q_row, q_head, k_slot: tl.constexpr, k_head, v_slot: tl.constexpr,
+    v_head, o_row, o_head, p_row, key_heads, parts,
     GROUP: tl.constexpr, BLOCKS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr,
     SPLIT: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     P: tl.constexpr, EARLY: tl.constexpr,
@@ -126,8 +126,9 @@ def _part(
     if key_scale is not None:
         key_scale += kin
         value_scale += kin
+    place = tl.zeros([HEADS], tl.int32) + length - 1
     acc, total, top = walk(
-        q, tl.zeros([HEADS, DVP], tl.float32), total, top, first, last, last, tl.zeros([HEADS], tl.int32) + last, None,
+        q, tl.zeros([HEADS, DVP], tl.float32), total, top, first, last, last, place, window,
         pages + request.to(tl.int64) * p_row, key + kin * k_head, value + kin * v_head, key_scale, value_scale, k_slot,
         v_slot, key_heads, scaled(scaling, key_measured, kin), softcap, True, SIZE, TOKENS, D, DV, DP, DVP, PRECISION,
         P, True,
