@@ -21,8 +21,9 @@ PROGRAMS = 4  # that are aimed at, per multiprocessor
 FEW_PARTS, MOST_PARTS = 8, 64
 MOST_HEADS = 64  # queries of a program
 MOST_TOKENS = 64
-TILE = 8192  # numbers of a tile of keys: several programs share a multiprocessor
-WARPS, STAGES = 4, 2
+TILE = 4096  # numbers of a tile of keys
+WARPS, STAGES = 4, 4  # tiles on their way are one less than stages
+ROOM = 48 << 10  # bytes for them, so that PROGRAMS share a multiprocessor
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class Shape:
     blocks: int  # programs that share the queries of one key head
     tokens: int  # of a tile
     parts: int  # of a text
+    stages: int
 
 
 def shape(query: Tensor, cache: Cache, table: Table, window: int | None) -> Shape:
@@ -46,7 +48,9 @@ def shape(query: Tensor, cache: Cache, table: Table, window: int | None) -> Shap
     reach = table.reach if window is None else min(table.reach, window)
     wanted = PROGRAMS * processors(query.device) // (table.ones * key_heads * blocks)
     parts = max(1, min(-(-reach // tokens), wanted, MOST_PARTS))
-    return Shape(heads, blocks, tokens, 1 << parts.bit_length() - 1)  # few values: a kernel is compiled for each
+    bytes_of_tile = tokens * (padded(cache.key.shape[2]) + padded(cache.value.shape[2])) * cache.key.element_size()
+    stages = STAGES if (STAGES - 1) * bytes_of_tile <= ROOM else 2
+    return Shape(heads, blocks, tokens, 1 << parts.bit_length() - 1, stages)  # few values: each is compiled for
 
 
 def run(
@@ -72,7 +76,7 @@ def run(
         query.stride(2), query.stride(1), *cache.key.stride()[:2], *cache.value.stride()[:2], *out.stride()[:2],
         table.pages.stride(0), key_heads, cut.parts, SPLIT=cut.parts > 1, TOKENS=cut.tokens, GROUP=heads // key_heads,
         BLOCKS=cut.blocks, HEADS=cut.heads, SIZE=table.size, PRECISION=precision(query.dtype), P=p, num_warps=WARPS,
-        num_stages=STAGES, **dims, **early(query.device),
+        num_stages=cut.stages, **dims, **early(query.device),
     )  # fmt: skip
     if cut.parts > 1:
         many = FEW_PARTS if cut.parts <= FEW_PARTS else MOST_PARTS
