@@ -21,8 +21,9 @@ PROGRAMS = 4  # that are aimed at, per multiprocessor
 FEW_PARTS, MOST_PARTS = 8, 64
 MOST_HEADS = 64  # queries of a program
 MOST_TOKENS = 64
-TILE = 8192  # numbers of a tile of keys: several programs share a multiprocessor
-WARPS, STAGES = 4, 2
+TILE = 4096  # numbers of a tile of keys
+WARPS, STAGES = 4, 4  # tiles on their way are one less than stages
+ROOM = 48 << 10  # bytes for them, so that PROGRAMS share a multiprocessor
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class Shape:
     blocks: int  # programs that share the queries of one key head
     tokens: int  # of a tile
     parts: int  # of a text
+    stages: int
 
 
 def shape(query: Tensor, cache: Cache, table: Table, window: int | None) -> Shape:
@@ -46,7 +48,9 @@ def shape(query: Tensor, cache: Cache, table: Table, window: int | None) -> Shap
     reach = table.reach if window is None else min(table.reach, window)
     wanted = PROGRAMS * processors(query.device) // (table.ones * key_heads * blocks)
     parts = max(1, min(-(-reach // tokens), wanted, MOST_PARTS))
-    return Shape(heads, blocks, tokens, 1 << parts.bit_length() - 1)  # few values: a kernel is compiled for each
+    bytes_of_tile = tokens * (padded(cache.key.shape[2]) + padded(cache.value.shape[2])) * cache.key.element_size()
+    stages = STAGES if (STAGES - 1) * bytes_of_tile <= ROOM else 2
+    return Shape(heads, blocks, tokens, 1 << parts.bit_length() - 1, stages)  # few values: each is compiled for
 
 
 def run(
@@ -72,7 +76,7 @@ def run(
         query.stride(2), query.stride(1), *cache.key.stride()[:2], *cache.value.stride()[:2], *out.stride()[:2],
         table.pages.stride(0), key_heads, cut.parts, SPLIT=cut.parts > 1, TOKENS=cut.tokens, GROUP=heads // key_heads,
         BLOCKS=cut.blocks, HEADS=cut.heads, SIZE=table.size, PRECISION=precision(query.dtype), P=p, num_warps=WARPS,
-        num_stages=STAGES, **dims, **early(query.device),
+        num_stages=cut.stages, **dims, **early(query.device),
     )  # fmt: skip
     if cut.parts > 1:
         many = FEW_PARTS if cut.parts <= FEW_PARTS else MOST_PARTS
@@ -85,18 +89,18 @@ def run(
 
 @triton.jit
 def _stretch(length, window, parts, TOKENS: tl.constexpr):
-    """-> the first token that is seen, and how many each part takes: whole tiles."""
+    """-> the tile of the first token that is seen, and how many tokens each part takes: whole tiles."""
     first = 0
     if window is not None:
-        first = tl.maximum(length - window, 0)
+        first = tl.maximum(length - window, 0) // TOKENS * TOKENS
     return first, tl.cdiv(tl.cdiv(length - first, parts), TOKENS) * TOKENS
 
 
 @triton.jit(do_not_specialize=["parts", "p_row"], do_not_specialize_on_alignment=["pages", "lengths", "starts"])
 def _part(
     query, key, value, key_scale, value_scale, key_measured, value_measured, out, found, weights, pages, lengths,
-    starts, sinks, scaling, window, softcap, heads, q_row, q_head, k_slot, k_head, v_slot, v_head, o_row, o_head, p_row,
-    key_heads, parts,
+    starts, sinks, scaling, window, softcap, heads, q_row, q_head, k_slot: tl.constexpr, k_head, v_slot: tl.constexpr,
+    v_head, o_row, o_head, p_row, key_heads, parts,
     GROUP: tl.constexpr, BLOCKS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr,
     SPLIT: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     P: tl.constexpr, EARLY: tl.constexpr,
@@ -126,8 +130,9 @@ def _part(
     if key_scale is not None:
         key_scale += kin
         value_scale += kin
+    place = tl.zeros([HEADS], tl.int32) + length - 1
     acc, total, top = walk(
-        q, tl.zeros([HEADS, DVP], tl.float32), total, top, first, last, last, tl.zeros([HEADS], tl.int32) + last, None,
+        q, tl.zeros([HEADS, DVP], tl.float32), total, top, first, last, last, place, window,
         pages + request.to(tl.int64) * p_row, key + kin * k_head, value + kin * v_head, key_scale, value_scale, k_slot,
         v_slot, key_heads, scaled(scaling, key_measured, kin), softcap, True, SIZE, TOKENS, D, DV, DP, DVP, PRECISION,
         P, True,

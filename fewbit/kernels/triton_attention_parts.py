@@ -91,13 +91,45 @@ def narrowed(query):
 
 
 @triton.jit
+def paged(pages, start, last, SIZE: tl.constexpr, TOKENS: tl.constexpr):
+    """-> [TOKENS]: the pages of the tokens from start on, a multiple of TOKENS. Each is read once where sizes fit."""
+    n = tl.arange(0, TOKENS)
+    if TOKENS % SIZE == 0:
+        i = tl.arange(0, TOKENS // SIZE)
+        page = tl.load(pages + start // SIZE + i, mask=start + i * SIZE < last, other=0)
+        page = tl.reshape(tl.broadcast_to(page[:, None], [TOKENS // SIZE, SIZE]), [TOKENS])
+    elif SIZE % TOKENS == 0:
+        page = tl.load(pages + start // SIZE, mask=start < last, other=0) + n * 0
+    else:
+        page = tl.load(pages + (start + n) // SIZE, mask=start + n < last, other=0)
+    return page
+
+
+@triton.jit
+def within(start, SIZE: tl.constexpr, TOKENS: tl.constexpr):
+    """-> [TOKENS]: the places of these tokens in their pages."""
+    n = tl.arange(0, TOKENS)
+    if TOKENS % SIZE == 0:
+        place = n % SIZE
+    elif SIZE % TOKENS == 0:
+        place = start % SIZE + n
+    else:
+        place = (start + n) % SIZE
+    return place
+
+
+@triton.jit
 def walk(
-    query, acc, total, top, first, last, length, at, window, pages, key, value, key_scale, value_scale, k_slot, v_slot,
-    s_slot, scaling, softcap, MASKED: tl.constexpr, SIZE: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr,
+    query, acc, total, top, first, last, length, at, window, pages, key, value, key_scale, value_scale,
+    k_slot: tl.constexpr, v_slot: tl.constexpr, s_slot, scaling, softcap, MASKED: tl.constexpr, SIZE: tl.constexpr,
+    TOKENS: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr,
     PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Tokens first to last for rows that stand at places `at`; MASKED where a row may not see all of them.
+
+    first: a multiple of TOKENS. The pages of a tile are read one tile ahead, so that copying keys and
+    values is all that is pipelined. Strides are constants: a place in memory is one instruction away from a page.
 
     P above 0: weights, as far as the largest seen so far is 1, are rounded to e4m3 after this factor. Products of e4m3
     are what they are in 16 bits.
@@ -116,15 +148,14 @@ def walk(
         acc, odd_acc = sides(acc, DVP)
         key = key.to(tl.pointer_type(tl.int16), bitcast=True)
         value = value.to(tl.pointer_type(tl.int16), bitcast=True)
+    page = paged(pages, first, last, SIZE, TOKENS)
     for start in range(first, last, TOKENS):
         n = start + tl.arange(0, TOKENS)
         inside = n < length
-        if MASKED:
-            page = tl.load(pages + n // SIZE, mask=inside, other=0)
-        else:
-            page = tl.load(pages + n // SIZE)
-        slot = page.to(tl.int64) * SIZE + n % SIZE
-        k_at = key + slot[None, :] * (k_slot // EACH) + d[:, None]
+        far, place = page.to(tl.int64), within(start, SIZE, TOKENS)
+        slot = far * SIZE + place
+        page = paged(pages, start + TOKENS, last, SIZE, TOKENS)
+        k_at = key + ((place * (k_slot // EACH))[None, :] + d[:, None]) + (far * (k_slot // EACH * SIZE))[None, :]
         if MASKED or D < DP:
             keys = tl.load(k_at, mask=inside[None, :] & (d < D // EACH)[:, None], other=0.0)
         else:
@@ -161,7 +192,7 @@ def walk(
                 scale /= most
                 fade /= most  # acc stands under this scale until the end of the turn
             weights *= scale[None, :]
-        v_at = value + slot[:, None] * (v_slot // EACH) + e[None, :]
+        v_at = value + ((place * (v_slot // EACH))[:, None] + e[None, :]) + (far * (v_slot // EACH * SIZE))[:, None]
         if MASKED or DV < DVP:
             values = tl.load(v_at, mask=inside[:, None] & (e < DV // EACH)[None, :], other=0.0)
         else:

@@ -26,8 +26,8 @@ class Tile:
     stages: int
 
 
-LADDER = (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3), Tile(64, 32, 8, 3), Tile(16, 64, 4, 3), Tile(16, 32, 4, 3),
-          Tile(16, 16, 4, 3))  # fmt: skip
+LADDER = (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 4, 3), Tile(64, 32, 8, 3), Tile(64, 32, 8, 2),
+          Tile(16, 64, 4, 3), Tile(16, 32, 4, 3), Tile(16, 16, 4, 3))  # fmt: skip
 WHOLE = (Tile(32, 16, 8, 2), Tile(16, 16, 8, 2))  # float32 has no matrix units: larger tiles spill
 REGISTERS = 128  # of a thread, for what it gathers
 
@@ -39,7 +39,7 @@ def tile(query: Tensor, cache: Cache, longest: int) -> Tile:
     ladder = WHOLE if query.dtype == torch.float32 else LADDER
 
     def fits(t: Tile) -> bool:
-        needs = (t.rows * size + 2 * t.tokens * (size + value_size)) * held
+        needs = (t.rows * size + t.stages * t.tokens * (size + value_size)) * held
         return t.rows < 2 * longest and needs <= room and t.rows * value_size <= REGISTERS * 32 * t.warps
 
     return next((t for t in ladder if fits(t)), ladder[-1])
@@ -78,7 +78,8 @@ UNALIGNED = ["pages", "lengths", "starts", "blocks"]
 @triton.jit(do_not_specialize=["ones", "p_row"], do_not_specialize_on_alignment=UNALIGNED)
 def _block(
     query, key, value, key_scale, value_scale, key_measured, value_measured, out, pages, lengths, starts, blocks, sinks,
-    ones, scaling, window, softcap, q_row, q_head, k_slot, k_head, v_slot, v_head, o_row, o_head, p_row, key_heads,
+    ones, scaling, window, softcap, q_row, q_head, k_slot: tl.constexpr, k_head, v_slot: tl.constexpr, v_head, o_row,
+    o_head, p_row, key_heads,
     GROUP: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, SIZE: tl.constexpr, EACH: tl.constexpr,
     PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
