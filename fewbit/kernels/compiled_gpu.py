@@ -1,7 +1,7 @@
 """CUDA C++ beside the Python: compiled by the nvrtc that torch brought, for this device, and kept in the cache."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -89,22 +89,26 @@ def _built(source: Path, target: str, defines: tuple[str, ...]) -> bytes:
     """What the device runs; several processes may make it at once."""
     version = (ctypes.c_int * 2)()
     _done(nvrtc().nvrtcVersion(version, ctypes.byref(version, 4)), None)
-    text = source.read_bytes()
+    text, headers = source.read_bytes(), sorted(source.parent.glob("*.cuh"))
+    beside = {each.name: each.read_bytes() for each in headers}
     options = (f"--gpu-architecture={target}", "--std=c++17", *(f"-D{each}" for each in defines))
 
     def make(place: Path) -> Path:
         made = place / "made"
-        made.write_bytes(_compiled(source.name, text, options))
+        made.write_bytes(_compiled(source.name, text, beside, options))
         return made
 
-    made_of = (text, " ".join(options).encode(), f"{version[0]}.{version[1]}".encode())
+    made_of = (text, *beside.values(), " ".join(options).encode(), f"{version[0]}.{version[1]}".encode())
     return kept(source.stem, "cubin", made_of, make).read_bytes()
 
 
-def _compiled(name: str, text: bytes, options: Sequence[str]) -> bytes:
+def _compiled(name: str, text: bytes, beside: Mapping[str, bytes], options: Sequence[str]) -> bytes:
+    """beside: what it may include."""
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    names = (ctypes.c_char_p * len(beside))(*(each.encode() for each in beside))
+    texts = (ctypes.c_char_p * len(beside))(*beside.values())
     given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-    _done(nvrtc().nvrtcCreateProgram(ctypes.byref(program), text, name.encode(), 0, None, None), None)
+    _done(nvrtc().nvrtcCreateProgram(ctypes.byref(program), text, name.encode(), len(beside), texts, names), None)
     try:
         _done(nvrtc().nvrtcCompileProgram(program, len(options), given), program)
         _done(nvrtc().nvrtcGetCUBINSize(program, ctypes.byref(size)), program)

@@ -1,59 +1,21 @@
-// y = x W^T for few rows of x. Up to 16: a step of decoding is the reading of W, so every warp streams rows of W past its
-// matrix units by itself, K dealt out to warps, and nobody waits for anybody before the sums meet at the end. Codes of 4
-// bits up to 64: `some_laid`, at the end.
+// y = x W^T for up to 16 rows of x: a step of decoding is the reading of W, so every warp streams rows of W past its
+// matrix units by itself, K dealt out to warps, and nobody waits for anybody before the sums meet at the end.
 //
 // mma takes 16 rows of W (its A) and 8 rows of x (its B). Which columns lie in which place of a fragment does not
 // matter as long as A and B agree, so lane 4g + t takes what lies 16 bytes wide in memory: of rows g and g + 8 of W, and
-// of row g of x. `few_rows` reads W [N, K] as stored; `few_laid` reads codes of 4 bits in humming's layout, where the
-// codes of 64 rows and 16 columns are 512 bytes, a word of each lane for every 16 rows. Each lane copies into shared
-// memory what it reads back itself: loads that are under way need no registers, and nothing need be synchronised.
+// of row g of x. `few_rows` reads W [N, K] as stored; `few_laid` reads codes of 4 bits in humming's layout. Each lane
+// copies into shared memory what it reads back itself: loads that are under way need no registers, and nothing need be
+// synchronised.
 //
-// Compiled for: TYPE of x (0 bfloat16, 1 float16, 2 e4m3, 3 int8), OUT of y (0, 1), TILES of 8 rows of x, WARPS of a
-// block, DEPTH copies under way; laid: CODES 0 integers under scales of x's type, 1 e2m1 under e4m3, 2 e2m1 under e8m0;
-// GROUP columns to a scale, ZEROS 1 where each has a zero, SPLIT blocks to a sum; and WIDE rows of x, for some_laid.
+// Compiled for: TILES of 8 rows of x, WARPS of a block, DEPTH copies under way, and what few.cuh says.
 
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
-struct __align__(16) Four { u32 x, y, z, w; };
-
-#if TYPE == 3
-typedef int Sum;
-#else
-typedef float Sum;
-#endif
-
-// Into shared memory, past the L1: weights are read once. Groups of copies are waited for in their order.
-__device__ __forceinline__ void copy(void *to, const void *from) {
-    const u32 at = (u32)__cvta_generic_to_shared(to);
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" :: "r"(at), "l"(from));
-}
+#include "few.cuh"
 
 // The same where other blocks of this processor read it too.
 __device__ __forceinline__ void copy_shared(void *to, const void *from) {
     const u32 at = (u32)__cvta_generic_to_shared(to);
     asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" :: "r"(at), "l"(from));
 }
-
-__device__ __forceinline__ void close_group() { asm volatile("cp.async.commit_group;"); }
-__device__ __forceinline__ void await_group() { asm volatile("cp.async.wait_group %0;" :: "n"(DEPTH - 1) : "memory"); }
-
-__device__ __forceinline__ Four four(const void *at) {
-    Four v;
-    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
-    return v;
-}
-
-__device__ __forceinline__ u32 word(const void *at) {
-    u32 v;
-    asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(at));
-    return v;
-}
-
-// The kernel after this one may start, and reads its weights; this one waits for what the one before it has made.
-__device__ __forceinline__ void let_next() { asm volatile("griddepcontrol.launch_dependents;"); }
-__device__ __forceinline__ void await_last() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 __device__ __forceinline__ void mma(Sum (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if TYPE == 0
@@ -75,45 +37,7 @@ __device__ __forceinline__ void mma(Sum (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3,
 #endif
 }
 
-__device__ __forceinline__ u16 rounded(float v) {
-    u16 out;
-#if OUT == 0
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out) : "f"(v));
-#else
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out) : "f"(v));
-#endif
-    return out;
-}
-
-__device__ __forceinline__ float widened(u16 v) {
-#if OUT == 0
-    return __uint_as_float((u32)v << 16);
-#else
-    float out;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(v));
-    return out;
-#endif
-}
-
-// What the sum of a row of x (m) and one of W (n) becomes. rows, columns, bias: scales and more, or null.
-struct Finish {
-    u16 *y;
-    const float *rows, *columns;
-    const u16 *bias;
-    int m, n, row_step, column_step;
-
-    __device__ __forceinline__ void operator()(float v, int row, int column) const {
-        if (row >= m) return;
-        if (columns) v *= columns[column * column_step];
-        if (rows) v *= rows[row * row_step];
-        if (bias) v += widened(bias[column]);
-        y[(u64)row * n + column] = rounded(v);
-    }
-};
-
-extern __shared__ __align__(1024) char memory[];
-
-#if SPLIT == 0
+#ifndef CODES
 // w: [n, bytes], x: [m, bytes]; a block makes 16 columns of y.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 few_rows(const char *w, const char *x, Finish finish, int bytes) {
@@ -148,7 +72,7 @@ few_rows(const char *w, const char *x, Finish finish, int bytes) {
     Sum sum[TILES][4] = {};
     from += DEPTH * STEP, own += DEPTH * STEP;
     for (char *here = ring; left > 0; left -= STEP, from += STEP, own += STEP) {
-        await_group();
+        await_groups<DEPTH - 1>();
         const Four up = *(const Four *)here, low = *(const Four *)(here + 512);
 #pragma unroll
         for (int j = 0; j < TILES; j++) {
@@ -184,69 +108,6 @@ few_rows(const char *w, const char *x, Finish finish, int bytes) {
     }
 }
 #else
-#if TYPE == 0
-#define MAGIC 0x43004300u  // 128 in bfloat16, whose last bit is worth 1
-#define MIDDLE 0x43084308u
-#define LESS "sub.rn.bf16x2"
-#define TIMES_TWO "mul.rn.bf16x2"
-#else
-#define MAGIC 0x64006400u  // 1024 in float16
-#define MIDDLE 0x64086408u
-#define LESS "sub.rn.f16x2"
-#define TIMES_TWO "mul.rn.f16x2"
-#endif
-
-// Codes p and p + 4 of 8 as two numbers; integers less their zero.
-template <int p> __device__ __forceinline__ u32 pair(u32 codes, u32 zero) {
-    u32 v;
-#if CODES == 0
-    asm("lop3.b32 %0, %1, 0x000f000f, %2, 0xEA;" : "=r"(v) : "r"(codes >> 4 * p), "r"(MAGIC));
-    asm(LESS " %0, %0, %1;" : "+r"(v) : "r"(zero));
-#else  // sign, and two bits of exponent with one of mantissa: too small by 2^126 (2^14)
-    constexpr int far = TYPE == 0 ? 6 - 4 * p : 9 - 4 * p;
-    const u32 size = far < 0 ? codes >> -far : codes << (far < 0 ? 0 : far), sign = codes << (12 - 4 * p) & 0x80008000u;
-    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(v) : "r"(size), "r"(TYPE == 0 ? 0x01c001c0u : 0x0e000e00u), "r"(sign));
-    asm(TIMES_TWO " %0, %0, %1;" : "+r"(v) : "r"(TYPE == 0 ? 0x7e807e80u : 0x74007400u));
-#endif
-    return v;
-}
-
-// Scales of 8 rows.
-#if CODES == 0
-typedef Four Scales;
-#else
-struct __align__(8) Scales { u32 x, y; };
-#endif
-
-__device__ __forceinline__ Scales scales_at(const void *at) {
-    Scales v;
-#if CODES == 0
-    v = four(at);
-#else
-    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at));
-#endif
-    return v;
-}
-
-// Two neighbours.
-__device__ __forceinline__ void scales_of(u32 both, float &above, float &below) {
-#if CODES == 0
-    above = widened(both & 0xffff), below = widened(both >> 16);
-#else
-#if CODES == 1
-    u32 halves;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"((u16)both));
-    asm("cvt.f32.f16 %0, %1;" : "=f"(above) : "h"((u16)halves));
-    asm("cvt.f32.f16 %0, %1;" : "=f"(below) : "h"((u16)(halves >> 16)));
-#else
-    const u32 one = both & 255, two = both >> 8 & 255;  // 2^-127 is subnormal, 255 no number
-    above = __uint_as_float(one == 0 ? 1u << 22 : one == 255 ? 0x7fc00000u : one << 23);
-    below = __uint_as_float(two == 0 ? 1u << 22 : two == 255 ? 0x7fc00000u : two << 23);
-#endif
-#endif
-}
-
-#ifndef WIDE
 static_assert(DEPTH == 8, "x of the next run must have come with this one's codes");
 
 // Those of rows g + 16 r and g + 16 r + 8.
@@ -326,7 +187,7 @@ few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, cons
             float part[TILES][4][4] = {};
 #pragma unroll
             for (int i = s * EACH; i < (s + 1) * EACH; i++) {
-                await_group();
+                await_groups<DEPTH - 1>();
                 if (i == 0) __syncwarp();  // rows of x that other lanes have copied
                 const Four held = ring[i * 32];
                 const u32 codes[4] = {held.x, held.y, held.z, held.w};
@@ -389,218 +250,10 @@ few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, cons
         for (int q = 0; q < WARPS; q++) total += parts[(q * TILES * 8 + i / 64) * 65 + i % 64];
         block[i] = total;
     }
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-    for (int i = rank * WARPS * 32 + threadIdx.x; i < TILES * 512; i += SPLIT * WARPS * 32) {
-        const u32 here = (u32)__cvta_generic_to_shared(block + i);
-        float total = 0;
-#pragma unroll
-        for (int q = 0; q < SPLIT; q++) {
-            u32 at;
-            float v;
-            asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(here), "r"(q));
-            asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(at));
-            total += v;
-        }
-        finish(total, i / 64, tile * 64 + i % 64);
-    }
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");  // memory stays
+    meet();
+    for (int i = rank * WARPS * 32 + threadIdx.x; i < TILES * 512; i += SPLIT * WARPS * 32)
+        finish(gathered(block + i), i / 64, tile * 64 + i % 64);
+    leave();
 #endif
 }
-
-#else
-// The same for up to WIDE rows of x (16, 32 or 64), on the matrix units of a warpgroup (wgmma, sm_90a), which take W from
-// registers and x from shared memory. A block makes 256 columns of y, so that x is fetched once for as many: two
-// warpgroups of 128 rows of W each, two times 64. Of a warpgroup's rows a warp has neighbours 16 rows apart, whose codes
-// lie side by side. All of a block waits for its copies together, 128 columns at a time.
-constexpr int TALL = 256, CODED = 128 * TALL / 2, SIDE = WIDE * 128, STAGE = CODED + 2 * SIDE, PITCH = TALL + 4;
-constexpr int TIMES = GROUP < 128 ? 128 / GROUP : 1, EACH = 8 / TIMES;  // scales of 128 columns; steps of 16 to each
-constexpr int SUMS = WIDE / 2;  // of a lane
-
-__device__ __forceinline__ void copy_if(bool there, u32 to, const void *from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(there ? 16 : 0));
-}
-
-#if TYPE == 0
-#define KIND "f32.bf16.bf16"
-#else
-#define KIND "f32.f16.f16"
-#endif
-#define F4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define F8(d, i) F4(d, i), F4(d, i + 4)
-
-// d = [d +] a b^T: a 64 x 16 in registers, b WIDE x 16 at a descriptor.
-__device__ __forceinline__ void product(float (&d)[SUMS], const u32 (&a)[4], u64 b, int add) {
-#if WIDE == 16
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %13, 0;\nwgmma.mma_async.sync.aligned.m64n16k16." KIND
-                 " {%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, p, 1, 1, 0;\n}"
-                 : F8(d, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-#elif WIDE == 32
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\nwgmma.mma_async.sync.aligned.m64n32k16." KIND
-                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, p, 1, 1, 0;\n}"
-                 : F8(d, 0), F8(d, 8) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-#else
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\nwgmma.mma_async.sync.aligned.m64n64k16." KIND
-                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
-                 "%23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"
-                 : F8(d, 0), F8(d, 8), F8(d, 16), F8(d, 24)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-#endif
-}
-
-__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void close_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int most> __device__ __forceinline__ void await_products() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(most) : "memory");
-}
-
-// 128 bytes of each row of x, in the order of 16 bytes that the units read without conflicts.
-__device__ __forceinline__ u64 descriptor(u32 at) { return (u64)(at >> 4 & 0x3fff) | 1ull << 16 | 64ull << 32 | 1ull << 62; }
-
-extern "C" __global__ void __launch_bounds__(256, 1)
-some_laid(const Four *w, const char *x, Finish finish, const char *scales, const u32 *zeros, int k) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int tiles = finish.n / 64, first = blockIdx.x / SPLIT * 4, rank = blockIdx.x % SPLIT, runs = k / 128;
-    const int inside = warp / 2, block = min(first + inside, tiles - 1), word = warp % 2 * 2;  // and the word after it
-    const u32 base = (u32)__cvta_generic_to_shared(memory);
-    const int count = (runs - rank + SPLIT - 1) / SPLIT;
-    auto fetch_codes = [&](int i) {
-        const u32 to = base + i % DEPTH * STAGE;
-        const u64 step = (u64)(rank + i * SPLIT) * 8;
-#pragma unroll
-        for (int u = 0; u < CODED / 4096; u++) {
-            const int c = u * 256 + threadIdx.x, of = c / 32 % 4;
-            if (first + of < tiles)
-                asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;"
-                             :: "r"(to + c * 16), "l"(w + ((step + c / 128) * tiles + first + of) * 32 + c % 32));
-        }
-    };
-    auto fetch_x = [&](int i) {
-        const u32 to = base + i % DEPTH * STAGE + CODED;
-        const char *from = x + (rank + i * SPLIT) * 256;
-#pragma unroll
-        for (int u = 0; u < WIDE / 16; u++) {
-            const int row = u * 16 + threadIdx.x / 16, piece = threadIdx.x % 16;
-            const bool there = row < finish.m;
-            copy_if(there, to + piece / 8 * SIDE + row * 128 + (piece % 8 ^ row % 8) * 16,
-                    from + (there ? (u64)row * k * 2 + piece * 16 : 0));
-        }
-    };
-    u32 scale[TIMES][2];
-#if ZEROS
-    u32 zero[TIMES];
-#endif
-    auto look_up = [&](int i) {
-#pragma unroll
-        for (int s = 0; s < TIMES; s++) {
-            const int run = rank + i * SPLIT;
-            const u64 at = ((u64)(GROUP < 128 ? run * TIMES + s : run * 128 / GROUP) * tiles + block) * 8 + g;
-#if CODES == 0
-            scale[s][0] = ::word(scales + at * 16 + word * 4), scale[s][1] = ::word(scales + at * 16 + word * 4 + 4);
-#else
-            scale[s][0] = ::word(scales + at * 8 + word * 2), scale[s][1] = scale[s][0] >> 16;
-#endif
-#if ZEROS
-            zero[s] = ::word(zeros + at) >> 8 * word;
-#endif
-        }
-    };
-    let_next();
-    for (int i = 0; i < DEPTH - 1 && i < count; i++) fetch_codes(i);
-    if (count) look_up(0);
-    await_last();
-    for (int i = 0; i < DEPTH - 1; i++) {
-        if (i < count) fetch_x(i);
-        close_group();
-    }
-    float sum[2][SUMS] = {};
-    for (int i = 0; i < count; i++) {
-        asm volatile("cp.async.wait_group %0;" :: "n"(DEPTH - 2) : "memory");
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // the matrix units read what was copied
-        __syncthreads();  // and all have done with the stage before
-        if (i + DEPTH - 1 < count) fetch_codes(i + DEPTH - 1), fetch_x(i + DEPTH - 1);
-        close_group();
-        u32 given[TIMES][2];
-#if ZEROS
-        u32 nil[TIMES];
-#endif
-#pragma unroll
-        for (int s = 0; s < TIMES; s++) {
-            given[s][0] = scale[s][0], given[s][1] = scale[s][1];
-#if ZEROS
-            nil[s] = zero[s];
-#endif
-        }
-        if (i + 1 < count) look_up(i + 1);
-        const char *codes = memory + i % DEPTH * STAGE + inside * 512 + lane * 16 + word * 4;
-        const u64 rows = descriptor(base + i % DEPTH * STAGE + CODED);
-        float part[2][SUMS];
-        u32 a[2][2][4];
-#pragma unroll
-        for (int s = 0; s < 8; s++) {
-            if (s % EACH > 1) await_products<1>();  // of the step whose registers are filled again
-            const u64 both = *(const u64 *)(codes + s * 2048);
-#pragma unroll
-            for (int q = 0; q < 2; q++) {
-                const u32 held = (u32)(both >> 32 * q);
-#if ZEROS
-                const u32 z0 = MAGIC | (nil[s / EACH] >> 8 * q & 15) * 0x10001u;
-                const u32 z1 = MAGIC | (nil[s / EACH] >> (8 * q + 4) & 15) * 0x10001u;
-#else
-                const u32 z0 = MIDDLE, z1 = MIDDLE;
-#endif
-                a[s % 2][q][0] = pair<0>(held, z0), a[s % 2][q][2] = pair<1>(held, z0);
-                a[s % 2][q][1] = pair<2>(held, z1), a[s % 2][q][3] = pair<3>(held, z1);
-            }
-            begin_products();
-#pragma unroll
-            for (int q = 0; q < 2; q++)
-                product(part[q], a[s % 2][q], rows + s / 4 * (SIDE >> 4) + s % 4 * 2, s % EACH);
-            close_products();
-            if (s % EACH == EACH - 1) {
-                await_products<0>();
-#pragma unroll
-                for (int q = 0; q < 2; q++) {
-                    float above, below;
-                    scales_of(given[s / EACH][q], above, below);
-#pragma unroll
-                    for (int j = 0; j < SUMS; j++) sum[q][j] += part[q][j] * (j % 4 < 2 ? above : below);
-                }
-            }
-        }
-    }
-    __syncthreads();  // of the ring, which gives way to the sums
-    float *parts = (float *)memory;  // [WIDE][PITCH]
-#pragma unroll
-    for (int q = 0; q < 2; q++)
-#pragma unroll
-        for (int j = 0; j < SUMS; j++)
-            parts[(j / 4 * 8 + 2 * t + j % 2) * PITCH + inside * 64 + (word + q) * 16 + g + j % 4 / 2 * 8] = sum[q][j];
-#if SPLIT == 1
-    __syncthreads();
-#else
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-#endif
-    const int high = min(TALL, finish.n - first * 64);
-    for (int i = rank * 256 + threadIdx.x; i < finish.m * TALL; i += SPLIT * 256) {
-        const int row = i / TALL, column = i % TALL;
-        float total = 0;
-#if SPLIT == 1
-        total = parts[row * PITCH + column];
-#else
-#pragma unroll
-        for (int q = 0; q < SPLIT; q++) {
-            u32 at;
-            float v;
-            asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(base + (row * PITCH + column) * 4), "r"(q));
-            asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(at));
-            total += v;
-        }
-#endif
-        if (column < high) finish(total, row, first * 64 + column);
-    }
-#if SPLIT > 1
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");  // memory stays
-#endif
-}
-#endif
 #endif

@@ -80,8 +80,13 @@ def prepack_linear(q: Quantized, dtype: torch.dtype, rounded: bool = False) -> H
     locks = torch.zeros(LOCKS, dtype=torch.int32, device=device)
     held = tuple(map(tensors.get, names))
     laid = _laid(config, how, columns, dtype)
-    _compiling(config, device, few.MOST["laid"] if laid else 0)
+    _compiling(config, device, _above(laid, device))
     return Held(emptied(q), Compiled(config), dtype, held, columns, how.input, given, locks, laid)
+
+
+def _above(laid: few.Laid | None, device: torch.device) -> int:
+    """Rows up to which `few` multiplies."""
+    return 0 if laid is None or few.lacking(device) else few.most(device, "laid")
 
 
 def _laid(config: Any, how: Layout, columns: Tensor | None, dtype: torch.dtype) -> few.Laid | None:
@@ -130,7 +135,8 @@ def _product(x: Tensor, held: Held, bias: Tensor | None) -> Tensor:
     run, ordered = held.plain, None
     if bias is not None and held.columns is None:
         run, ordered = _biased(held, bias)
-    above = few.MOST["laid"] if held.laid and len(x) > few.MOST["laid"] else 0
+    above = _above(held.laid, x.device)
+    above = above if len(x) > above else 0
     if above not in run.kernels:
         run.kernels[above] = _compiling(run.config, x.device, above).result()
     y: Tensor = torch.ops.humming.launch_kernel.default(

@@ -1,4 +1,4 @@
-"""Products of up to 16 rows by few.cu against float64: every type, count of rows and layout, in any company."""
+"""Products of up to 64 rows by few.cu and some.cu against float64: every type, count of rows and layout, in any company."""
 
 from dataclasses import replace
 
@@ -29,24 +29,30 @@ def there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def near(y: Tensor, x: Tensor, w: Tensor, want: Tensor, scale: float = 1.0) -> None:
-    """One rounding of the result, and sums in float32 in any order (e4m3: 64 columns at a time in fewer bits)."""
+    """One rounding of the result, and sums in float32 in any order (e4m3: 64 or 128 columns at a time in fewer bits)."""
     size = x.double().abs() @ w.double().abs().T * scale
     few_bits = 2.0**-12 if x.dtype == torch.float8_e4m3fn else x.shape[1] * 2.0**-24
     assert bool(((y.double() - want).abs() <= UNIT[y.dtype] * want.abs() + few_bits * size).all())
 
 
 @pytest.mark.parametrize("kind", few.TYPES, ids=str)
-@pytest.mark.parametrize("n, k", [(16, 64), (256, 4096 + 64), (4096, 512), (9216, 192)])
-def test_rows(kind: torch.dtype, n: int, k: int) -> None:
+@pytest.mark.parametrize("n, k, many", [
+    (16, 64, False), (256, 4096 + 64, False), (4096, 512, False), (9216, 192, False),
+    (2048, 512, True), (4096 + 16, 4096 + 128, True), (9216, 384, True), (34816, 256, True),
+])  # fmt: skip
+def test_rows(kind: torch.dtype, n: int, k: int, many: bool) -> None:
     out = kind if kind in few.HALVES else torch.bfloat16
     draw = torch.Generator(CUDA).manual_seed(0)
-    x, w = (torch.randn(size, k, device=CUDA, generator=draw) * 20 for size in (16, n))
+    edge = few.FEW["floats" if kind in few.HALVES else "codes"]
+    counts = [m for m in (1, 2, 7, 8, 9, 16, 17, 32, 33, 64) if (m > edge) == many]
+    x, w = (torch.randn(size, k, device=CUDA, generator=draw) * 20 for size in (counts[-1], n))
     x, w = ((each.round().clamp(-127, 127) if kind is torch.int8 else each / 20).to(kind) for each in (x, w))
-    scales, columns, bias = (torch.rand(size, device=CUDA, generator=draw) for size in (16, n, n))
+    scales, columns, bias = (torch.rand(size, device=CUDA, generator=draw) for size in (len(x), n, n))
     bias = bias.to(out)
     sums = x.double() @ w.double().T
     one = columns[:1].clone()
-    for m in (1, 2, 7, 8, 9, 16):
+    for m in counts:
+        assert few.takes(x[:m], w, bias, out) == (m <= few.most(x.device, few._kind(x)))
         near(few.rows(x[:m], w, out), x[:m], w, sums[:m])
         y = few.rows(x[:m], w, out, scales[:m].contiguous(), columns, bias)
         want = sums[:m] * scales[:m, None] * columns + bias.double()
@@ -64,7 +70,7 @@ def test_a_nan_stays_in_its_row() -> None:
 
 def test_dense_linear_takes_it() -> None:
     w, bias = torch.randn(4096, 512, device=CUDA).bfloat16(), torch.randn(4096, device=CUDA).bfloat16()
-    for m in (1, 8, 9):
+    for m in (1, 8, 9, 64, 65):
         x = torch.randn(1, m, 512, device=CUDA).bfloat16()
         y = dense_linear(x, w, bias)
         want = x[0].double() @ w.double().T + bias.double()
