@@ -1,4 +1,4 @@
-"""Products of up to 64 rows by few.cu and some.cu against float64: every type, count of rows and layout, in any company."""
+"""Products of up to 64 rows by few.cu and some.cu against float64: every type, count and layout, in any company."""
 
 from dataclasses import replace
 
@@ -29,7 +29,7 @@ def there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def near(y: Tensor, x: Tensor, w: Tensor, want: Tensor, scale: float = 1.0) -> None:
-    """One rounding of the result, and sums in float32 in any order (e4m3: 64 or 128 columns at a time in fewer bits)."""
+    """One rounding of the result, and sums in float32 in any order (e4m3: 64 or 128 columns in fewer bits)."""
     size = x.double().abs() @ w.double().abs().T * scale
     few_bits = 2.0**-12 if x.dtype == torch.float8_e4m3fn else x.shape[1] * 2.0**-24
     assert bool(((y.double() - want).abs() <= UNIT[y.dtype] * want.abs() + few_bits * size).all())
