@@ -1,7 +1,7 @@
 """CUDA C++ beside the Python: compiled by the nvrtc that torch brought, for this device, and kept in the cache."""
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from fewbit.kernels.compiled import kept
 
 CLUSTER = 4  # the driver's number of a launch attribute: how many blocks are a cluster
 EARLY = 6  # of another: to begin before the kernel before it ends
-OWN = (9, 0)  # compute capability with instructions that no later one has
 SHARED = 8  # of an attribute of functions: bytes of shared memory that a launch may ask for
 
 
@@ -53,8 +52,7 @@ def function(
 ) -> Function:
     """kernels/FILE's kernel of that name, compiled with definitions ("A=1"). shared: bytes that a block asks for."""
     major, minor = torch.cuda.get_device_capability(device)
-    target = f"sm_{major}{minor}" + "a" * ((major, minor) == OWN)
-    image = _built(Path(__file__).with_name(file), target, defines)
+    image = _built(Path(__file__).with_name(file), f"sm_{major}{minor}", defines)
     context, module, handle = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
     checked(driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), torch.device(device).index or 0))  # torch's own
     checked(driver().cuCtxSetCurrent(context))
@@ -89,26 +87,22 @@ def _built(source: Path, target: str, defines: tuple[str, ...]) -> bytes:
     """What the device runs; several processes may make it at once."""
     version = (ctypes.c_int * 2)()
     _done(nvrtc().nvrtcVersion(version, ctypes.byref(version, 4)), None)
-    text, headers = source.read_bytes(), sorted(source.parent.glob("*.cuh"))
-    beside = {each.name: each.read_bytes() for each in headers}
+    text = source.read_bytes()
     options = (f"--gpu-architecture={target}", "--std=c++17", *(f"-D{each}" for each in defines))
 
     def make(place: Path) -> Path:
         made = place / "made"
-        made.write_bytes(_compiled(source.name, text, beside, options))
+        made.write_bytes(_compiled(source.name, text, options))
         return made
 
-    made_of = (text, *beside.values(), " ".join(options).encode(), f"{version[0]}.{version[1]}".encode())
+    made_of = (text, " ".join(options).encode(), f"{version[0]}.{version[1]}".encode())
     return kept(source.stem, "cubin", made_of, make).read_bytes()
 
 
-def _compiled(name: str, text: bytes, beside: Mapping[str, bytes], options: Sequence[str]) -> bytes:
-    """beside: what it may include."""
+def _compiled(name: str, text: bytes, options: Sequence[str]) -> bytes:
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    names = (ctypes.c_char_p * len(beside))(*(each.encode() for each in beside))
-    texts = (ctypes.c_char_p * len(beside))(*beside.values())
     given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-    _done(nvrtc().nvrtcCreateProgram(ctypes.byref(program), text, name.encode(), len(beside), texts, names), None)
+    _done(nvrtc().nvrtcCreateProgram(ctypes.byref(program), text, name.encode(), 0, None, None), None)
     try:
         _done(nvrtc().nvrtcCompileProgram(program, len(options), given), program)
         _done(nvrtc().nvrtcGetCUBINSize(program, ctypes.byref(size)), program)

@@ -3,19 +3,56 @@
 //
 // mma takes 16 rows of W (its A) and 8 rows of x (its B). Which columns lie in which place of a fragment does not
 // matter as long as A and B agree, so lane 4g + t takes what lies 16 bytes wide in memory: of rows g and g + 8 of W, and
-// of row g of x. `few_rows` reads W [N, K] as stored; `few_laid` reads codes of 4 bits in humming's layout. Each lane
-// copies into shared memory what it reads back itself: loads that are under way need no registers, and nothing need be
-// synchronised.
+// of row g of x. `few_rows` reads W [N, K] as stored; `few_laid` reads codes of 4 bits in humming's layout, where the
+// codes of 64 rows and 16 columns are 512 bytes, a word of each lane for every 16 rows. Each lane copies into shared
+// memory what it reads back itself: loads that are under way need no registers, and nothing need be synchronised.
 //
-// Compiled for: TILES of 8 rows of x, WARPS of a block, DEPTH copies under way, and what few.cuh says.
+// Compiled for: TYPE of x (0 bfloat16, 1 float16, 2 e4m3, 3 int8), OUT of y (0, 1), TILES of 8 rows of x, WARPS of a
+// block, DEPTH copies under way; laid: CODES 0 integers under scales of x's type, 1 e2m1 under e4m3, 2 e2m1 under e8m0;
+// GROUP columns to a scale, ZEROS 1 where each has a zero, SPLIT blocks to a sum.
 
-#include "few.cuh"
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct __align__(16) Four { u32 x, y, z, w; };
+
+#if TYPE == 3
+typedef int Sum;
+#else
+typedef float Sum;
+#endif
+
+// Into shared memory, past the L1: weights are read once. Groups of copies are waited for in their order.
+__device__ __forceinline__ void copy(void *to, const void *from) {
+    const u32 at = (u32)__cvta_generic_to_shared(to);
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" :: "r"(at), "l"(from));
+}
 
 // The same where other blocks of this processor read it too.
 __device__ __forceinline__ void copy_shared(void *to, const void *from) {
     const u32 at = (u32)__cvta_generic_to_shared(to);
     asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" :: "r"(at), "l"(from));
 }
+
+__device__ __forceinline__ void close_group() { asm volatile("cp.async.commit_group;"); }
+__device__ __forceinline__ void await_group() { asm volatile("cp.async.wait_group %0;" :: "n"(DEPTH - 1) : "memory"); }
+
+__device__ __forceinline__ Four four(const void *at) {
+    Four v;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
+    return v;
+}
+
+__device__ __forceinline__ u32 word(const void *at) {
+    u32 v;
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(at));
+    return v;
+}
+
+// The kernel after this one may start, and reads its weights; this one waits for what the one before it has made.
+__device__ __forceinline__ void let_next() { asm volatile("griddepcontrol.launch_dependents;"); }
+__device__ __forceinline__ void await_last() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 __device__ __forceinline__ void mma(Sum (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if TYPE == 0
@@ -37,7 +74,45 @@ __device__ __forceinline__ void mma(Sum (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3,
 #endif
 }
 
-#ifndef CODES
+__device__ __forceinline__ u16 rounded(float v) {
+    u16 out;
+#if OUT == 0
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out) : "f"(v));
+#else
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out) : "f"(v));
+#endif
+    return out;
+}
+
+__device__ __forceinline__ float widened(u16 v) {
+#if OUT == 0
+    return __uint_as_float((u32)v << 16);
+#else
+    float out;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(v));
+    return out;
+#endif
+}
+
+// What the sum of a row of x (m) and one of W (n) becomes. rows, columns, bias: scales and more, or null.
+struct Finish {
+    u16 *y;
+    const float *rows, *columns;
+    const u16 *bias;
+    int m, n, row_step, column_step;
+
+    __device__ __forceinline__ void operator()(float v, int row, int column) const {
+        if (row >= m) return;
+        if (columns) v *= columns[column * column_step];
+        if (rows) v *= rows[row * row_step];
+        if (bias) v += widened(bias[column]);
+        y[(u64)row * n + column] = rounded(v);
+    }
+};
+
+extern __shared__ __align__(16) char memory[];
+
+#if SPLIT == 0
 // w: [n, bytes], x: [m, bytes]; a block makes 16 columns of y.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 few_rows(const char *w, const char *x, Finish finish, int bytes) {
@@ -72,7 +147,7 @@ few_rows(const char *w, const char *x, Finish finish, int bytes) {
     Sum sum[TILES][4] = {};
     from += DEPTH * STEP, own += DEPTH * STEP;
     for (char *here = ring; left > 0; left -= STEP, from += STEP, own += STEP) {
-        await_groups<DEPTH - 1>();
+        await_group();
         const Four up = *(const Four *)here, low = *(const Four *)(here + 512);
 #pragma unroll
         for (int j = 0; j < TILES; j++) {
@@ -109,13 +184,67 @@ few_rows(const char *w, const char *x, Finish finish, int bytes) {
 }
 #else
 static_assert(DEPTH == 8, "x of the next run must have come with this one's codes");
+#if TYPE == 0
+#define MAGIC 0x43004300u  // 128 in bfloat16, whose last bit is worth 1
+#define MIDDLE 0x43084308u
+#define LESS "sub.rn.bf16x2"
+#define TIMES_TWO "mul.rn.bf16x2"
+#else
+#define MAGIC 0x64006400u  // 1024 in float16
+#define MIDDLE 0x64086408u
+#define LESS "sub.rn.f16x2"
+#define TIMES_TWO "mul.rn.f16x2"
+#endif
+
+// Codes p and p + 4 of 8 as two numbers; integers less their zero.
+template <int p> __device__ __forceinline__ u32 pair(u32 codes, u32 zero) {
+    u32 v;
+#if CODES == 0
+    asm("lop3.b32 %0, %1, 0x000f000f, %2, 0xEA;" : "=r"(v) : "r"(codes >> 4 * p), "r"(MAGIC));
+    asm(LESS " %0, %0, %1;" : "+r"(v) : "r"(zero));
+#else  // sign, and two bits of exponent with one of mantissa: too small by 2^126 (2^14)
+    constexpr int far = TYPE == 0 ? 6 - 4 * p : 9 - 4 * p;
+    const u32 size = far < 0 ? codes >> -far : codes << (far < 0 ? 0 : far), sign = codes << (12 - 4 * p) & 0x80008000u;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(v) : "r"(size), "r"(TYPE == 0 ? 0x01c001c0u : 0x0e000e00u), "r"(sign));
+    asm(TIMES_TWO " %0, %0, %1;" : "+r"(v) : "r"(TYPE == 0 ? 0x7e807e80u : 0x74007400u));
+#endif
+    return v;
+}
+
+// Scales of 8 rows.
+#if CODES == 0
+typedef Four Scales;
+#else
+struct __align__(8) Scales { u32 x, y; };
+#endif
+
+__device__ __forceinline__ Scales scales_at(const void *at) {
+    Scales v;
+#if CODES == 0
+    v = four(at);
+#else
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at));
+#endif
+    return v;
+}
 
 // Those of rows g + 16 r and g + 16 r + 8.
 __device__ __forceinline__ void two_of(const Scales &v, int r, float &above, float &below) {
 #if CODES == 0
-    scales_of(r == 0 ? v.x : r == 1 ? v.y : r == 2 ? v.z : v.w, above, below);
+    const u32 both = r == 0 ? v.x : r == 1 ? v.y : r == 2 ? v.z : v.w;
+    above = widened(both & 0xffff), below = widened(both >> 16);
 #else
-    scales_of((r < 2 ? v.x : v.y) >> r % 2 * 16, above, below);
+    const u32 both = (r < 2 ? v.x : v.y) >> r % 2 * 16;
+#if CODES == 1
+    u32 halves;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"((u16)both));
+    asm("cvt.f32.f16 %0, %1;" : "=f"(above) : "h"((u16)halves));
+    asm("cvt.f32.f16 %0, %1;" : "=f"(below) : "h"((u16)(halves >> 16)));
+#else
+    const u32 one = both & 255, two = both >> 8 & 255;  // 2^-127 is subnormal, 255 no number
+    above = __uint_as_float(one == 0 ? 1u << 22 : one == 255 ? 0x7fc00000u : one << 23);
+    below = __uint_as_float(two == 0 ? 1u << 22 : two == 255 ? 0x7fc00000u : two << 23);
+#endif
 #endif
 }
 
@@ -187,7 +316,7 @@ few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, cons
             float part[TILES][4][4] = {};
 #pragma unroll
             for (int i = s * EACH; i < (s + 1) * EACH; i++) {
-                await_groups<DEPTH - 1>();
+                await_group();
                 if (i == 0) __syncwarp();  // rows of x that other lanes have copied
                 const Four held = ring[i * 32];
                 const u32 codes[4] = {held.x, held.y, held.z, held.w};
@@ -250,10 +379,21 @@ few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, cons
         for (int q = 0; q < WARPS; q++) total += parts[(q * TILES * 8 + i / 64) * 65 + i % 64];
         block[i] = total;
     }
-    meet();
-    for (int i = rank * WARPS * 32 + threadIdx.x; i < TILES * 512; i += SPLIT * WARPS * 32)
-        finish(gathered(block + i), i / 64, tile * 64 + i % 64);
-    leave();
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+    for (int i = rank * WARPS * 32 + threadIdx.x; i < TILES * 512; i += SPLIT * WARPS * 32) {
+        const u32 here = (u32)__cvta_generic_to_shared(block + i);
+        float total = 0;
+#pragma unroll
+        for (int q = 0; q < SPLIT; q++) {
+            u32 at;
+            float v;
+            asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(here), "r"(q));
+            asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(at));
+            total += v;
+        }
+        finish(total, i / 64, tile * 64 + i % 64);
+    }
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");  // memory stays
 #endif
 }
 #endif

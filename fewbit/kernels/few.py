@@ -1,8 +1,6 @@
-"""Products of up to 64 rows on a GPU that can begin a kernel before the last one ends (compute capability 9.0).
+"""Products of up to 16 rows on a GPU that can begin a kernel before the last one ends (compute capability 9.0): few.cu.
 
-few.cu has two kernels for very few rows, some.cu two for more: of weights as stored, and of codes in humming's layout.
-A row of y is the same whatever rows are beside it, as long as the same kernel takes them: K is dealt out by the shape
-of the weight alone.
+A row of y is the same whatever rows are beside it: K is dealt out by the shape of the weight alone.
 """
 
 import ctypes
@@ -19,16 +17,12 @@ from fewbit.kernels.compiled_gpu import Function
 
 LOG = logging.getLogger("fewbit.kernels")
 TILE = 8  # rows of x to a tile of matrix units
-FEW = {"codes": 2 * TILE, "floats": TILE, "laid": TILE}  # rows up to which few.cu is faster than some.cu
-SOME = {"codes": 64, "floats": 64, "laid": 64}  # rows up to which some.cu is faster than what takes more
-WIDE = (16, 32, 64)  # rows of x that some.cu is compiled for
+MOST = {"codes": 2 * TILE, "floats": TILE, "laid": TILE}  # rows up to which it is faster than what takes more
 LEAST = (9, 0)
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float8_e4m3fn: 2, torch.int8: 3}
 HALVES = (torch.bfloat16, torch.float16)
 CHUNK = 64  # bytes of a row that a warp takes at a time
-ROWS, TALL, BLOCK = 16, 64, 256  # columns of y that few_rows, few_laid and some.cu's make
-WORTH = 2048  # rows of W with which some.cu has work for half of the processors
-STAGES = 5  # that some.cu has under way
+ROWS, TALL = 16, 64  # columns of y that a program makes: from rows of W, from humming's layout
 INTEGERS, NVFP4, MXFP4 = range(3)  # few.cu's CODES
 GROUPS = {INTEGERS: (32, 64, 128, 256, 512), NVFP4: (16,), MXFP4: (32,)}  # columns to a scale
 
@@ -69,26 +63,15 @@ def takes(x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool
     """Whether `rows` multiplies x [M, K] by w [N, K], which is contiguous, for results of dtype."""
     if not x.is_cuda or x.dtype not in TYPES or dtype not in HALVES or lacking(x.device):
         return False
-    if w.dtype != x.dtype or len(w) % ROWS or w.data_ptr() % 16 or len(x) > most(x.device, kind := _kind(x)):
+    if w.dtype != x.dtype or len(w) % ROWS or w.data_ptr() % 16:
         return False
-    if (many := len(x) > FEW[kind]) and len(w) < WORTH:
-        return False
-    return x.shape[1] * x.element_size() % (2 * CHUNK if many else CHUNK) == 0 and _lies_well(x, bias, dtype)
+    most = MOST["floats" if x.dtype in HALVES else "codes"]
+    return len(x) <= most and x.shape[1] * x.element_size() % CHUNK == 0 and _lies_well(x, bias, dtype)
 
 
 def takes_laid(x: Tensor, bias: Tensor | None) -> bool:
     """Whether `laid` multiplies x [M, K], K whole runs, on a weight of whole runs of 64 rows."""
-    return not lacking(x.device) and len(x) <= most(x.device, "laid") and _lies_well(x, bias, x.dtype)
-
-
-@cache
-def most(device: torch.device, kind: str) -> int:
-    """Rows up to which products are made here."""
-    return SOME[kind] if torch.cuda.get_device_capability(device) == compiled_gpu.OWN else FEW[kind]
-
-
-def _kind(x: Tensor) -> str:
-    return "floats" if x.dtype in HALVES else "codes"
+    return len(x) <= MOST["laid"] and not lacking(x.device) and _lies_well(x, bias, x.dtype)
 
 
 def _lies_well(x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
@@ -100,15 +83,10 @@ def rows(
     bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """x: [M, K], w: [N, K] of one type -> [M, N] of dtype. rows: [M] or [1], columns: [N] or [1] float32 scales."""
-    m, n = len(x), len(w)
-    y = x.new_empty(m, n, dtype=dtype)
-    if m <= FEW[_kind(x)]:
-        run, blocks = _by_rows(x.device, x.dtype, dtype, _tiles(m), n), n // ROWS
-    else:
-        run = _by_blocks(x.device, x.dtype, dtype, _wide(m), None, False, n)
-        blocks = -(-n // BLOCK) * run.cluster
+    y = x.new_empty(len(x), len(w), dtype=dtype)
+    run = _by_rows(x.device, x.dtype, dtype, _tiles(len(x)), len(w))
     size = ctypes.c_int(w.shape[1] * w.element_size())
-    run(blocks, _stream(x), (_at(w), _at(x), _finish(y, rows, columns, bias), size))
+    run(len(w) // ROWS, _stream(x), (_at(w), _at(x), _finish(y, rows, columns, bias), size))
     return y
 
 
@@ -117,13 +95,10 @@ def laid(
     bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """x: [M, K]; w, scales, zeros: codes of 4 bits [n, K] as humming holds them; outer: [1] float32 -> [M, n]."""
-    m, y = len(x), x.new_empty(len(x), n)
-    if m <= FEW["laid"]:
-        run, tall = _by_layout(x.device, x.dtype, _tiles(m), how, zeros is not None, n), TALL
-    else:
-        run, tall = _by_blocks(x.device, x.dtype, x.dtype, _wide(m), how, zeros is not None, n), BLOCK
+    y = x.new_empty(len(x), n)
+    run = _by_layout(x.device, x.dtype, _tiles(len(x)), how, zeros is not None, n)
     finish, k = _finish(y, None, outer, bias), ctypes.c_int(x.shape[1])
-    run(-(-n // tall) * run.cluster, _stream(x), (_at(w), _at(x), finish, _at(scales), _at(zeros), k))
+    run(n // TALL * run.cluster, _stream(x), (_at(w), _at(x), finish, _at(scales), _at(zeros), k))
     return y
 
 
@@ -131,8 +106,8 @@ def laid(
 def _by_rows(device: torch.device, kind: torch.dtype, out: torch.dtype, tiles: int, n: int) -> Function:
     """Few rows of W leave processors idle unless more warps share each: measured (benchmarks/gpu_kernels.py)."""
     warps, depth = (16, 3) if n <= 2 * ROWS * _processors(device) else (8, 4 if tiles == 1 else 3)
-    defines = {"TYPE": TYPES[kind], "OUT": TYPES[out], "TILES": tiles, "WARPS": warps, "DEPTH": depth, "SPLIT": 1}
-    return _function("few.cu", "few_rows", device, defines, 32 * warps, warps * depth * (2 + tiles) * 512, 1)
+    defines = {"TYPE": TYPES[kind], "OUT": TYPES[out], "TILES": tiles, "WARPS": warps, "DEPTH": depth, "SPLIT": 0}
+    return _function("few_rows", device, defines, warps * depth * (2 + tiles) * 512)
 
 
 @cache
@@ -141,28 +116,12 @@ def _by_layout(device: torch.device, kind: torch.dtype, tiles: int, how: Laid, z
     warps, split = (4, 8) if 2 * high <= processors else (8, 2) if high <= 2 * processors else (4, 2)
     defines = {"TYPE": TYPES[kind], "OUT": TYPES[kind], "TILES": tiles, "WARPS": warps, "DEPTH": 8, "GROUP": how.group,
                "CODES": how.codes, "ZEROS": int(zeros), "SPLIT": split}  # fmt: skip
-    return _function("few.cu", "few_laid", device, defines, 32 * warps, warps * (4096 + tiles * 4352), split)
+    return _function("few_laid", device, defines, warps * (4096 + tiles * 4352), split)
 
 
-@cache
-def _by_blocks(
-    device: torch.device, kind: torch.dtype, out: torch.dtype, wide: int, how: Laid | None, zeros: bool, n: int
-) -> Function:
-    """One block to a processor: as many share a sum as leave none idle."""
-    spare = _processors(device) // -(-n // BLOCK)
-    split = next(s for s in (8, 4, 2, 1) if s <= max(1, spare))
-    defines = {"TYPE": TYPES[kind], "OUT": TYPES[out], "DEPTH": STAGES, "SPLIT": split, "WIDE": wide}
-    if how is None:
-        return _function("some.cu", "some_rows", device, defines, 256, STAGES * 128 * (BLOCK + wide), split)
-    defines |= {"GROUP": how.group, "CODES": how.codes, "ZEROS": int(zeros)}
-    return _function("some.cu", "some_laid", device, defines, 256, STAGES * (64 * BLOCK + 256 * wide), split)
-
-
-def _function(
-    file: str, name: str, device: torch.device, defines: dict[str, int], threads: int, shared: int, split: int
-) -> Function:
+def _function(name: str, device: torch.device, defines: dict[str, int], shared: int, split: int = 1) -> Function:
     given = tuple(f"{key}={value}" for key, value in defines.items())
-    return compiled_gpu.function(file, name, device, given, threads, shared, split)
+    return compiled_gpu.function("few.cu", name, device, given, defines["WARPS"] * 32, shared, split)
 
 
 @cache
@@ -172,10 +131,6 @@ def _processors(device: torch.device) -> int:
 
 def _tiles(m: int) -> int:
     return -(-m // TILE)
-
-
-def _wide(m: int) -> int:
-    return next(wide for wide in WIDE if m <= wide)
 
 
 def _stream(x: Tensor) -> int:

@@ -6,7 +6,7 @@ of 4 bits are read by `few` where there are few rows, out of the same memory.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from threading import Lock
@@ -30,19 +30,11 @@ MISSING = "needs humming-kernels: pip install 'fewbit[gpu]'"
 
 
 @dataclass(slots=True)
-class Compiled:
-    """kernels: for more rows than the key says."""
-
-    config: Any
-    kernels: dict[int, Tensor] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
 class Held:
     """A weight in humming's layout; `source` has no planes left."""
 
     source: Quantized
-    plain: Compiled
+    config: Any
     dtype: torch.dtype
     tensors: tuple[Tensor | None, ...]  # weight, weight_scale, weight_scale_2, zero_point
     columns: Tensor | None  # scales of rows of the weight that are applied after the product
@@ -50,7 +42,8 @@ class Held:
     given: Tensor | None
     locks: Tensor
     laid: few.Laid | None = None  # where `few` reads this layout too
-    biased: tuple[Tensor, Compiled, Tensor] | None = None  # (the bias, kernels with one, the bias in humming's order)
+    plain: Tensor | None = None  # which kernel for how many rows
+    biased: tuple[Tensor, Tensor, Tensor] | None = None  # (the bias, which kernels, the bias in humming's order)
 
 
 def supports(form: Format, device: torch.device, dtype: torch.dtype, rounded: bool = False) -> str | None:
@@ -80,13 +73,8 @@ def prepack_linear(q: Quantized, dtype: torch.dtype, rounded: bool = False) -> H
     locks = torch.zeros(LOCKS, dtype=torch.int32, device=device)
     held = tuple(map(tensors.get, names))
     laid = _laid(config, how, columns, dtype)
-    _compiling(config, device, _above(laid, device))
-    return Held(emptied(q), Compiled(config), dtype, held, columns, how.input, given, locks, laid)
-
-
-def _above(laid: few.Laid | None, device: torch.device) -> int:
-    """Rows up to which `few` multiplies."""
-    return 0 if laid is None or few.lacking(device) else few.most(device, "laid")
+    _compiling(config, device, laid is not None)
+    return Held(emptied(q), config, dtype, held, columns, how.input, given, locks, laid)
 
 
 def _laid(config: Any, how: Layout, columns: Tensor | None, dtype: torch.dtype) -> few.Laid | None:
@@ -132,16 +120,11 @@ def _product(x: Tensor, held: Held, bias: Tensor | None) -> Tensor:
     weight, weight_scale, outer, zero = held.tensors
     if held.laid and weight is not None and weight_scale is not None and few.takes_laid(x, bias):
         return few.laid(x, weight, held.source.weight.shape[-2], held.laid, weight_scale, zero, outer, bias)
-    run, ordered = held.plain, None
-    if bias is not None and held.columns is None:
-        run, ordered = _biased(held, bias)
-    above = _above(held.laid, x.device)
-    above = above if len(x) > above else 0
-    if above not in run.kernels:
-        run.kernels[above] = _compiling(run.config, x.device, above).result()
+    inside = bias if held.columns is None else None
+    configs, ordered = _biased(held, inside) if inside is not None else (_plain(held), None)
     y: Tensor = torch.ops.humming.launch_kernel.default(
-        run.kernels[above], x, weight, weight_scale, outer, scale, None, zero, ordered, None, None, None, None, None,
-        held.locks, 1, 0,
+        configs, x, weight, weight_scale, outer, scale, None, zero, ordered, None, None, None, None, None, held.locks,
+        1, 0,
     )  # fmt: skip
     if held.columns is None:
         return y
@@ -150,24 +133,32 @@ def _product(x: Tensor, held: Held, bias: Tensor | None) -> Tensor:
     return scale_(y, None, held.columns, bias)
 
 
-def _biased(held: Held, bias: Tensor) -> tuple[Compiled, Tensor]:
+def _plain(held: Held) -> Tensor:
+    if held.plain is None:
+        held.plain = _compiling(held.config, held.locks.device, held.laid is not None).result()
+    return held.plain
+
+
+def _biased(held: Held, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """-> the kernels that add a bias, and it in humming's order."""
     if held.biased is None or held.biased[0] is not bias:
         from fewbit.kernels.humming_weight import bias_of, with_bias
 
-        held.biased = bias, Compiled(with_bias(held.plain.config)), bias_of(bias, held.dtype)
+        configs = _compiling(with_bias(held.config), held.locks.device, held.laid is not None).result()
+        held.biased = bias, configs, bias_of(bias, held.dtype)
     return held.biased[1:]
 
 
-_under_way: dict[tuple[str, torch.device, int], Future[Tensor]] = {}
+_under_way: dict[tuple[str, torch.device, bool], Future[Tensor]] = {}
 _lock = Lock()
 
 
-def _compiling(config: Any, device: torch.device, above: int) -> Future[Tensor]:
-    """The kernels for more rows than `above`: shapes are compiled side by side, and while others are still laid out."""
-    key = config.to_str(), device, above
+def _compiling(config: Any, device: torch.device, laid: bool) -> Future[Tensor]:
+    """Shapes are compiled side by side, and while other weights are still laid out."""
+    key = config.to_str(), device, laid
     with _lock:
         if key not in _under_way:
-            _under_way[key] = _workers().submit(_compiled, config, device, above)
+            _under_way[key] = _workers().submit(_compiled, config, device, laid)
         return _under_way[key]
 
 
@@ -176,13 +167,19 @@ def _workers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(8, "humming")
 
 
-def _compiled(config: Any, device: torch.device, above: int) -> Tensor:
-    """-> int64 on the CPU: (rows above, rows up to, kernel, processors) of every tile that humming would choose."""
+def _compiled(config: Any, device: torch.device, laid: bool) -> Tensor:
+    """-> int64 on the CPU: (rows above, rows up to, kernel, processors) of every tile that humming would choose.
+
+    laid: `few` takes few rows, so that tiles for those are left out.
+    """
     from humming.kernel.humming import HummingKernel
     from humming.tune import get_heuristics_config
 
+    above = few.MOST["laid"] if laid and not few.lacking(device) else 0
     with torch.cuda.device(device):
-        tiles = [tile for tile in get_heuristics_config(config, device=device) if tile[1] > above]
-        tiles = [tile for tile in tiles if not ROWS or any(tile[0] < rows <= tile[1] for rows in ROWS)]
+        every = get_heuristics_config(config, device=device)
+        asked = [tile for tile in every if not ROWS or any(tile[0] < rows <= tile[1] for rows in ROWS)]
+        (_, *first), *others = [tile for tile in asked if tile[1] > above] or every[:1]
+        tiles = [[0, *first], *others]  # humming looks for the tile of one row, whatever it runs
         found: Tensor = HummingKernel.prepare_kernels(config.to_str(), None, tiles, device)
     return found

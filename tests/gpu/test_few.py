@@ -1,4 +1,4 @@
-"""Products of up to 64 rows by few.cu and some.cu against float64: every type, count and layout, in any company."""
+"""Products of up to 16 rows by few.cu against float64: every type, count of rows and layout, in any company."""
 
 from dataclasses import replace
 
@@ -29,30 +29,24 @@ def there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def near(y: Tensor, x: Tensor, w: Tensor, want: Tensor, scale: float = 1.0) -> None:
-    """One rounding of the result, and sums in float32 in any order (e4m3: 64 or 128 columns in fewer bits)."""
+    """One rounding of the result, and sums in float32 in any order (e4m3: 64 columns at a time in fewer bits)."""
     size = x.double().abs() @ w.double().abs().T * scale
     few_bits = 2.0**-12 if x.dtype == torch.float8_e4m3fn else x.shape[1] * 2.0**-24
     assert bool(((y.double() - want).abs() <= UNIT[y.dtype] * want.abs() + few_bits * size).all())
 
 
 @pytest.mark.parametrize("kind", few.TYPES, ids=str)
-@pytest.mark.parametrize("n, k, many", [
-    (16, 64, False), (256, 4096 + 64, False), (4096, 512, False), (9216, 192, False),
-    (2048, 512, True), (4096 + 16, 4096 + 128, True), (9216, 384, True), (34816, 256, True),
-])  # fmt: skip
-def test_rows(kind: torch.dtype, n: int, k: int, many: bool) -> None:
+@pytest.mark.parametrize("n, k", [(16, 64), (256, 4096 + 64), (4096, 512), (9216, 192)])
+def test_rows(kind: torch.dtype, n: int, k: int) -> None:
     out = kind if kind in few.HALVES else torch.bfloat16
     draw = torch.Generator(CUDA).manual_seed(0)
-    edge = few.FEW["floats" if kind in few.HALVES else "codes"]
-    counts = [m for m in (1, 2, 7, 8, 9, 16, 17, 32, 33, 64) if (m > edge) == many]
-    x, w = (torch.randn(size, k, device=CUDA, generator=draw) * 20 for size in (counts[-1], n))
+    x, w = (torch.randn(size, k, device=CUDA, generator=draw) * 20 for size in (16, n))
     x, w = ((each.round().clamp(-127, 127) if kind is torch.int8 else each / 20).to(kind) for each in (x, w))
-    scales, columns, bias = (torch.rand(size, device=CUDA, generator=draw) for size in (len(x), n, n))
+    scales, columns, bias = (torch.rand(size, device=CUDA, generator=draw) for size in (16, n, n))
     bias = bias.to(out)
     sums = x.double() @ w.double().T
     one = columns[:1].clone()
-    for m in counts:
-        assert few.takes(x[:m], w, bias, out) == (m <= few.most(x.device, few._kind(x)))
+    for m in (1, 2, 7, 8, 9, 16):
         near(few.rows(x[:m], w, out), x[:m], w, sums[:m])
         y = few.rows(x[:m], w, out, scales[:m].contiguous(), columns, bias)
         want = sums[:m] * scales[:m, None] * columns + bias.double()
@@ -70,15 +64,12 @@ def test_a_nan_stays_in_its_row() -> None:
 
 def test_dense_linear_takes_it() -> None:
     w, bias = torch.randn(4096, 512, device=CUDA).bfloat16(), torch.randn(4096, device=CUDA).bfloat16()
-    for m in (1, 8, 9, 64, 65):
+    for m in (1, 8, 9):
         x = torch.randn(1, m, 512, device=CUDA).bfloat16()
         y = dense_linear(x, w, bias)
         want = x[0].double() @ w.double().T + bias.double()
         assert y.shape == (1, m, 4096)
         assert bool(((y[0].double() - want).abs() <= 2.0**-7 * (want.abs() + bias.double().abs() + 1)).all())
-
-
-SOME = (1, 3, 8, 9, 16, 29, 33, 64)  # rows: by warps up to 8, then by blocks of 16, 32 and 64
 
 
 @pytest.mark.parametrize("zeros", ["", "-asym"])
@@ -92,23 +83,23 @@ def test_laid(dtype: torch.dtype, group: int, zeros: str) -> None:
         form = replace(FORMATS[f"int4-g128{zeros}"], weight=replace(base, **wider))
     scales = tuple(replace(s, element=BF16 if dtype == torch.bfloat16 else F16) for s in form.weight.scales)
     form = replace(form, weight=replace(form.weight, scales=scales))
-    for n, k in ((128, 512), (256, 1024 + 512), (384, 512), (9216, 512)):
+    for n, k in ((128, 512), (256, 1024 + 512), (9216, 512)):
         w = encode(torch.randn(n, k, generator=torch.Generator().manual_seed(n)) * 0.1, form.weight).to(CUDA)
         values = decode(w)
         held = humming_linear.prepack_linear(Quantized(form, w), dtype)
         assert isinstance(held, humming_linear.Held) and held.laid == few.Laid(few.INTEGERS, group)
-        x, bias = torch.randn(64, k, device=CUDA).to(dtype), torch.randn(n, device=CUDA).to(dtype)
-        for m in SOME:
+        x, bias = torch.randn(8, k, device=CUDA).to(dtype), torch.randn(n, device=CUDA).to(dtype)
+        for m in (1, 3, 8):
             y = humming_linear.run_linear(x[:m], held)
             near(y, x[:m], values, x[:m].double() @ values.double().T)
-            assert torch.equal(y, humming_linear.run_linear(x[: 8 if m <= 8 else 64], held)[:m])
+            assert torch.equal(y, humming_linear.run_linear(x, held)[:m])
             biased = humming_linear.run_linear(x[:m], held, bias).double()
             want = x[:m].double() @ values.double().T + bias.double()
             assert bool(((biased - want).abs() <= 2 * UNIT[dtype] * (want.abs() + 1)).all())
         weight, scale, outer, zero = held.tensors
         assert weight is not None and scale is not None
-        two = few.laid(x[:8].repeat(2, 1), weight, n, held.laid, scale, zero, outer)
-        assert torch.equal(two[8:], two[:8])
+        two = few.laid(x.repeat(2, 1), weight, n, held.laid, scale, zero, outer)
+        assert torch.equal(two[8:], two[:8]) and torch.equal(two[:8], humming_linear.run_linear(x, held))
 
 
 @pytest.mark.parametrize("name, dtype", [
@@ -121,11 +112,11 @@ def test_floats_of_4_bits(name: str, dtype: torch.dtype) -> None:
         values = decode(w)
         held = humming_linear.prepack_linear(Quantized(form, w), dtype)
         assert isinstance(held, humming_linear.Held) and held.laid is not None
-        x, bias = torch.randn(64, k, device=CUDA).to(dtype), torch.randn(n, device=CUDA).to(dtype)
-        for m in SOME:
+        x, bias = torch.randn(8, k, device=CUDA).to(dtype), torch.randn(n, device=CUDA).to(dtype)
+        for m in (1, 3, 8):
             y = humming_linear.run_linear(x[:m], held)
             near(y, x[:m], values, x[:m].double() @ values.double().T)
-            assert torch.equal(y, humming_linear.run_linear(x[: 8 if m <= 8 else 64], held)[:m])
+            assert torch.equal(y, humming_linear.run_linear(x, held)[:m])
         want = x.double() @ values.double().T + bias.double()
         off = (humming_linear.run_linear(x, held, bias).double() - want).abs()
         assert bool((off <= 2 * UNIT[dtype] * (want.abs() + 1)).all())
