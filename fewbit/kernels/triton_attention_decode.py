@@ -21,8 +21,8 @@ PROGRAMS = 4  # that are aimed at, per multiprocessor
 FEW_PARTS, MOST_PARTS = 8, 64
 MOST_HEADS = 64  # queries of a program
 MOST_TOKENS = 64
-TILE = 4096  # numbers of a tile of keys
-WARPS, STAGES = 4, 4  # tiles on their way are one less than stages
+TILE = {True: 4096, False: 8192}  # numbers of a tile of keys, where texts are cut into parts and where not
+WARPS, STAGES = 4, {True: 4, False: 2}  # tiles on their way are one less than stages
 ROOM = 48 << 10  # bytes for them, so that PROGRAMS share a multiprocessor
 
 
@@ -42,14 +42,15 @@ def shape(query: Tensor, cache: Cache, table: Table, window: int | None) -> Shap
     group = query.shape[1] // key_heads
     heads = min(MOST_HEADS, padded(group))
     blocks = -(-group // heads)
-    tokens = min(MOST_TOKENS, max(16, TILE // padded(cache.key.shape[2])))
+    wanted = PROGRAMS * processors(query.device) // (table.ones * key_heads * blocks)
+    tokens = min(MOST_TOKENS, max(16, TILE[wanted > 1] // padded(cache.key.shape[2])))
     if query.dtype == torch.float32:  # without matrix units larger tiles spill
         tokens = 16
     reach = table.reach if window is None else min(table.reach, window)
-    wanted = PROGRAMS * processors(query.device) // (table.ones * key_heads * blocks)
     parts = max(1, min(-(-reach // tokens), wanted, MOST_PARTS))
     bytes_of_tile = tokens * (padded(cache.key.shape[2]) + padded(cache.value.shape[2])) * cache.key.element_size()
-    stages = STAGES if (STAGES - 1) * bytes_of_tile <= ROOM else 2
+    stages = STAGES[wanted > 1]
+    stages = stages if (stages - 1) * bytes_of_tile <= ROOM else 2
     return Shape(heads, blocks, tokens, 1 << parts.bit_length() - 1, stages)  # few values: each is compiled for
 
 
