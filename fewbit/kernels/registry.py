@@ -26,6 +26,7 @@ from fewbit.kernels import (
     triton_experts,
     triton_linear,
 )
+from fewbit.kernels.scaled_linear import Unscaled
 from fewbit.quant.spec import Format
 
 Op = Literal["linear", "experts"]
@@ -49,6 +50,7 @@ class Kernel:
     owns: bool = False  # prepack(q, dtype) takes the planes over; its result has a `source` without them, or with
     gathers: bool = False  # experts: run takes one more, which row of x each row is, and x is not sorted then
     invariant: bool = False  # whether a row's result never depends on how many rows are beside it
+    unscaled: Callable[..., Unscaled] | None = None  # linear: (x, packed), for a reader that applies scales itself
 
     def refusal(self, format: Format, device: torch.device, dtype: torch.dtype) -> str | None:
         """None when it can run, else the first reason why not."""
@@ -84,7 +86,7 @@ KERNELS: tuple[Kernel, ...] = (
     ),
     Kernel(
         "scaled", "linear", ("cuda",), (torch.bfloat16,), scaled_linear.supports, scaled_linear.prepack_linear,
-        scaled_linear.run_linear, (8, 9),
+        scaled_linear.run_linear, (8, 9), unscaled=scaled_linear.run_unscaled,
         note="FP8 times FP8 through cuBLASLt, the scales of rows in a step of their own; up to 16 rows by few.cu",
     ),
     Kernel(

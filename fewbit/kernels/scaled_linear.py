@@ -23,6 +23,9 @@ STEP = 16  # rows and columns come in as many: cuBLASLt reads 16 bytes at a time
 FAST = False  # sums of fewer bits: no faster here within the noise of measuring (8192**3: 1329 against 1349 TFLOP/s)
 
 
+Unscaled = tuple[Tensor, Tensor | None, Tensor | None]  # [..., N], and float32 [M, 1] and [N] that it is to be times
+
+
 @dataclass(frozen=True, slots=True)
 class Scaled:
     """A weight as cuBLASLt takes it: the canonical codes, seen as float8."""
@@ -74,17 +77,33 @@ def run_linear(x: Tensor, held: Scaled | Rows, bias: Tensor | None = None) -> Te
     return low_rank(x, q.transforms, y.view(*x.shape[:-1], n))
 
 
+def run_unscaled(x: Tensor, held: Scaled | Rows) -> Unscaled:
+    """The same, but for the scales that would take a launch of their own."""
+    if isinstance(held, Rows) or held.source.transforms or not x.numel():
+        return run_linear(x, held), None, None
+    y, rows, columns = _sums(x, held, None)
+    return y.view(*x.shape[:-1], -1), rows, columns
+
+
 def _product(x: Tensor, held: Scaled, bias: Tensor | None) -> Tensor:
     """x: [..., K] -> [M, N]."""
-    from fewbit.kernels.triton_quantize import input_codes
     from fewbit.kernels.triton_scale import scale_
+
+    y, rows, columns = _sums(x, held, bias)
+    return y if rows is None and columns is None else scale_(y, rows, columns, bias)
+
+
+def _sums(x: Tensor, held: Scaled, bias: Tensor | None) -> Unscaled:
+    """-> [M, N], and the scales of rows and columns that are still to be applied; the bias too, where there are any."""
+    from fewbit.kernels.triton_quantize import input_codes
 
     codes, scale = input_codes(x, held.rounding, held.given)
     rows = held.codes.t()
     if few.takes(codes, rows, bias, x.dtype):
-        return few.rows(codes, rows, x.dtype, scale, held.whole if held.columns is None else held.columns, bias)
+        y = few.rows(codes, rows, x.dtype, scale, held.whole if held.columns is None else held.columns, bias)
+        return y, None, None
     alone = scale.numel() == 1
     whole = scale.view(1) if alone else held.one
     after = not alone or held.columns is not None
     y = torch._scaled_mm(codes, held.codes, whole, held.whole, None if after else bias, None, x.dtype, FAST)
-    return scale_(y, None if alone else scale, held.columns, bias) if after else y
+    return y, None if alone else scale, held.columns

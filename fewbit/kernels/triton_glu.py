@@ -51,6 +51,19 @@ def _act(x, alpha, ACT: tl.constexpr):
 
 
 @triton.jit
+def _half(
+    x_at, at, inside, columns, step, row_scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr, OUT: tl.constexpr
+):  # fmt: skip
+    """gate or up: as stored, or times the scales of its row and columns and rounded, as triton_scale does."""
+    x = tl.load(x_at + at * step, inside, 0.0)
+    if COLUMNS:
+        x = x.to(tl.float32) * tl.load(columns + at * step, inside, 0.0)
+    if ROWS:
+        x = x.to(tl.float32) * row_scale
+    return x.to(OUT)
+
+
+@triton.jit
 def _product(
     gate, up, alpha, limit, plus, ACT: tl.constexpr, LIMITED: tl.constexpr, PLUS: tl.constexpr, OUT: tl.constexpr
 ):  # fmt: skip
@@ -65,35 +78,45 @@ def _product(
 
 @triton.jit(do_not_specialize=["blocks"])
 def _act_mul(
-    gate_at, up_at, y_at, n, blocks, gate_row, gate_step, up_row, up_step, alpha, limit, plus,
-    ACT: tl.constexpr, LIMITED: tl.constexpr, PLUS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    gate_at, up_at, y_at, n, blocks, gate_row, gate_step, up_row, up_step, alpha, limit, plus, rows, gate_columns,
+    up_columns, ACT: tl.constexpr, LIMITED: tl.constexpr, PLUS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     begin(EARLY)
     pid = tl.program_id(0)
     row = (pid // blocks).to(tl.int64)
     at = pid % blocks * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(gate_at + row * gate_row + at * gate_step, at < n)
-    up = tl.load(up_at + row * up_row + at * up_step, at < n)
-    y = _product(gate, up, alpha, limit, plus, ACT, LIMITED, PLUS, y_at.dtype.element_ty)
+    row_scale = 1.0
+    if ROWS:
+        row_scale = tl.load(rows + row)
+    out = y_at.dtype.element_ty
+    gate = _half(gate_at + row * gate_row, at, at < n, gate_columns, gate_step, row_scale, ROWS, COLUMNS, out)
+    up = _half(up_at + row * up_row, at, at < n, up_columns, up_step, row_scale, ROWS, COLUMNS, out)
+    y = _product(gate, up, alpha, limit, plus, ACT, LIMITED, PLUS, out)
     tl.store(y_at + row * n + at, y, at < n)
 
 
 @triton.jit
 def _act_mul_round(
-    gate_at, up_at, y_at, codes, scales, gate_row, gate_step, up_row, up_step, alpha, limit, plus, N: tl.constexpr,
-    ACT: tl.constexpr, LIMITED: tl.constexpr, PLUS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+    gate_at, up_at, y_at, codes, scales, gate_row, gate_step, up_row, up_step, alpha, limit, plus, rows, gate_columns,
+    up_columns, N: tl.constexpr, ACT: tl.constexpr, LIMITED: tl.constexpr, PLUS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
     REACH: tl.constexpr, EMPTY: tl.constexpr, POWERS: tl.constexpr, INT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program has a whole row."""
     begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
+    out = y_at.dtype.element_ty
+    row_scale = 1.0
+    if ROWS:
+        row_scale = tl.load(rows + row)
     made, top = (), tl.zeros([BLOCK], tl.float32)
     for i in tl.static_range(STEPS):
         at = i * BLOCK + lane
-        gate = tl.load(gate_at + row * gate_row + at * gate_step, at < N, 0.0)
-        up = tl.load(up_at + row * up_row + at * up_step, at < N, 0.0)
-        y = _product(gate, up, alpha, limit, plus, ACT, LIMITED, PLUS, y_at.dtype.element_ty)
+        gate = _half(gate_at + row * gate_row, at, at < N, gate_columns, gate_step, row_scale, ROWS, COLUMNS, out)
+        up = _half(up_at + row * up_row, at, at < N, up_columns, up_step, row_scale, ROWS, COLUMNS, out)
+        y = _product(gate, up, alpha, limit, plus, ACT, LIMITED, PLUS, out)
         made = made + (y,)  # noqa: RUF005 - Triton unpacks no tuple
         top = tl.maximum(top, tl.where(at < N, tl.abs(y.to(tl.float32)), 0.0))
     scale = scale_of(tl.max(top, 0, keep_dims=True), REACH, EMPTY, POWERS)
@@ -111,17 +134,23 @@ def takes(gate: Tensor, up: Tensor) -> bool:
 
 
 def act_mul(
-    gate: Tensor, up: Tensor, act: str, alpha: float, limit: float, plus: float, wanted: Wanted | None = None
-) -> Tensor:
-    """gate, up: [..., N] -> [..., N]; as modules.glu.multiplied. wanted: of who reads it."""
+    gate: Tensor, up: Tensor, act: str, alpha: float, limit: float, plus: float, wanted: Wanted | None = None,
+    scales: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None,
+) -> Tensor:  # fmt: skip
+    """gate, up: [..., N] -> [..., N]; as modules.glu.multiplied. wanted: of who reads it.
+
+    scales: [M, 1] of rows, [N] of columns of gate and of up, float32, those of columns as far apart as the columns are.
+    """
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if y.numel() == 0:
         return y
     n = gate.shape[-1]
     gate, up = gate.reshape(-1, n), up.reshape(-1, n)
     how = wanted.how if wanted and n <= LONGEST else None
-    rows, codes, of = gate.shape[0], None, (alpha, limit, plus)
-    fixed: dict[str, Any] = {"ACT": act, "LIMITED": limit < inf, "PLUS": plus != 0, **early(gate.device)}
+    by_row, *by_column = scales or (None, None, None)
+    rows, codes, of = gate.shape[0], None, (alpha, limit, plus, by_row, *by_column)
+    fixed: dict[str, Any] = {"ACT": act, "LIMITED": limit < inf, "PLUS": plus != 0, "ROWS": by_row is not None,
+                             "COLUMNS": by_column[0] is not None, **early(gate.device)}  # fmt: skip
     if how is None:
         block, warps = (1024, 4) if y.numel() >= FULL else (256, 1)
         blocks = cdiv(n, block)

@@ -16,6 +16,8 @@ from torch.nn import functional
 
 from fewbit.kernels import fused
 from fewbit.kernels.input_rounding import Wanted
+from fewbit.modules.linear import Linear
+from fewbit.modules.merged import Slice
 
 ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "silu": lambda x, _: functional.silu(x),
@@ -28,6 +30,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 ALPHA = {"quick_gelu": 1.702}  # the number of those that have one, as their name alone means it
 Half = Literal["first", "last", "even"]
+Scales = tuple[Tensor | None, Tensor | None, Tensor | None]  # of rows, of gate's columns, of up's
 HALVES: dict[Half, Callable[[Tensor], tuple[Tensor, ...]]] = {  # -> gate, up
     "first": lambda x: x.chunk(2, -1),
     "last": lambda x: x.chunk(2, -1)[::-1],
@@ -69,14 +72,39 @@ class GluForm:
 
 def forward(module: nn.Module, form: GluForm, x: Tensor) -> Tensor:
     """What stands for a gated MLP's own forward. x: [..., K] -> [..., K]."""
-    gate = getattr(module, form.gate)(x)
-    gate, up = (gate, getattr(module, form.up)(x)) if form.up else HALVES[form.half](gate)
+    gate, up, *scales = halves(module, form, x)
     wanted = module.__dict__.setdefault("fewbit_wanted", Wanted())
-    y: Tensor = getattr(module, form.down)(act_mul(gate, up, form.gating, wanted))
+    y: Tensor = getattr(module, form.down)(act_mul(gate, up, form.gating, wanted, *scales))
     return y
 
 
-def act_mul(gate: Tensor, up: Tensor, by: Gating, wanted: Wanted | None = None) -> Tensor:
+def halves(module: nn.Module, form: GluForm, x: Tensor) -> tuple[Any, ...]:
+    """gate, up, and their Scales where those are left to the kernel, which is the only one to read them."""
+    first, second = getattr(module, form.gate), getattr(module, form.up) if form.up else None
+    if x.is_cuda and (whole := maker(first, second)) is not None:
+        order = form.half if second is None else "first" if first.index == 0 else "last"
+        y, rows, columns = whole.unscaled(x)
+        scales = () if rows is None and columns is None else (
+            (rows, *(HALVES[order](columns) if columns is not None else (None, None))),)  # fmt: skip
+        return *HALVES[order](y), *scales
+    made = first(x)
+    return (made, second(x)) if second is not None else HALVES[form.half](made)
+
+
+def maker(first: nn.Module, second: nn.Module | None) -> Linear | None:
+    """The one linear that makes both and nothing else, unless somebody watches what they make."""
+    whole = first
+    if second is not None:
+        if not (isinstance(first, Slice) and isinstance(second, Slice) and first.merged is second.merged):
+            return None
+        whole = first.merged.linear
+        if len(first.merged.sizes) > 2:
+            return None
+    watched = any(m is not None and (m._forward_hooks or m._forward_pre_hooks) for m in (first, second, whole))
+    return whole if type(whole) is Linear and not watched else None
+
+
+def act_mul(gate: Tensor, up: Tensor, by: Gating, wanted: Wanted | None = None, scales: Scales | None = None) -> Tensor:
     """gate, up: [..., N], also strided -> [..., N], by the kernel that takes them. wanted: of who reads it."""
     run: Any = None
     if gate.is_cuda:
@@ -84,10 +112,20 @@ def act_mul(gate: Tensor, up: Tensor, by: Gating, wanted: Wanted | None = None) 
     elif fused.takes_gate(gate, up, by.act):
         run = fused
     if run is None:
-        return multiplied(gate, up, by)
-    more = (wanted,) if gate.is_cuda else ()
+        return multiplied(*scaled(gate, up, scales), by)
+    more = (wanted, scales) if gate.is_cuda else ()
     y: Tensor = run.act_mul(gate, up, by.act, by.alpha, by.limit, by.plus, *more)
     return y
+
+
+def scaled(gate: Tensor, up: Tensor, scales: Scales | None) -> tuple[Tensor, Tensor]:
+    """The two times their scales, rounded."""
+    if scales is None:
+        return gate, up
+    rows, *columns = scales
+    wide = [x.float() if c is None else x.float() * c for x, c in zip((gate, up), columns, strict=True)]
+    rows = 1.0 if rows is None else rows.view(*gate.shape[:-1], 1)
+    return (wide[0] * rows).to(gate.dtype), (wide[1] * rows).to(up.dtype)
 
 
 def multiplied(gate: Tensor, up: Tensor, by: Gating) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fewbit.errors import UnsupportedError
 from fewbit.kernels.capability import run_as
 from fewbit.kernels.dense import dense_linear
-from fewbit.kernels.registry import Kernel, Op
+from fewbit.kernels.registry import Kernel, Op, Unscaled
 from fewbit.kernels.select import select
 from fewbit.quant.qtensor import Planes, QTensor, Quantized, Transform
 from fewbit.quant.reference import decode
@@ -115,6 +115,13 @@ class Linear(nn.Module):
             return only.kernel.run(x, only.packed, self.bias)
         y = torch.cat([p.kernel.run(x, p.packed, None) for p in self.parts], -1)
         return y if self.bias is None else y + self.bias
+
+    def unscaled(self, x: Tensor) -> Unscaled:
+        """y, and the scales of its rows and columns that are its reader's to apply."""
+        only = self.parts[0] if len(self.parts) == 1 and self.bias is None else None
+        if only is None or only.kernel.unscaled is None:
+            return self(x), None, None
+        return only.kernel.unscaled(x, only.packed)
 
     def __getattr__(self, name: str) -> Any:
         if name == "parts" and self.__dict__.get("pending"):

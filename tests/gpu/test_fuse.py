@@ -11,6 +11,11 @@ from fewbit.models.fill import settle
 from fewbit.models.fuse_place import put_back
 from fewbit.modules import glu, norm, residual, rotary
 from fewbit.modules.glu import Gating
+from fewbit.modules.linear import Linear, Options
+from fewbit.modules.merged import merge
+from fewbit.quant.formats import FORMATS
+from fewbit.quant.qtensor import Quantized
+from fewbit.quant.reference import encode
 from tests.gpu.causal import CAUSAL
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -182,3 +187,36 @@ def test_graph(model_type: str) -> None:
             out.fill_(torch.nan)
         graph.replay()
         near(out, logits(fused, new), of=float(out.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["fp8-tensor", "fp8-channel"])
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_gate_that_scales_what_it_reads(name: str, apart: bool) -> None:
+    """To the bit what the linears give where somebody watches them, who sees them scaled; at few rows and at many."""
+    draw = torch.Generator().manual_seed(0)
+    form = FORMATS[name]
+
+    def linear(n: int, k: int) -> Linear:
+        made = Linear(k, n, None, None)
+        made.bind(
+            (Quantized(form, encode(torch.randn(n, k, generator=draw) * 0.05, form.weight)),),
+            Options(dtype=torch.bfloat16),
+        )
+        return made
+
+    mlp = nn.Module()
+    gates = merge([linear(512, 256), linear(512, 256)]) if apart else [linear(1024, 256)]
+    for path, part in zip(("gate", "up") if apart else ("gate",), gates, strict=True):
+        setattr(mlp, path, part)
+    mlp.down = linear(256, 512)
+    mlp.cuda()
+    how = glu.GluForm(Gating("silu"), "gate", "up" if apart else "", "down")
+    seen: list[Tensor] = []
+    for rows in (3, 40, 300):
+        x = random(1, rows, 256, dtype=torch.bfloat16)
+        glu.forward(mlp, how, x)  # the gate hears how its reader rounds
+        got = glu.forward(mlp, how, x)
+        hook = mlp.gate.register_forward_hook(lambda *given: seen.append(given[-1]))
+        assert torch.equal(got, glu.forward(mlp, how, x))
+        hook.remove()
+    assert [len(y[0]) for y in seen] == [3, 40, 300]

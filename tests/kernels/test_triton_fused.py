@@ -1,12 +1,16 @@
 """The three fused kernels in Triton's interpreter against their torch forms."""
 
+from math import inf
+
 import pytest
 import torch
 from torch import Tensor
 
+from fewbit.kernels.input_rounding import Wanted
 from fewbit.kernels.triton_runtime import lacking
 from fewbit.modules import glu, norm, rotary
 from fewbit.modules.glu import Gating
+from tests.kernels.test_quantize_rows import SPECS, how
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
@@ -103,6 +107,24 @@ def test_glu(by: Gating, dtype: torch.dtype) -> None:
         got = triton_glu.act_mul(gate, up, by.act, by.alpha, by.limit, by.plus)
         near(got, glu.multiplied(gate, up, by), of=4.0)
     assert set(triton_glu.ACTS) == set(glu.ACTIVATIONS)
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize("of", ["rows", "columns", "both"])
+@pytest.mark.parametrize("half", glu.HALVES)
+def test_glu_of_what_is_yet_to_be_scaled(half: glu.Half, of: str, rounds: bool) -> None:
+    """To the bit what scaling and rounding first gives; and so does the way without a kernel."""
+    from fewbit.kernels import triton_glu
+    from fewbit.kernels.triton_scale import scale_
+
+    y = 3 * random(5, 200, dtype=torch.float32 if DEVICE == "cpu" else torch.bfloat16)
+    rows = random(5, 1).abs() if of != "columns" else None
+    columns = random(200).abs() if of != "rows" else None
+    scales = (rows, *(glu.HALVES[half](columns) if columns is not None else (None, None)))
+    wanted = Wanted(how(SPECS["token"])) if rounds else None
+    want = triton_glu.act_mul(*glu.HALVES[half](scale_(y.clone(), rows, columns, None)), "silu", 1.0, inf, 0.0)
+    assert torch.equal(triton_glu.act_mul(*glu.HALVES[half](y), "silu", 1.0, inf, 0.0, wanted, scales), want)
+    near(glu.multiplied(*glu.scaled(*glu.HALVES[half](y), scales), Gating("silu")), want, of=4.0)
 
 
 def test_glu_in_large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
