@@ -33,7 +33,6 @@ from fewbit.errors import RequestError
 from fewbit.kernels import saturation
 
 LOG = logging.getLogger("fewbit.engine")
-TOGETHER = 16  # requests that a full engine on a GPU begins at once: few prompts fill a graph of rows badly
 
 
 @dataclass(slots=True)
@@ -86,8 +85,7 @@ class Engine:
             raise
         self.pool = PagePool(self.limits.pages, config.block_size,
                              config.enable_prefix_caching and self.runner.paged)  # fmt: skip
-        self.scheduler = Scheduler(self.pool, self.limits.most_running, self.limits.budget, config.max_queue,
-                                   TOGETHER if self.runner.ahead else 1)  # fmt: skip
+        self.scheduler = Scheduler(self.pool, self.limits.most_running, self.limits.budget, config.max_queue)
         self.sampler = Sampler(self.vocab, self.loaded.device)
         self.ahead = self.runner.ahead
         self._begun: Begun | None = None

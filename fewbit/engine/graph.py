@@ -20,7 +20,7 @@ from fewbit.engine.tables import Tables
 from fewbit.kernels.table import BLOCK, Table
 
 MOST = 256  # streams of the largest graph
-ROWS = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048)  # of graphs with prompts; beyond, launching is hidden
+ROWS = (16, 32, 64, *range(128, 1281, 128), 1536, 1792, 2048)  # of graphs with prompts; beyond, launching is hidden
 PROMPTS = 16  # blocks of rows that a graph has room for beyond those that are full: about so many prompts
 NUMPY = {torch.int16: "<i2", torch.int32: "<i4"}
 

@@ -27,10 +27,8 @@ class Work:
 
 
 class Scheduler:
-    def __init__(self, pool: PagePool, most_running: int, budget: int, most_waiting: int, together: int = 1):
+    def __init__(self, pool: PagePool, most_running: int, budget: int, most_waiting: int):
         self.pool, self.most_running, self.budget, self.most_waiting = pool, most_running, budget, most_waiting
-        self.together = min(together, most_running)  # begin so many at once where more wait than fit
-        self._opening = False
         self.waiting: list[Stream] = []
         self.running: list[Stream] = []
         self.preemptions = 0
@@ -59,22 +57,13 @@ class Scheduler:
             if back is not None:
                 works[stream] = Work(stream, stream.computed, stream.computed + count)
                 left += back - count
-        while self.waiting and left and self._opens():
+        while self.waiting and left and len(self.running) < self.most_running:
             work = self._begin(self.waiting[0], left)
             if work is None:
                 break
             works[work.stream] = work
             left -= work.stop - work.start
         return list(works.values())
-
-    def _opens(self) -> bool:
-        """Whether one more may begin. A full engine with a queue begins several together: each step that holds a prompt
-
-        costs far more than one of single tokens.
-        """
-        room = self.most_running - len(self.running)
-        self._opening = room > 0 and (self._opening or room >= min(self.together, len(self.waiting)))
-        return self._opening
 
     def _begin(self, stream: Stream, budget: int) -> Work | None:
         if stream.full or self._sibling_computes(stream):
