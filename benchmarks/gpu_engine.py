@@ -1,6 +1,7 @@
 """The engine on a GPU beside vLLM's figures: random weights in Llama-3.1-8B's shape, token ids in, greedy, no end.
 
-    python benchmarks/gpu_engine.py FOLDER [--rows bf16,fp8,w4a16] [--columns 1,8,64,256,serve,prefill] [--layers 32]
+    python benchmarks/gpu_engine.py FOLDER [--rows bf16,fp8,w4a16] [--columns 1,8,64,256,serve,prefill]
+        [--shape 8b --layers 32] [--options '{"tensor_parallel_size": 2}']
 
 FOLDER needs room for 16 GB; the model is made there once. Decode columns: batch x 128 output tokens over the whole
 time of a call with 128 tokens in and 128 out. Serve: 512 requests at once, 100 to 1024 tokens in, 100 to 512 out.
@@ -17,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from random_llama import make
+from random_llama import SHAPES, make
 
 from fewbit import LLM, SamplingParams
 
@@ -96,6 +97,7 @@ def resident(what: str) -> int:
 
 def row(name: str, model: Path, columns: list[str], repeat: int, options: dict[str, object]) -> None:
     given, peer = ROWS[name]
+    peer = peer if model.name == "8b" else None
     torch.zeros(1, device="cuda")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before, begun = resident("VmHWM"), time.perf_counter()
@@ -122,12 +124,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", default="bf16,fp8,w4a16")
     parser.add_argument("--columns", default=",".join(COLUMNS))
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--shape", default="8b", choices=sorted(SHAPES))
+    parser.add_argument("--layers", type=int)
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--options", type=json.loads, default={}, help="more options of LLM, as JSON")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d ms %(message)s")
-    model = make(given.folder / "model", "8b", given.layers, "cuda")
+    model = make(given.folder / given.shape, given.shape, given.layers, "cuda")
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
     for name in given.rows.split(","):
         try:
