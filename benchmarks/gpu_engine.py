@@ -101,7 +101,7 @@ def row(name: str, model: Path, columns: list[str], repeat: int, options: dict[s
     torch.zeros(1, device="cuda")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before, begun = resident("VmHWM"), time.perf_counter()
-    llm = LLM(model, **COMMON, **given, **options)
+    llm = LLM(model, **COMMON | given | options)
     ready = time.perf_counter() - begun
     engine = llm.llm_engine
     tokens, held = engine.limits.pages * engine.config.block_size, torch.cuda.memory_allocated() / 2**30
