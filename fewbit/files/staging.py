@@ -22,6 +22,9 @@ ASK = "overwrite it (overwrite=True, --overwrite)"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+NONE = -1  # the number of a file that is not open
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where a declared tensor goes, and what it must be in memory."""
@@ -50,6 +53,7 @@ class Staging:
         return self.folder / f".{name}.partial"
 
     def create(self, name: str) -> None:
+        self._fds[name] = NONE  # an interrupt may come between opening a file and keeping its number
         try:
             self.partial(name).unlink(missing_ok=True)  # what a kill left may be a link to a file that is to stay
             self._fds[name] = os.open(self.partial(name), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
@@ -59,6 +63,7 @@ class Staging:
     def adopt(self, name: str, path: Path) -> None:
         """A finished, synced file of the same volume under another name; a copy where it has no links."""
         partial = self.partial(name)
+        self._fds[name] = NONE
         try:
             partial.unlink(missing_ok=True)
             try:
@@ -126,7 +131,8 @@ class Staging:
     def discard(self) -> None:
         """Remove everything this write has made, published or not."""
         for name, fd in self._fds.items():
-            os.close(fd)
+            if fd != NONE:
+                os.close(fd)
             self.partial(name).unlink(missing_ok=True)
         for path in reversed(self._published):
             path.unlink(missing_ok=True)

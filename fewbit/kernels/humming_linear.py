@@ -164,7 +164,7 @@ def _compiling(config: Any, device: torch.device, laid: bool) -> Future[Tensor]:
 
 @cache
 def _workers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(8, "humming")
+    return ThreadPoolExecutor(2, "humming")  # each starts as many compilers as there are cores
 
 
 def _compiled(config: Any, device: torch.device, laid: bool) -> Tensor:

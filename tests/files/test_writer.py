@@ -1,6 +1,7 @@
 """What the writers put down is read alike by the peers' libraries, whatever the order, and never by halves."""
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -19,6 +20,7 @@ from fewbit.files.gguf import GGML_IDS, open_gguf
 from fewbit.files.manifest import MANIFEST
 from fewbit.files.safetensors import DTYPES
 from fewbit.files.shard import Part, write_shard
+from fewbit.files.staging import Staging
 from fewbit.files.writer import GGUFWriter, SafetensorsWriter, read_manifest, verify_manifest
 from tests.files.test_gguf import KINDS, same_as_library
 from tests.files.test_safetensors import random, same
@@ -148,6 +150,22 @@ def test_an_exception_of_the_caller_leaves_nothing(tmp_path: Path) -> None:
         writer.add_file("config.json", b"{}")
         raise KeyboardInterrupt
     assert not (tmp_path / "m").exists()
+
+
+def test_an_interrupt_while_a_file_is_made_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    staging, real = Staging(tmp_path / "out"), os.open
+
+    def interrupted(*given: Any) -> int:
+        os.close(real(*given))
+        raise KeyboardInterrupt
+
+    staging.put("a", b"1")
+    monkeypatch.setattr(os, "open", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        staging.put("b", b"2")
+    assert len(list((tmp_path / "out").iterdir())) == 2
+    staging.discard()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_in_the_way(tmp_path: Path) -> None:
