@@ -1,6 +1,7 @@
-// Few rows of x in int8 against codes of 4 or 8 bits, by dot products of four bytes (VNNI). 16 rows of W are turned so that
-// each is a lane; codes are multiplied unsigned, and what they are too large by comes off as a multiple of x's sum. Sums of
-// a group are whole numbers, and groups follow one another with one multiplication and addition each: the bits of tiles.
+// Few rows of x in int8 against codes that are whole numbers, by dot products of four bytes (VNNI): of 4 bits as they lie,
+// of others once each has a byte (BITS 8). 16 rows of W are turned so that each is a lane; codes are multiplied unsigned, and
+// what they are too large by comes off as a multiple of x's sum. Sums of a group are whole numbers, and groups follow one
+// another with one multiplication and addition each: the bits of tiles.
 
 #pragma once
 #include <omp.h>
@@ -18,6 +19,20 @@ struct Dotted {
 };
 
 template <int BITS> static const int64_t CHUNK = 512 / BITS;  // columns
+
+// What a code is flipped by to be above 0: the bit that says it is negative
+static inline int flipped(const Weight& w) { return w.kind != UINT8 && w.table[1 << (w.bits - 1)] & 0x8000 ? 1 << (w.bits - 1) : 0; }
+
+// CHUNK codes of a row; a row of 4 bits may end within
+template <int BITS> struct Chunk {
+    const int64_t bytes, row;  // of a chunk, of a row
+    const Unpack unpack;
+    explicit Chunk(const Weight& w) : bytes(BITS == 4 ? 64 : 8 * w.bits), row(w.k * w.bits / 8), unpack(w.bits) {}
+    __m512i operator()(const uint8_t* p, int64_t c) const {
+        if (BITS == 8) return unpack(p + c * bytes);
+        return _mm512_maskz_loadu_epi8(row - 64 * c >= 64 ? ~0ull : (1ull << (row - 64 * c)) - 1, p + 64 * c);
+    }
+};
 
 // PER of 16 turned words onto sums of M rows of x; lines from `next` are fetched meanwhile
 template <int BITS, int M, int PER>
@@ -55,13 +70,13 @@ static inline void dot(const __m512i* turned, const int32_t* x, __m512i flip, co
 
 // One row of W, all of it a group, as it lies: found[m][0]
 template <int BITS, int M>
-static inline void dot_line(const uint8_t* p, int64_t bytes, const int32_t* x, __m512i flip, int32_t (*found)[16]) {
+static inline void dot_line(const uint8_t* p, const Chunk<BITS>& chunk, const int32_t* x, __m512i flip, int32_t (*found)[16]) {
     const __m512i low = _mm512_set1_epi8(15);
     __m512i a[2 * M];
     for (int i = 0; i < 2 * M; i++) a[i] = _mm512_setzero_si512();
-    for (int64_t c = 0; c < bytes; c += 64, x += M * CHUNK<BITS> / 4) {
-        _mm_prefetch((const char*)p + c + AHEAD, _MM_HINT_T0);
-        const __m512i codes = _mm512_maskz_loadu_epi8(bytes - c >= 64 ? ~0ull : (1ull << (bytes - c)) - 1, p + c);
+    for (int64_t c = 0; c * chunk.bytes < chunk.row; c++, x += M * CHUNK<BITS> / 4) {
+        _mm_prefetch((const char*)p + c * chunk.bytes + AHEAD, _MM_HINT_T0);
+        const __m512i codes = chunk(p, c);
         const __m512i first = BITS == 8 ? _mm512_xor_si512(codes, flip) : _mm512_ternarylogic_epi64(codes, flip, low, 0x28);
         const __m512i odd = _mm512_ternarylogic_epi64(_mm512_srli_epi16(codes, 4), flip, low, 0x28);
 #pragma GCC unroll 8
@@ -101,9 +116,10 @@ static void turned_units(const Weight& w, int64_t n, float* scale, float* less) 
 template <int BITS, int M, int PER>
 static void dot_block(const Dotted& d, int64_t n, int64_t count, const float* scale, const float* less, uint16_t* y) {
     const Weight& w = d.w;
-    const int64_t bytes = w.k * BITS / 8, per = PER * CHUNK<BITS> / 16, pieces = w.group / per, all = w.k / per;
-    const __m512i flip = _mm512_set1_epi8(w.kind == UINT8 || (BITS == 4 && !(w.table[8] & 0x8000)) ? 0 : char(1 << (BITS - 1)));
-    const uint8_t *p = w.codes + n * bytes, *next = p + 16 * bytes;
+    const Chunk<BITS> chunk(w);
+    const int64_t per = PER * CHUNK<BITS> / 16, pieces = w.group / per, all = w.k / per;
+    const __m512i flip = _mm512_set1_epi8(char(flipped(w)));
+    const uint8_t *p = w.codes + n * chunk.row, *next = p + 16 * chunk.row;
     const int64_t last = w.n - 1 - n;
     __m512i sums[M], turned[16];
     __m512 total[M];
@@ -117,14 +133,13 @@ static void dot_block(const Dotted& d, int64_t n, int64_t count, const float* sc
     };
     if (pieces == all) {
         alignas(64) int32_t found[M][16] = {};
-        for (int64_t i = 0; i < 16 && i <= last; i++) dot_line<BITS, M>(p + i * bytes, bytes, d.x, flip, (int32_t(*)[16])&found[0][i]);
+        for (int64_t i = 0; i < 16 && i <= last; i++) dot_line<BITS, M>(p + i * chunk.row, chunk, d.x, flip, (int32_t(*)[16])&found[0][i]);
         for (int m = 0; m < M; m++) sums[m] = _mm512_add_epi32(_mm512_load_si512(found[m]), _mm512_set1_epi32(d.begin[m]));
         join(0);
     }
     int64_t g = 0, piece = 0, done = pieces == all ? all : 0;
     for (int64_t c = 0; done < all; c++) {
-        const __mmask64 held = 64 * (c + 1) <= bytes ? ~0ull : (1ull << (bytes - 64 * c)) - 1;
-        for (int64_t i = 0; i < 16; i++) turned[i] = _mm512_maskz_loadu_epi8(held, p + (i < last ? i : last) * bytes + 64 * c);
+        for (int64_t i = 0; i < 16; i++) turned[i] = chunk(p + (i < last ? i : last) * chunk.row, c);
         turn(turned);
         const int32_t* x = d.x + c * M * CHUNK<BITS> / 4;
 #pragma GCC unroll 4
@@ -132,7 +147,7 @@ static void dot_block(const Dotted& d, int64_t n, int64_t count, const float* sc
             if (done == all) break;
             if (piece == 0)
                 for (int m = 0; m < M; m++) sums[m] = _mm512_set1_epi32(d.begin[g * M + m]);
-            dot<BITS, M, PER>(turned + part * PER, x + part * PER, flip, (const char*)next + 1024 * c + 64 * PER * part, sums);
+            dot<BITS, M, PER>(turned + part * PER, x + part * PER, flip, (const char*)next + (16 * c + PER * part) * chunk.bytes, sums);
             done++;
             if (++piece < pieces) continue;
             join(g++);
@@ -195,7 +210,7 @@ static void dots_of(const Weight& w, const Rounded& r, int64_t rows, uint16_t* y
     float* sums = (float*)(begin + groups * M);
     dot_words<BITS>(r.codes.data(), rows, w.k, M, x);
     const bool taken = w.zeros || w.kind == UINT8;
-    const int32_t over = w.kind == UINT8 || BITS == 8 || (w.table[8] & 0x8000) ? 1 << (BITS - 1) : 0;
+    const int32_t over = w.kind == UINT8 ? 128 : flipped(w);
     for (int64_t g = 0; g < groups; g++)
         for (int64_t m = 0; m < M; m++) {
             sums[g * M + m] = r.sums[g * padded + m];

@@ -109,7 +109,7 @@ def slow(spec: QuantSpec) -> str | None:
     if spec.element.kind != "int" or kind_of(spec.element) is None:
         return f"{spec.element.name} is no whole number of 2 to 8 bits"
     columns = [scale.block[1] for scale in (*spec.scales, *spec.zeros)]
-    least = tiles.HALF if spec.element.bits in (4, 8) else tiles.WHOLE
+    least = tiles.LEAST_GROUP * (2 if spec.element.bits == 4 else 1)
     if any(cols % least for cols in columns):
         return f"its groups are shorter than the {least} columns that int8 units take at once"
     if any(cols > tiles.LONGEST for cols in columns):

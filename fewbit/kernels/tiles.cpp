@@ -49,7 +49,7 @@ struct Whole {
     struct Local { float scale[RUN * STEPS], less[RUN * STEPS]; };
 
     bool one() const { return w.group == w.k; }
-    int64_t bytes() const { return w.group == 32 ? 32 : 64; }  // of K at a time: half a step where groups are
+    int64_t bytes() const { return w.group < 64 ? w.group : 64; }  // of K at a time: less than a step where groups are
     void prepare(Local& l, int64_t n, int64_t count, int64_t step, int64_t steps) const {
         if (one()) return;
         const int64_t first = step * 64 / w.group;
@@ -71,9 +71,9 @@ struct Whole {
         alignas(64) int32_t found[STEPS * 4 * C];
         const int64_t each = w.group / bytes(), count = p.count * 64 / w.group, first = p.step * 64 / w.group;
         for (int64_t g = 0; g < count; g++) {
-            const int64_t step = g * w.group / 64, half = g * w.group % 64;
+            const int64_t step = g * w.group / 64, from = g * w.group % 64;
             zero_c<TWO>();
-            steps<true, TWO>(p.w + step * TILE + half, STEPS * 16 * 64, x.at(p.m, p.step + step) + half * x.cols, 16 * 64 * x.steps, x.cols, each);
+            steps<true, TWO>(p.w + step * TILE + from, STEPS * 16 * 64, x.at(p.m, p.step + step) + from * x.cols, 16 * 64 * x.steps, x.cols, each);
             store_c<TWO>(found + g * 4 * C);
         }
         for (int64_t i = 0; i < 4; i++) {
@@ -206,7 +206,7 @@ static void product(const Fill& f, const Op& op, const Input& x, int64_t most, u
 // Steps at a time: whole groups, up to STEPS of them
 static int64_t most(const Weight& w) {
     if (w.group == w.k) return STEPS;
-    return w.group == 32 ? STEPS / 2 : STEPS / (w.group / 64) * (w.group / 64);
+    return w.group < 64 ? STEPS * w.group / 64 : STEPS / (w.group / 64) * (w.group / 64);
 }
 
 static const uint8_t* laid(Memory& memory, const void* x, int64_t rows, int64_t bytes) {
@@ -271,8 +271,7 @@ void tiles_values(const Weight* w, const uint16_t* x, int64_t rows, uint16_t* y)
 // The same with each row of x rounded to int8, its largest value at `reach`; `least`: the scale of a row of zeros
 void tiles_whole(const Weight* w, const uint16_t* x, int64_t rows, float reach, float least, uint16_t* y) {
     static thread_local Memory memory;
-    const bool few = rows <= DOTTED && (w->bits == 4 || w->bits == 8);
-    const bool summed = w->zeros || w->kind == UINT8 || few;
+    const bool few = rows <= DOTTED, summed = w->zeros || w->kind == UINT8 || few;
     const Rounded r = rounded(x, rows, w->k, w->group, reach, least, summed);
     if (few) return w->bits == 4 ? dots<4>(*w, r, rows, y) : dots<8>(*w, r, rows, y);
     const Input in{laid(memory, r.codes.data(), rows, w->k), rows, rows < 16 ? rows : 16, w->k / 64};

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from fewbit.kernels.packed import Weight
 
 STEP = 32  # columns
-WHOLE = 64  # the same of int8, and the least group: between groups sums leave the matrix units
-HALF = 32  # the least group of codes of 4 and 8 bits, whose few rows take a loop of their own
+LEAST_GROUP = 16  # columns: between groups sums leave the units; twice as many of 4 bits, which lie in pairs
 LONGEST = 512  # columns of a group that is not a whole row
 TOKEN = Scale(F32, (1, 0), dynamic=True)
 REACH = {"amax": 127.0, "range": 127.5}  # rule -> where the largest value of a row comes to lie

@@ -68,8 +68,8 @@ def test_inputs_in_int8(name: str, shape: tuple[int, int]) -> None:
 
 def test_what_is_whole() -> None:
     assert {"int8-channel-a8", "int4-g128", "int4-channel-asym", "int8-g64-asym"} <= set(WHOLE)
-    assert {"int4-g32", "q4_0", "q4_1", "q8_0"} <= set(WHOLE)
-    assert not {"q6_k", "q5_0", "nvfp4", "fp8-channel"} & set(WHOLE)
+    assert {"int4-g32", "q4_0", "q4_1", "q8_0", "q5_0", "q6_k", "int2-g32"} <= set(WHOLE)
+    assert not {"nvfp4", "fp8-channel", "iq4_nl"} & set(WHOLE)
     long = replace(FORMATS["int4-g128"].weight, scales=(Scale(F16, (1, 1024)),))
     assert "longer than the 512 columns" in str(packed.slow(long))
     q = held("int8-channel-a8", 72, 512, act=True)
