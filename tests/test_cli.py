@@ -106,6 +106,31 @@ main()
 """
 
 
+SWALLOWED = """
+import os, signal, time
+import fewbit.cli
+from fewbit.__main__ import main
+
+def swallowing():
+    try:
+        {interrupt}
+        time.sleep(0.1)
+    except KeyboardInterrupt:
+        pass
+    raise ImportError("cannot load module more than once per process")
+
+fewbit.cli.main = swallowing
+main()
+"""
+
+
+@pytest.mark.parametrize(("interrupt", "code"), [("os.kill(os.getpid(), signal.SIGINT)", 130), ("pass", 1)])
+def test_an_interrupt_that_an_import_swallows(interrupt: str, code: int) -> None:
+    command = [sys.executable, "-c", SWALLOWED.format(interrupt=interrupt)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code and ("Traceback" in done.stderr) == (code == 1), done.stderr
+
+
 @pytest.mark.parametrize("after", [0.0, 0.3, 1.0, 2.5, 5.0])
 def test_interrupt_of_verify(model: Path, after: float) -> None:
     """Ctrl-C at any time from our first import on, the slow ones included, ends quietly."""
