@@ -1,8 +1,9 @@
 // Attention of single queries over cached keys and values that lie anywhere: a list of slots for each query.
 //
-// A task is one query's heads that share a key head: every key and value is read once for all of them. Scores are kept
-// for a whole text, so that softmax is the plain one: highest first, then the sum. A cache may hold codes of a byte each:
-// they are looked up, and their scales join the scores and the weights.
+// A task is heads of one query that share a key head: every key and value is read once for all of them. Where there are few
+// tasks they are cut, so that no thread stands idle. Scores are kept for a whole text, so that softmax is the plain one:
+// highest first, then the sum. A cache may hold codes of a byte each: they are looked up, and their scales join the scores
+// and the weights.
 
 #include <cmath>
 #include <omp.h>
@@ -68,26 +69,65 @@ static inline float dot(P a, const float* b, int64_t n) {
 #endif
 }
 
-// out += weight * v
-template <typename P>
-static inline void add(float* out, P v, float weight, int64_t n) {
+static inline float largest(const float* p, int64_t n, float top) {
     int64_t i = 0;
 #ifdef WIDE
-    const __m512 w = _mm512_set1_ps(weight);
-    for (; i + 16 <= n; i += 16) _mm512_storeu_ps(out + i, _mm512_fmadd_ps(sixteen(v + i), w, _mm512_loadu_ps(out + i)));
+    __m512 most = _mm512_set1_ps(top);
+    for (; i + 16 <= n; i += 16) most = _mm512_max_ps(_mm512_loadu_ps(p + i), most);  // what is no number is passed over
+    top = _mm512_reduce_max_ps(most);
 #endif
-    for (; i < n; i++) out[i] += weight * load(v + i);
+    for (; i < n; i++) top = p[i] > top ? p[i] : top;
+    return top;
 }
 
-// T: of queries and results; P: how keys and values are read
+static inline float sum(const float* p, int64_t n) {
+    float total = 0;
+    int64_t i = 0;
+#ifdef WIDE
+    __m512 parts = _mm512_setzero_ps();
+    for (; i + 16 <= n; i += 16) parts = _mm512_add_ps(parts, _mm512_loadu_ps(p + i));
+    total = _mm512_reduce_add_ps(parts);
+#endif
+    for (; i < n; i++) total += p[i];
+    return total;
+}
+
+// out: n sums of values at places, each times its weight
+template <typename P, typename Place>
+static inline void weighed(float* out, P values, Place place, const float* weights, int64_t length, int64_t n) {
+    int64_t i = 0;
+#ifdef WIDE
+    for (; i + 64 <= n; i += 64) {  // sums stay in registers
+        __m512 sums[4] = {};
+        for (int64_t t = 0; t < length; t++) {
+            const P v = values + (place(t) + i);
+            const __m512 w = _mm512_set1_ps(weights[t]);
+            for (int j = 0; j < 4; j++) sums[j] = _mm512_fmadd_ps(sixteen(v + 16 * j), w, sums[j]);
+        }
+        for (int j = 0; j < 4; j++) _mm512_storeu_ps(out + i + 16 * j, sums[j]);
+    }
+    for (; i + 16 <= n; i += 16) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t t = 0; t < length; t++) sum = _mm512_fmadd_ps(sixteen(values + (place(t) + i)), _mm512_set1_ps(weights[t]), sum);
+        _mm512_storeu_ps(out + i, sum);
+    }
+#endif
+    for (; i < n; i++) {
+        float sum = 0;
+        for (int64_t t = 0; t < length; t++) sum += weights[t] * load(values + (place(t) + i));
+        out[i] = sum;
+    }
+}
+
+// T: of queries and results; P: how keys and values are read. `shared` heads from `first`, all of key head g
 template <typename T, typename P>
-static void task(const Attend& a, P keys, P values, int64_t row, int64_t g, std::vector<float>& scratch) {
-    const int64_t shared = a.heads / a.key_heads, token = a.rows[row], stop = a.lengths[row];
+static void task(const Attend& a, P keys, P values, int64_t row, int64_t g, int64_t first, int64_t shared, std::vector<float>& scratch) {
+    const int64_t token = a.rows[row], stop = a.lengths[row];
     const int64_t start = a.window && stop > a.window ? stop - a.window : 0, length = stop - start;
     const int64_t* slots = a.slots[row] + start;
     scratch.assign(shared * (length + a.size + a.value_size), 0.0f);
     float *scores = scratch.data(), *query = scores + shared * length, *sums = query + shared * a.size;
-    const T* asked = (const T*)a.query + (token * a.heads + g * shared) * a.size;
+    const T* asked = (const T*)a.query + (token * a.heads + first) * a.size;
     for (int64_t i = 0; i < shared * a.size; i++) query[i] = load(asked + i);
     for (int64_t t = 0; t < length; t++) {
         const P key = keys + (slots[t] * a.key_heads + g) * a.size;
@@ -97,29 +137,34 @@ static void task(const Attend& a, P keys, P values, int64_t row, int64_t g, std:
     for (int64_t h = 0; h < shared; h++) {
         float* mine = scores + h * length;
         if (a.softcap) for (int64_t t = 0; t < length; t++) mine[t] = a.softcap * tanhf(mine[t] / a.softcap);
-        const bool sink = a.sinks != nullptr;
-        float top = sink ? a.sinks[g * shared + h] : -INFINITY, total = 0;
-        for (int64_t t = 0; t < length; t++) top = mine[t] > top ? mine[t] : top;
-        for (int64_t t = 0; t < length; t++) total += mine[t] = expf(mine[t] - top);
-        if (sink) total += expf(a.sinks[g * shared + h] - top);
+        const float sink = a.sinks ? a.sinks[first + h] : -INFINITY, top = largest(mine, length, sink);
+        for (int64_t t = 0; t < length; t++) mine[t] = exp_of(mine[t] - top);
+        const float total = sum(mine, length) + (a.sinks ? expf(sink - top) : 0.0f);
         for (int64_t t = 0; t < length; t++) mine[t] /= total;
     }
-    for (int64_t t = 0; t < length; t++) {
-        const P value = values + (slots[t] * a.key_heads + g) * a.value_size;
-        const float scale = a.codes ? a.value_scale[slots[t] * a.scale_step + g] : 1.0f;
-        for (int64_t h = 0; h < shared; h++) add(sums + h * a.value_size, value, scores[h * length + t] * scale, a.value_size);
+    const auto place = [&](int64_t t) { return (slots[t] * a.key_heads + g) * a.value_size; };
+    for (int64_t h = 0; h < shared; h++) {
+        float* mine = scores + h * length;
+        if (a.codes) for (int64_t t = 0; t < length; t++) mine[t] *= a.value_scale[slots[t] * a.scale_step + g];
+        weighed(sums + h * a.value_size, values, place, mine, length, a.value_size);
     }
-    T* out = (T*)a.out + (token * a.heads + g * shared) * a.value_size;
+    T* out = (T*)a.out + (token * a.heads + first) * a.value_size;
     for (int64_t i = 0; i < shared * a.value_size; i++) store(out + i, sums[i]);
 }
 
 template <typename T, typename P>
 static void tasks(const Attend& a, P keys, P values) {
+    const int64_t shared = a.heads / a.key_heads, whole = a.count * a.key_heads, wanted = 4 * omp_get_max_threads();
+    const int64_t cuts = whole >= wanted ? 1 : (wanted + whole - 1) / whole, each = (shared + cuts - 1) / cuts;
+    const int64_t pieces = (shared + each - 1) / each;
 #pragma omp parallel
     {
         std::vector<float> scratch;
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < a.count * a.key_heads; i++) task<T>(a, keys, values, i / a.key_heads, i % a.key_heads, scratch);
+        for (int64_t i = 0; i < whole * pieces; i++) {
+            const int64_t g = i / pieces % a.key_heads, from = i % pieces * each, held = from + each < shared ? each : shared - from;
+            task<T>(a, keys, values, i / pieces / a.key_heads, g, g * shared + from, held, scratch);
+        }
     }
 }
 

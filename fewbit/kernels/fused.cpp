@@ -88,17 +88,6 @@ template <class T> static void add_norms(const Sum& f, const Norm* before, const
     }
 }
 
-// exp, within 2 ulp: a power of two times a polynomial, in plain operations that compilers make vectors of
-static inline float exp_of(float x) {
-    const float held = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    const float near = held * 1.44269504f + 12582912.0f, power = near - 12582912.0f;
-    const float r = (held - power * 0.693359375f) + power * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f, p = p * r + 8.3334519073e-3f, p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f, p = p * r + 5.0000001201e-1f, p = p * r * r + r + 1.0f;
-    const float found = p * of_bits(uint32_t(int32_t(power) + 127) << 23);
-    return x != x ? x : found;
-}
 static inline float sigmoid(float x) { return 1.0f / (1.0f + exp_of(-x)); }
 
 enum { SILU, GELU_TANH, QUICK_GELU, RELU, RELU2, SIGMOID };
