@@ -130,7 +130,8 @@ def main() -> None:
     parser.add_argument("--options", type=json.loads, default={}, help="more options of LLM, as JSON")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d ms %(message)s")
-    model = make(given.folder / given.shape, given.shape, given.layers, "cuda")
+    name = f"{given.shape}-{given.layers}" if given.layers else given.shape
+    model = make(given.folder / name, given.shape, given.layers, "cuda")
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
     for name in given.rows.split(","):
         try:

@@ -149,28 +149,28 @@ def _biased(held: Held, bias: Tensor) -> tuple[Tensor, Tensor]:
     return held.biased[1:]
 
 
-_under_way: dict[tuple[str, torch.device, bool], Future[Tensor]] = {}
+_under_way: dict[tuple[str, torch.device, bool, tuple[int, ...]], Future[Tensor]] = {}
 _lock = Lock()
 
 
 def _compiling(config: Any, device: torch.device, laid: bool) -> Future[Tensor]:
     """Shapes are compiled side by side, and while other weights are still laid out."""
-    key = config.to_str(), device, laid
+    key = config.to_str(), device, laid, ROWS
     with _lock:
         if key not in _under_way:
-            _under_way[key] = _workers().submit(_compiled, config, device, laid)
+            _under_way[key] = _pool().submit(_compiled, config, device, laid, ROWS)
         return _under_way[key]
 
 
 @cache
-def _workers() -> ThreadPoolExecutor:
+def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(2, "humming")  # each starts as many compilers as there are cores
 
 
-def _compiled(config: Any, device: torch.device, laid: bool) -> Tensor:
+def _compiled(config: Any, device: torch.device, laid: bool, only: tuple[int, ...]) -> Tensor:
     """-> int64 on the CPU: (rows above, rows up to, kernel, processors) of every tile that humming would choose.
 
-    laid: `few` takes few rows, so that tiles for those are left out.
+    laid: `few` takes few rows, so that tiles for those are left out. only: as ROWS.
     """
     from humming.kernel.humming import HummingKernel
     from humming.tune import get_heuristics_config
@@ -178,7 +178,7 @@ def _compiled(config: Any, device: torch.device, laid: bool) -> Tensor:
     above = few.MOST["laid"] if laid and not few.lacking(device) else 0
     with torch.cuda.device(device):
         every = get_heuristics_config(config, device=device)
-        asked = [tile for tile in every if not ROWS or any(tile[0] < rows <= tile[1] for rows in ROWS)]
+        asked = [tile for tile in every if not only or any(tile[0] < rows <= tile[1] for rows in only)]
         (_, *first), *others = [tile for tile in asked if tile[1] > above] or every[:1]
         tiles = [[0, *first], *others]  # humming looks for the tile of one row, whatever it runs
         found: Tensor = HummingKernel.prepare_kernels(config.to_str(), None, tiles, device)

@@ -92,7 +92,7 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel(
         "humming", "linear", ("cuda",), HALVES, humming_linear.supports, humming_linear.prepack_linear,
         humming_linear.run_linear, (7, 5), owns=True,
-        note="humming-kernels: weights of 2 to 8 bits in its own layout, compiled for each shape when first run; "
+        note="humming-kernels: weights of 2 to 8 bits in its own layout, compiled for each shape when first met; "
         "up to 8 rows of 4 bits by few.cu",
     ),
     Kernel(

@@ -116,6 +116,23 @@ def test_writes_the_same_bits(held: torch.dtype | str) -> None:
             assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.nan_to_num(), want.nan_to_num())
 
 
+def recorded(held: Made, case: Case, out: Tensor) -> torch.cuda.CUDAGraph:
+    """Writing and attending, as a graph."""
+    how = case.how or {}
+
+    def step() -> None:
+        triton_attention.write(held.cache, held.slots, held.key, held.value)
+        triton_attention.attend(held.query, held.cache, out, held.table, case.size**-0.5, how.get("sliding_window"),
+                                how.get("softcap"), held.sinks)  # fmt: skip
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
 @pytest.mark.parametrize("name", ["llama", "llama e4m3", "llama int8", "gpt-oss"])
 def test_inside_a_graph(name: str) -> None:
     """Captured for one set of texts, replayed for others that are copied over it: also with fewer of them."""
@@ -129,18 +146,7 @@ def test_inside_a_graph(name: str) -> None:
     held.table = replace(held.table, pages=torch.zeros(8, width, dtype=torch.int32, device="cuda"), **bound)
     held.cache = copied(fresh.cache)  # so that there is room for the texts to come
     out = torch.full((held.query.shape[2], case.heads[0], case.size), torch.nan, dtype=case.dtype, device="cuda")
-    how = case.how or {}
-
-    def step() -> None:
-        triton_attention.write(held.cache, held.slots, held.key, held.value)
-        triton_attention.attend(held.query, held.cache, out, held.table, case.size**-0.5, how.get("sliding_window"),
-                                how.get("softcap"), held.sinks)  # fmt: skip
-
-    step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    graph = recorded(held, case, out)
     renew(held, fresh)
     out.fill_(torch.nan)
     graph.replay()
@@ -163,18 +169,7 @@ def test_inside_a_graph_of_any_step(name: str) -> None:
     held.table = replace(held.table, pages=pages, blocks=lines(first), ones=5, reach=5000, longest=300)
     held.cache = copied(fresh.cache)
     out = torch.full((300, case.heads[0], case.size), torch.nan, dtype=case.dtype, device="cuda")
-    how = case.how or {}
-
-    def step() -> None:
-        triton_attention.write(held.cache, held.slots, held.key, held.value)
-        triton_attention.attend(held.query, held.cache, out, held.table, case.size**-0.5, how.get("sliding_window"),
-                                how.get("softcap"), held.sinks)  # fmt: skip
-
-    step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    graph = recorded(held, case, out)
     renew(held, fresh)
     assert held.table.blocks is not None
     held.table.blocks.copy_(lines(second))
