@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fewbit.kernels import triton_attention, triton_attention_decode, triton_attention_prefill
 from fewbit.kernels.cache import Cache
-from fewbit.kernels.table import Table
+from fewbit.kernels.table import New, Table
 from fewbit.kernels.triton_attention_prefill import Tile
 
 PAGE = 16
@@ -79,12 +79,16 @@ class Texts:
                             else torch.randn(plane.shape, device="cuda", dtype=torch.float16) / 100)  # fmt: skip
         return made
 
-    def attend(self) -> float:
+    def attend(self, new: New | None = None) -> float:
         return graphed([lambda c=c: triton_attention.attend(self.q, c, self.out, self.table, self.d**-0.5, None, None,
-                                                            None) for c in self.caches])  # fmt: skip
+                                                            None, new=new) for c in self.caches])  # fmt: skip
+
+    @property
+    def new(self) -> New:
+        return New(self.k, self.v, self.slots)
 
     def write(self) -> float:
-        return graphed([lambda c=c: triton_attention.write(c, self.slots, self.k, self.v) for c in self.caches])
+        return graphed([lambda c=c: triton_attention.write(c, self.new, self.q) for c in self.caches])
 
     def sdpa(self) -> float:
         def dense(x: Tensor) -> Tensor:

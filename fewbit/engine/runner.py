@@ -5,6 +5,7 @@ for architectures whose state is not keys and values by position. The twin decid
 """
 
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,9 @@ from fewbit.engine.tapes import Tapes
 from fewbit.engine.transfer import sent
 from fewbit.errors import UnsupportedError
 from fewbit.modules.paged import AnyCache, Span, Step, Table, stepping
+from fewbit.modules.rotary import Astray
+
+LOG = logging.getLogger("fewbit.engine")
 
 
 def rounder(count: int) -> int:
@@ -80,6 +84,7 @@ class Paged:
         self.slots = Slots(size, self.device)
         self.graphs: Graphs | None = None
         self.tapes: Tapes | None = None
+        self.late = True  # attention turns queries and keys, until a model is met where they come to it otherwise
         self.exact = False  # no rows beyond the last text, which somebody who watches would take for text
 
     def capture(self, tell: Callable[[int, int], None], prompts: bool = True) -> None:
@@ -135,6 +140,15 @@ class Paged:
 
     def _model(self, step: Step, ids: Tensor, positions: Tensor, keep: Tensor | None) -> Tensor:
         """ids, positions: [T] -> logits of the rows to keep, of all where None."""
+        step.late = self.late
+        try:
+            return self._logits(step, ids, positions, keep)
+        except Astray as error:
+            LOG.info("queries and keys are turned before attention: %s", error)
+            self.late = step.late = False
+            return self._logits(step, ids, positions, keep)
+
+    def _logits(self, step: Step, ids: Tensor, positions: Tensor, keep: Tensor | None) -> Tensor:
         asked: dict[str, Any] = {"logits_to_keep": keep} if self.keeps and keep is not None else {}
         with stepping(step), torch.inference_mode():
             out: Tensor = self.model(

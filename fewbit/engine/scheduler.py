@@ -45,7 +45,10 @@ class Scheduler:
         return len(self.waiting) + count <= max(self.most_waiting, count)
 
     def next(self) -> list[Work]:
-        """The next step, its pages taken. Who needs one token comes before who needs many; who is full waits."""
+        """The next step, its pages taken. Who needs one token comes before who needs many; who is full waits.
+
+        Long texts come first, so that those who attend to the last of them have little left to wait for.
+        """
         works: dict[Stream, Work] = {}
         left = self.budget
         asking = [s for s in self.running if len(s.tokens) > s.computed and not s.full]
@@ -63,7 +66,7 @@ class Scheduler:
                 break
             works[work.stream] = work
             left -= work.stop - work.start
-        return list(works.values())
+        return sorted(works.values(), key=lambda work: (work.stop - work.start > 1, -work.stop))
 
     def _begin(self, stream: Stream, budget: int) -> Work | None:
         if stream.full or self._sibling_computes(stream):

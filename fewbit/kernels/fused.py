@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fewbit.kernels.compiled import call, library
 from fewbit.kernels.rows import leading
+from fewbit.kernels.table import Rotary
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTS = ("silu", "gelu_tanh", "quick_gelu", "relu", "relu2", "sigmoid")  # in fused.cpp's order
@@ -134,15 +135,9 @@ def takes_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, width: int, hea
     return same and there and _ours(q, k) and _ours(cos, sin)
 
 
-def rotate(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, reads: bool, writes: bool, table: str, wide: bool, heads: int
-) -> tuple[Tensor, Tensor]:
-    """q, k: [B, H, T, D] (heads 1) or [B, T, H, D] (heads 2), cos, sin: [B or 1, T or 1, R]; as modules.rotary.rotate.
-
-    reads, writes: whether pairs are neighbours.
-    """
-
-    token = 3 - heads
+def rotate(q: Tensor, k: Tensor, rotary: Rotary, heads: int) -> tuple[Tensor, Tensor]:
+    """q, k: [B, H, T, D] (heads 1) or [B, T, H, D] (heads 2); tables of all texts or of each."""
+    token, cos, sin = 3 - heads, rotary.cos, rotary.sin
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
 
     def turned(x: Tensor, y: Tensor) -> tuple[int, ...]:
@@ -154,8 +149,8 @@ def rotate(
 
     call(_native().fused_rotary, ROTARY.pack(
         cos.data_ptr(), sin.data_ptr(), *turned(q, q_out), *turned(k, k_out), *steps(cos), *steps(sin), q.shape[0],
-        q.shape[token], q.shape[3], cos.shape[-1] * (2 if table == "short" else 1), DTYPES[q.dtype], DTYPES[cos.dtype],
-        reads, writes, table == "own", wide,
+        q.shape[token], q.shape[3], rotary.width, DTYPES[q.dtype], DTYPES[cos.dtype], rotary.reads, rotary.writes,
+        rotary.table == "own", rotary.wide,
     ))  # fmt: skip
     return q_out, k_out
 

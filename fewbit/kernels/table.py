@@ -7,6 +7,8 @@ tensors say.
 Without `blocks` the requests of one row come first, `ones` of them. With it they stand anywhere: of the first `ones`
 requests decoding takes those with one row, and leaves the others alone; prefill takes the blocks that are listed, best
 those first that see most.
+
+A step's own keys and values come beside it, with the turn by their places that they and the queries may still need.
 """
 
 from dataclasses import dataclass
@@ -26,3 +28,30 @@ class Table:
     reach: int  # an upper bound of `lengths`
     size: int  # tokens of a page
     blocks: Tensor | None = None  # [N, 2] int32: request (-1: none) and the row of it that a block begins with
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """Rotary embedding that is yet to be done, as modules.rotary has it. cos, sin: [B or 1, T or 1, R]."""
+
+    cos: Tensor
+    sin: Tensor
+    reads: bool  # pairs are neighbours in what is read, in what is written
+    writes: bool
+    table: str
+    wide: bool
+
+    @property
+    def width(self) -> int:
+        """How many channels are turned."""
+        return self.cos.shape[-1] * (2 if self.table == "short" else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class New:
+    """Keys [1, G, T, D] and values [1, G, T, Dv] of a step, and their slots [T] int64."""
+
+    key: Tensor
+    value: Tensor
+    slots: Tensor
+    rotary: Rotary | None = None  # of keys and queries

@@ -3,14 +3,18 @@
 Requests with one row go to triton_attention_decode, which splits long texts among programs; the others go to
 triton_attention_prefill. A table with blocks says on the device which are whose. Nothing here waits for the device or
 reads from it, so that a CUDA graph can hold all of it.
+
+A step's own keys and values are written by decoding itself where all have one row, and by a launch before else.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fewbit.kernels.cache import HELD, Cache
 from fewbit.kernels.cache_packed import PackedCache
-from fewbit.kernels.table import Table
+from fewbit.kernels.table import New, Table
 from fewbit.kernels.triton_runtime import lacking
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,14 +35,13 @@ def refusal(query: Tensor, cache: Cache | PackedCache) -> str | None:
     return None
 
 
-def write(cache: Cache, slots: Tensor, key: Tensor, value: Tensor) -> None:
-    """key: [1, G, T, D], value: [1, G, T, Dv], as they lie; slots: [T] int64."""
+def write(cache: Cache, new: New, query: Tensor) -> Tensor:
+    """query: [1, H, T, D] -> the same, turned where it was yet to be, as what is written is."""
     from fewbit.kernels import triton_cache
 
-    if not cache.fits(slots, key, value):
-        cache.write(slots, key, value)  # torch's error
-        return
-    triton_cache.write(cache, slots, _dense_heads(key), _dense_heads(value))
+    if not cache.fits(new.slots, new.key, new.value):
+        cache.write(new.slots, new.key, new.value)  # torch's error
+    return triton_cache.write(cache, dense(new), _dense_heads(query))
 
 
 def attend(
@@ -51,18 +54,28 @@ def attend(
     softcap: float | None,
     sinks: Tensor | None,
     p: float = 0.0,
+    new: New | None = None,
 ) -> None:
     """query: [1, H, T, D], as it lies -> out: [T, H, Dv]: the rows of all requests, 0 for those of length 0.
 
-    p: see modules.attention_sides.Sides.
+    p: see modules.attention_sides.Sides. new: what is written first.
     """
     from fewbit.kernels import triton_attention_decode, triton_attention_prefill
 
+    decodes = table.blocks is None and len(table.lengths) == table.ones
+    if new is not None and decodes and cache.fits(new.slots, new.key, new.value):
+        new = dense(new)
+    elif new is not None:
+        query, new = write(cache, new, query), None
     query = _dense_heads(query)
     if table.ones:
-        triton_attention_decode.run(query, cache, out, table, scaling, window, softcap, sinks, p)
-    if table.blocks is not None or len(table.lengths) > table.ones:
+        triton_attention_decode.run(query, cache, out, table, scaling, window, softcap, sinks, p, new)
+    if not decodes:
         triton_attention_prefill.run(query, cache, out, table, scaling, window, softcap, sinks, p)
+
+
+def dense(new: New) -> New:
+    return replace(new, key=_dense_heads(new.key), value=_dense_heads(new.value))
 
 
 def _dense_heads(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fewbit.kernels.table import Rotary
 from fewbit.kernels.triton_early import begin, early
 from fewbit.kernels.triton_runtime import cdiv, power
 
@@ -68,27 +69,77 @@ def _entries(cos_at, sin_at, R: tl.constexpr, WRITES: tl.constexpr, OWN: tl.cons
     return c0, c1, s0, s1
 
 
+@triton.jit
+def turned(
+    x_at, rows, there, cos_at, sin_at, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, READS: tl.constexpr,
+    WRITES: tl.constexpr, OWN: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Heads of one token, at x_at + rows where they are there -> [rows, DP], 0 beyond D. R: 0 leaves them alone."""
+    d = tl.arange(0, DP)
+    inside = there[:, None] & (d < D)[None, :]
+    at = x_at + rows[:, None]
+    if R == 0:
+        x = tl.load(at + d[None, :], inside, other=0.0)
+    else:
+        turns = d < R
+        if WRITES:
+            second = d % 2
+            j = d // 2
+        else:
+            second = (d >= R // 2).to(tl.int32)
+            j = d - second * (R // 2)
+        if READS:
+            own = 2 * j + second
+            other = 2 * j + 1 - second
+        else:
+            own = j + second * (R // 2)
+            other = j + (1 - second) * (R // 2)
+        e = j
+        if OWN:
+            e = d
+        c = tl.load(cos_at + e, turns, other=1.0).to(tl.float32)[None, :]
+        s = tl.load(sin_at + e, turns, other=0.0).to(tl.float32)[None, :]
+        raw = tl.load(at + tl.where(turns, own, d)[None, :], inside, other=0.0)
+        ys = tl.load(at + other[None, :], inside & turns[None, :], other=0.0).to(tl.float32) * s
+        xc = raw.to(tl.float32) * c
+        if not WIDE:  # models round each product
+            xc = xc.to(raw.dtype).to(tl.float32)
+            ys = ys.to(raw.dtype).to(tl.float32)
+        x = (xc + tl.where((second == 1)[None, :], ys, -ys)).to(raw.dtype)
+    return x
+
+
+@triton.jit
+def _heads(
+    x_at, y_at, tile, heads, x_head, y_head, cos_at, sin_at, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
+    READS: tl.constexpr, WRITES: tl.constexpr, OWN: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    head = tile * HEADS + tl.arange(0, HEADS)
+    d = tl.arange(0, DP)
+    made = turned(x_at, head * x_head, head < heads, cos_at, sin_at, D, DP, R, READS, WRITES, OWN, WIDE)
+    tl.store(y_at + (head * y_head)[:, None] + d[None, :], made, (head < heads)[:, None] & (d < D)[None, :])
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _rotate(
     q_at, k_at, cos_at, sin_at, q_out, k_out, tokens, q_heads, k_heads,
-    qb, qt, qh, kb, kt, kh, cb, ct, sb, st, qob, qot, qoh, kob, kot, koh, D: tl.constexpr, R: tl.constexpr,
-    READS: tl.constexpr, WRITES: tl.constexpr, OWN: tl.constexpr, WIDE: tl.constexpr,
-    HEADS: tl.constexpr, HALF: tl.constexpr, TAIL: tl.constexpr, EARLY: tl.constexpr,
+    qb, qt, qh, kb, kt, kh, cb, ct, sb, st, qob, qot, qoh, kob, kot, koh, D: tl.constexpr, DP: tl.constexpr,
+    R: tl.constexpr, READS: tl.constexpr, WRITES: tl.constexpr, OWN: tl.constexpr, WIDE: tl.constexpr,
+    HEADS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     begin(EARLY)
     pid = tl.program_id(0).to(tl.int64)
     b, t = pid // tokens, pid % tokens
-    c0, c1, s0, s1 = _entries(cos_at + b * cb + t * ct, sin_at + b * sb + t * st, R, WRITES, OWN, HALF)
+    cos_at += b * cb + t * ct
+    sin_at += b * sb + t * st
     tile = tl.program_id(1)
     q_tiles = tl.cdiv(q_heads, HEADS)
     if tile < q_tiles:
-        head = tile * HEADS + tl.arange(0, HEADS)
-        _turn(q_at + b * qb + t * qt, q_out + b * qob + t * qot, head, q_heads, qh, qoh, c0, c1, s0, s1,
-              D, R, READS, WRITES, WIDE, HALF, TAIL)  # fmt: skip
+        _heads(q_at + b * qb + t * qt, q_out + b * qob + t * qot, tile, q_heads, qh, qoh, cos_at, sin_at, D, DP, R,
+               READS, WRITES, OWN, WIDE, HEADS)  # fmt: skip
     else:
-        head = (tile - q_tiles) * HEADS + tl.arange(0, HEADS)
-        _turn(k_at + b * kb + t * kt, k_out + b * kob + t * kot, head, k_heads, kh, koh, c0, c1, s0, s1,
-              D, R, READS, WRITES, WIDE, HALF, TAIL)  # fmt: skip
+        _heads(k_at + b * kb + t * kt, k_out + b * kob + t * kot, tile - q_tiles, k_heads, kh, koh, cos_at, sin_at,
+               D, DP, R, READS, WRITES, OWN, WIDE, HEADS)  # fmt: skip
 
 
 def takes(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, width: int, heads: int) -> bool:
@@ -109,27 +160,34 @@ def steps(x: Tensor) -> tuple[int, int]:
     return x.stride(0) * (x.shape[0] > 1), x.stride(1) * (x.shape[1] > 1)
 
 
-def rotate(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, reads: bool, writes: bool, table: str, wide: bool, heads: int
-) -> tuple[Tensor, Tensor]:
-    """q, k: [B, H, T, D] (heads 1) or [B, T, H, D] (heads 2), cos, sin: [B or 1, T or 1, R]; as modules.rotary.rotate.
+def constants(rotary: Rotary | None) -> dict[str, int | bool]:
+    """What `turned` is compiled for."""
+    if rotary is None:
+        return {"R": 0, "READS": False, "WRITES": False, "OWN": False, "WIDE": False}
+    return {
+        "R": rotary.width,
+        "READS": rotary.reads,
+        "WRITES": rotary.writes,
+        "OWN": rotary.table == "own",
+        "WIDE": rotary.wide,
+    }
 
-    reads, writes: whether pairs are neighbours.
-    """
+
+def rotate(q: Tensor, k: Tensor, rotary: Rotary, heads: int) -> tuple[Tensor, Tensor]:
+    """q, k: [B, H, T, D] (heads 1) or [B, T, H, D] (heads 2); tables of all texts or of each."""
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
     if q.numel() == 0 or k.numel() == 0:
         return q_out.copy_(q), k_out.copy_(k)
-    tokens, width = q.shape[3 - heads], cos.shape[-1] * (2 if table == "short" else 1)
+    tokens, size = q.shape[3 - heads], power(q.shape[3])
     together = 16 if q.shape[0] * tokens >= MANY else 4
     tiles = cdiv(q.shape[heads], together) + cdiv(k.shape[heads], together)
 
     def strides(x: Tensor) -> tuple[int, int, int]:
         return x.stride(0), x.stride(3 - heads), x.stride(heads)
 
-    half, tail = power(width // 2), power(max(1, q.shape[3] - width))
     _rotate[(q.shape[0] * tokens, tiles)](
-        q, k, cos, sin, q_out, k_out, tokens, q.shape[heads], k.shape[heads], *strides(q), *strides(k), *steps(cos),
-        *steps(sin), *strides(q_out), *strides(k_out), q.shape[3], width, reads, writes, table == "own", wide,
-        together, half, tail, num_warps=max(1, min(8, together * half // 256)), **early(q.device),
+        q, k, rotary.cos, rotary.sin, q_out, k_out, tokens, q.shape[heads], k.shape[heads], *strides(q), *strides(k),
+        *steps(rotary.cos), *steps(rotary.sin), *strides(q_out), *strides(k_out), q.shape[3], size, HEADS=together,
+        num_warps=max(1, min(8, together * size // 512)), **constants(rotary), **early(q.device),
     )  # fmt: skip
     return q_out, k_out

@@ -10,7 +10,7 @@ What a module's keys and values are rounded to (modules.attention.KV) is how its
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -23,9 +23,10 @@ from fewbit.errors import UnsupportedError
 from fewbit.kernels import attend, triton_attention
 from fewbit.kernels.cache import Cache, Rounding
 from fewbit.kernels.cache_packed import PackedCache, room
-from fewbit.kernels.table import Table
+from fewbit.kernels.table import New, Table
+from fewbit.modules import rotary
 from fewbit.modules.attention import INSIDE, KV, KV_TURN, WATCH_KV, Inside, in_runs, known_or_raise, rounded
-from fewbit.modules.attention_sides import of
+from fewbit.modules.attention_sides import NOTHING, of
 
 __all__ = ["NAME", "AnyCache", "Cache", "Span", "Step", "Table", "forward", "stepping"]
 AnyCache = Cache | PackedCache
@@ -56,6 +57,7 @@ class Step:
     table: Table | None = None  # what the spans say, for kernels on a GPU
     refused: str | None = None  # why those do not take the step: there before make_spans is called
     queries: attend.Queries | None = None  # what the spans say, where each is one query for the kernel of such
+    late: bool = False  # attention turns queries and keys by their places: see modules.rotary.late
     masks: dict[tuple[int, int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -99,7 +101,8 @@ def stepping(step: Step) -> Iterator[None]:
     """Within: attention of this thread works on this step."""
     _current.step = step
     try:
-        yield
+        with rotary.late() if step.late else nullcontext():
+            yield
     finally:
         _current.step = None
 
@@ -121,39 +124,54 @@ def forward(
     if step is None or attention_mask is not None or query.shape[0] != 1:
         raise UnsupportedError(f"{type(module).__name__}: its attention does not run on a paged cache")
     known_or_raise(module, others)
+    turning = rotary.claimed(query, key)
+    if turning is not None and not turns(module):
+        (query, key), turning = turning.attended(), None
     if (watch := getattr(module, WATCH_KV, None)) is not None:
         watch(key, value)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     how = scaling, sliding_window, softcap, s_aux, of(module).p
     if (turn := getattr(module, KV_TURN, None)) is None:
-        return _attended(module, query, key, value, step, how)[None], None
-    out = _attended(module, turn(query), turn(key), turn(value), step, how)
+        return _attended(module, query, key, value, step, how, turning)[None], None
+    out = _attended(module, turn(query), turn(key), turn(value), step, how, turning)
     return turn(out, back=True)[None], None
 
 
-def _attended(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, step: Step, how: How) -> Tensor:
-    """-> [T, H, Dv]"""
+def turns(module: nn.Module) -> bool:
+    """Whether nothing is done to a module's queries and keys between turning them and the cache."""
+    others = any(getattr(module, name, None) is not None for name in (WATCH_KV, KV_TURN, INSIDE))
+    return not others and of(module) is NOTHING
+
+
+def _attended(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, step: Step, how: How, turning: rotary.Turning | None
+) -> Tensor:
+    """turning: what queries and keys still wait for. -> [T, H, Dv]"""
     kv: Rounding | None = getattr(module, KV, None)
     inside: Inside | None = getattr(module, INSIDE, None)
     query, key, value = of(module)(query, key, value)
     cache = step.cache(int(getattr(module, "layer_idx")), key, value, kv)  # noqa: B009
-    if kv is not None and not cache.rounds:
-        key, value = rounded(key, value, *kv)
     if step.table is not None:
         step.refused = triton_attention.refusal(query, cache) if inside is None else PLAIN
-        if step.refused is None:
-            assert isinstance(cache, Cache)
-            return _by_table(query, key, value, cache, step.slots, step.table, how)
+    by_table = step.table is not None and step.refused is None
+    rounds = kv is not None and not cache.rounds
+    if turning is not None and (rounds or not by_table or not turning.fits_kernel):
+        (query, key), turning = turning.attended(), None
+    if kv is not None and rounds:
+        key, value = rounded(key, value, *kv)
+    if by_table:
+        assert isinstance(cache, Cache) and step.table is not None
+        new = New(key, value, step.slots, None if turning is None else turning.rotary)
+        return _by_table(query, new, cache, step.table, how)
     attend.write(cache, step.slots, key, value)
     return _by_spans(query, cache, value.shape[3], step, how, inside)
 
 
-def _by_table(query: Tensor, key: Tensor, value: Tensor, cache: Cache, slots: Tensor, table: Table, how: How) -> Tensor:
+def _by_table(query: Tensor, new: New, cache: Cache, table: Table, how: How) -> Tensor:
     """Rows of no request stay finite; without a list of blocks there are no such rows."""
     room = query.new_empty if table.blocks is None else query.new_zeros
-    out = room(query.shape[2], query.shape[1], value.shape[3])
-    triton_attention.write(cache, slots, key, value)
-    triton_attention.attend(query, cache, out, table, *how)
+    out = room(query.shape[2], query.shape[1], new.value.shape[3])
+    triton_attention.attend(query, cache, out, table, *how, new)
     return out
 
 

@@ -2,9 +2,14 @@
 
 A pair (a, b) of channels becomes (a cos - b sin, b cos + a sin). Forms differ in which channels are pairs, where the
 pair goes, and which entries of the tables are its own.
+
+Attention's kernels turn what they read: there Rotate hands on what it was given (`late`), and who attends claims it.
+What comes to attention as something else has been in other hands on the way, and is an error.
 """
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -12,7 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fewbit.errors import UnsupportedError
 from fewbit.kernels import fused
+from fewbit.kernels.table import Rotary
 
 Pairs = Literal["halves", "neighbours"]  # channels (j, j + R/2), or (2j, 2j + 1)
 Table = Literal["own", "first", "short"]  # each channel's entry; the first half serves both; there is but that half
@@ -41,6 +48,11 @@ class RotaryForm:
         """How many channels are turned."""
         return cos.shape[-1] * (2 if self.table == "short" else 1)
 
+    def with_tables(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Rotary:
+        """dtype: of queries and keys."""
+        reads, writes = self.reads == "neighbours", self.writes == "neighbours"
+        return Rotary(cos, sin, reads, writes, self.table, self.wide or cos.dtype != dtype)
+
 
 FORMS = tuple(RotaryForm(reads, writes, table, wide)
               for reads, writes in (("halves", "halves"), ("neighbours", "neighbours"), ("neighbours", "halves"))
@@ -59,7 +71,89 @@ class Rotate:
         heads = named.get("unsqueeze_dim", self.heads)
         if rest or len(named) > ("unsqueeze_dim" in named) or not fits(q, k, cos, sin, self.form, heads):
             return self.original(q, k, cos, sin, *rest, **named)
-        return rotate(q, k, cos, sin, self.form, heads)
+        turning = Turning(q, k, cos, sin, self.form, heads)
+        return (q, k) if left(turning) else turning.done()
+
+
+@dataclass(frozen=True, slots=True)
+class Turning:
+    """A call of Rotate."""
+
+    q: Tensor
+    k: Tensor
+    cos: Tensor
+    sin: Tensor
+    form: RotaryForm
+    heads: int
+
+    def done(self) -> tuple[Tensor, Tensor]:
+        return rotate(self.q, self.k, self.cos, self.sin, self.form, self.heads)
+
+    def attended(self) -> tuple[Tensor, Tensor]:
+        """The same, [B, H, T, D]."""
+        q, k = self.done()
+        return (q, k) if self.heads == 1 else (q.transpose(1, 2), k.transpose(1, 2))
+
+    @property
+    def rotary(self) -> Rotary:
+        return self.form.with_tables(self.cos, self.sin, self.q.dtype)
+
+    @property
+    def fits_kernel(self) -> bool:
+        """Whether the kernels of a GPU take it."""
+        return bool(kernel().takes(self.q, self.k, self.cos, self.sin, self.form.width(self.cos), self.heads))
+
+    def gave(self, query: Tensor, key: Tensor) -> bool:
+        """Whether these are what it handed on, [B, H, T, D]."""
+        held = (self.q, self.k) if self.heads == 1 else (self.q.transpose(1, 2), self.k.transpose(1, 2))
+        return all(place(a) == place(b) for a, b in zip(held, (query, key), strict=True))
+
+
+class Astray(UnsupportedError):
+    """What Rotate handed on did not come to attention as it was."""
+
+
+class _Late(threading.local):
+    may = False
+    waits: Turning | None = None
+
+
+_late = _Late()
+
+
+@contextmanager
+def late() -> Iterator[None]:
+    """Within, on this thread, Rotate leaves turning to attention."""
+    _late.may, _late.waits = True, None
+    try:
+        yield
+        if _late.waits is not None:
+            raise Astray("queries and keys that are yet to be turned came to no attention of ours")
+    finally:
+        _late.may, _late.waits = False, None
+
+
+def left(turning: Turning) -> bool:
+    """Whether it was left to attention."""
+    if not _late.may:
+        return False
+    if _late.waits is not None:
+        raise Astray("queries and keys are to be turned while others still wait for it")
+    _late.waits = turning
+    return True
+
+
+def claimed(query: Tensor, key: Tensor) -> Turning | None:
+    """What is yet to be done to those that attention was given: [B, H, T, D]."""
+    turning, _late.waits = _late.waits, None
+    if turning is not None and not turning.gave(query, key):
+        raise Astray("queries and keys that are yet to be turned came to attention as something else")
+    return turning
+
+
+def place(x: Tensor) -> tuple[Any, ...]:
+    """Where in memory it lies, and how."""
+    return x.data_ptr(), x.shape, x.stride(), x.dtype
 
 
 def fits(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: RotaryForm, heads: int) -> bool:
@@ -81,10 +175,7 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: RotaryForm, hea
     elif fused.takes_rotary(q, k, cos, sin, form.width(cos), heads):
         run = fused
     if run is not None:
-        found: tuple[Tensor, Tensor] = run.rotate(
-            q, k, cos, sin, form.reads == "neighbours", form.writes == "neighbours", form.table,
-            form.wide or cos.dtype != q.dtype, heads,
-        )  # fmt: skip
+        found: tuple[Tensor, Tensor] = run.rotate(q, k, form.with_tables(cos, sin, q.dtype), heads)
         return found
     cos, sin = cos.unsqueeze(heads), sin.unsqueeze(heads)
     return turned(q, cos, sin, form), turned(k, cos, sin, form)

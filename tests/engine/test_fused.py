@@ -15,7 +15,7 @@ from fewbit.engine.params import SamplingParams
 from fewbit.engine.request import Request
 from fewbit.errors import RequestError, UnsupportedError
 from fewbit.models import build
-from fewbit.modules import glu, norm, residual
+from fewbit.modules import glu, norm, paged, residual, rotary
 from fewbit.modules.merged import Slice
 from fewbit.modules.norm import Norm
 from tests.engine.test_engine import GREEDY, drain, prompts, tokens
@@ -86,6 +86,52 @@ def test_siblings_of_several_formats(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "fewbit.engine"):
         fusion.settle(EngineConfig.of(model="x"), SimpleNamespace(model=model), alone=False)  # type: ignore[arg-type]
     assert [record.message for record in caplog.records] == [f"not fused: {reason}"]
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_cache_dtype": "fp8", "kv_scale": 1.0}])
+def test_attention_turns_what_it_attends_to(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rotate hands on what it was given, and the answers are those of a model that turns before attention."""
+    folder = llama(tmp_path)
+    engine, plain = started(folder, **options), started(folder, **options)
+    plain.runner.late = False  # type: ignore[attr-defined]
+    claimed, found = rotary.claimed, []
+    monkeypatch.setattr(paged.rotary, "claimed", lambda *given: found.append(claimed(*given)) or found[-1])
+    late = answers(engine)
+    assert found and all(turning is not None for turning in found)
+    found.clear()
+    assert late == answers(plain) and found and not any(found)
+
+
+def test_what_comes_to_attention_otherwise_is_turned_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = llama(tmp_path)
+    wanted = answers(started(folder))
+    monkeypatch.setattr(rotary.Turning, "gave", lambda *_: False)
+    with caplog.at_level(logging.INFO, "fewbit.engine"):
+        assert answers(started(folder)) == wanted
+    assert any("turned before attention" in record.message for record in caplog.records)
+
+
+def test_nothing_that_is_left_is_lost() -> None:
+    q, k, table = torch.ones(1, 2, 3, 8), torch.ones(1, 1, 3, 8), torch.ones(1, 3, 8)
+    turn = rotary.Rotate(lambda *_: None, rotary.RotaryForm(), 1)
+    with pytest.raises(rotary.Astray, match="no attention of ours"), rotary.late():
+        turn(q, k, table, table)
+    with pytest.raises(rotary.Astray, match="others still wait"), rotary.late():
+        turn(q, k, table, table)
+        turn(q, k, table, table)
+    with pytest.raises(rotary.Astray, match="something else"), rotary.late():
+        found = turn(q, k, table, table)
+        rotary.claimed(found[0] * 2, found[1])
+    with rotary.late():
+        turning = rotary.claimed(*turn(q, k, table, table))
+        assert turning is not None and torch.equal(
+            turning.attended()[0], rotary.rotate(q, k, table, table, turn.form)[0]
+        )
+    assert turn(q, k, table, table)[0] is not q and rotary.claimed(q, k) is None
 
 
 def wrong(monkeypatch: pytest.MonkeyPatch, *kinds: str) -> None:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from fewbit.kernels import saturation, triton_attention
 from fewbit.kernels.cache import Cache
-from fewbit.kernels.table import BLOCK
+from fewbit.kernels.table import BLOCK, New
 from fewbit.kernels.triton_runtime import lacking
 from tests.kernels.caches import WHOLE, rounding
-from tests.kernels.test_triton_attention import Case, Made, by_kernels, copied, make, plainly, planes, same
+from tests.kernels.test_triton_attention import Case, Made, by_a_launch, by_kernels, copied, make, plainly, planes, same
 
 CUDA = torch.device("cuda")
 pytestmark = [
@@ -101,7 +101,7 @@ def test_writes_the_same_bits(held: torch.dtype | str) -> None:
     slots = torch.randperm(500, device="cuda")[:300]
     caches = [Cache.like(500, key, value, None if coded else held, coded) for _ in range(2)]  # type: ignore[arg-type]
     cut = []
-    for cache, write in zip(caches, (Cache.write, triton_attention.write), strict=True):
+    for cache, write in zip(caches, (Cache.write, by_a_launch), strict=True):
         for plane in planes(cache):
             if plane is not None:
                 plane.zero_()
@@ -121,9 +121,8 @@ def recorded(held: Made, case: Case, out: Tensor) -> torch.cuda.CUDAGraph:
     how = case.how or {}
 
     def step() -> None:
-        triton_attention.write(held.cache, held.slots, held.key, held.value)
         triton_attention.attend(held.query, held.cache, out, held.table, case.size**-0.5, how.get("sliding_window"),
-                                how.get("softcap"), held.sinks)  # fmt: skip
+                                how.get("softcap"), held.sinks, new=New(held.key, held.value, held.slots))  # fmt: skip
 
     step()
     torch.cuda.synchronize()

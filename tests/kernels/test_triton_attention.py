@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from fewbit.kernels import saturation, triton_attention
 from fewbit.kernels.cache import HELD, Cache, Rounding
 from fewbit.kernels.cache_packed import room
-from fewbit.kernels.table import BLOCK, Table
+from fewbit.kernels.table import BLOCK, New, Rotary, Table
 from fewbit.kernels.triton_runtime import lacking
-from fewbit.modules import paged
+from fewbit.modules import paged, rotary
 from fewbit.modules.attention_sides import weighed
 from fewbit.modules.paged import Span, Step, stepping
 from fewbit.quant.kv import FP8
@@ -203,14 +203,18 @@ def plainly(made: Made, case: Case, table: Table | None = None) -> tuple[Tensor,
     return out[0], cache
 
 
-def by_kernels(made: Made, case: Case) -> tuple[Tensor, Cache]:
+def by_kernels(made: Made, case: Case, rotary: Rotary | None = None) -> tuple[Tensor, Cache]:
     cache, how = copied(made.cache), case.how or {}
     assert triton_attention.refusal(made.query, cache) is None
     out = torch.full_like(made.query[0].transpose(0, 1)[..., :1], torch.nan).repeat(1, 1, made.value.shape[3])
-    triton_attention.write(cache, made.slots, made.key, made.value)
     triton_attention.attend(made.query, cache, out, made.table, case.size**-0.5, how.get("sliding_window"),
-                            how.get("softcap"), made.sinks)  # fmt: skip
+                            how.get("softcap"), made.sinks,
+                            new=New(made.key, made.value, made.slots, rotary))  # fmt: skip
     return out, cache
+
+
+def by_a_launch(cache: Cache, slots: Tensor, key: Tensor, value: Tensor) -> None:
+    triton_attention.write(cache, New(key, value, slots), key)
 
 
 def bound(case: Case) -> dict[str, float]:
@@ -233,6 +237,51 @@ def test_equals_plain_torch(name: str) -> None:
     got, written = by_kernels(made, case)
     torch.testing.assert_close(got, want, **bound(case))
     same(written, kept)
+
+
+TURNED = {
+    "decoding": Case(requests=((1, 37), (1, 5), (1, 1), (1, 0), (1, 64))),
+    "in parts": Case((4, 2), requests=((1, 200), (1, 0), (1, 65))),
+    "one key head for many": Case((17, 1), requests=((1, 33), (1, 20))),
+    "all": Case((6, 2), 48, 32, requests=((1, 50), (1, 0), (1, 16)), sinks=True,
+                how={"sliding_window": 20, "softcap": 2.0}),
+    "a prompt beside it": Case(requests=((1, 37), (21, 70))),
+    "e4m3": Case(held="fp8 measured", requests=((1, 37), (1, 5))),
+    "e4m3, a prompt beside it": Case(held="fp8 measured", requests=((1, 37), (4, 5))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", [rotary.FORMS[0], rotary.FORMS[7], rotary.FORMS[14]], ids=str)
+@pytest.mark.parametrize("name", TURNED)
+def test_keys_and_queries_are_turned_by_who_attends(name: str, form: rotary.RotaryForm) -> None:
+    """What a cache of 8 bits keeps of them is as close as a step of its own, for the interpreter's casts are others."""
+    case = TURNED[name]
+    made, tokens, width = make(case), sum(count for count, _ in case.requests), case.size - case.size // 4
+    draw = torch.Generator().manual_seed(1)
+    shape = (1, tokens, width // 2 if form.table == "short" else width)
+    cos, sin = (torch.randn(shape, generator=draw) for _ in range(2))
+    query, key = rotary.rotate(made.query, made.key, cos, sin, form)
+    want, kept = plainly(replace(made, query=query, key=key), case)
+    got, written = by_kernels(made, case, form.with_tables(cos, sin, case.dtype))
+    if case.held is None:
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        for x, y in zip(planes(written), planes(kept), strict=True):
+            if x is not None and y is not None:
+                torch.testing.assert_close(x[:-1], y[:-1], rtol=1e-6, atol=1e-6, equal_nan=True)
+    else:
+        assert float((got - want).norm() / want.norm()) < 0.1
+
+
+def test_decoding_counts_what_a_measured_scale_cuts_off_once() -> None:
+    """Also where several programs share a key head."""
+    case = Case((130, 1), held="fp8 measured", requests=((1, 5), (1, 0), (1, 20)))
+    made = make(case)
+    made.key[:, :, 0, :3] = 1e6
+    made.value[:, :, 2, 5] = -1e6
+    before = saturation.total()
+    _, cache = by_kernels(made, case)
+    assert saturation.total() - before == 4
+    same(cache, plainly(made, case)[1])
 
 
 ANYHOW = ((7, 40), (1, 37), (0, 20), (1, 0), (150, 160), (1, 5), (0, 0), (19, 19), (3, 0))
@@ -318,7 +367,7 @@ def test_what_a_measured_scale_cuts_off_is_counted(form: str) -> None:
     top, least = one * spec.element.max, one * spec.element.min
     key = torch.tensor([1e6, -1e6, 1.0, -0.5]).repeat(2, 4).view(1, 2, 1, 16)
     key[0, 1, 0, 2:] = 0.0
-    for write in (Cache.write, triton_attention.write):
+    for write in (Cache.write, by_a_launch):
         cache = Cache.like(3, key, key, None, (spec, key_scale, value_scale))
         before = saturation.total()
         write(cache, torch.tensor([1]), key, -key)
@@ -335,7 +384,7 @@ def test_one_number_that_is_none_takes_its_row_along(form: str) -> None:
     """Both ways to write: the scale says it, since codes may not."""
     key = torch.ones(1, 2, 3, 16)
     key[0, 1, 2, 5] = torch.nan
-    for write in (Cache.write, triton_attention.write):
+    for write in (Cache.write, by_a_launch):
         cache = Cache.like(3, key, key, None, rounding(form, 2))
         write(cache, torch.arange(3), key, key)
         for held in cache.read(torch.arange(3), torch.float32):

@@ -156,8 +156,7 @@ def test_rotary(form: rotary.RotaryForm, dtype: torch.dtype, tables: torch.dtype
         for width, batch in ((16, 2), (12, 1)):
             entries = width // 2 if form.table == "short" else width
             cos, sin = (random(batch, 3, entries, dtype=tables, seed=s) for s in (4, 5))
-            got = triton_rotary.rotate(q, k, cos, sin, form.reads == "neighbours", form.writes == "neighbours",
-                                       form.table, form.wide or tables != dtype, heads)  # fmt: skip
+            got = triton_rotary.rotate(q, k, form.with_tables(cos, sin, dtype), heads)
             for found, x in zip(got, (q, k), strict=True):
                 near(found, rotary.turned(x, cos.unsqueeze(heads), sin.unsqueeze(heads), form), of=4.0)
                 assert found.stride() == (x + 0).stride()
