@@ -17,3 +17,11 @@ def widest(x: Tensor, *others: Tensor | None) -> torch.dtype:
     for other in others:
         found = found if other is None else torch.promote_types(found, other.dtype)
     return found
+
+
+def times(x: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """x: [..., N] times float32 scales of its rows, [M, 1], and of its columns, [N]; rounded once."""
+    if rows is None and columns is None:
+        return x
+    wide = x.float() if columns is None else x.float() * columns
+    return (wide if rows is None else wide * rows.view(*x.shape[:-1], 1)).to(x.dtype)

@@ -15,6 +15,8 @@ from fewbit.kernels.triton_norm import of_rows, takes, tile
 from fewbit.kernels.triton_quantize import flags, put_codes, room
 from fewbit.kernels.triton_runtime import cdiv
 
+Scales = tuple[Tensor | None, Tensor | None]
+NO_SCALES: Scales = (None, None)
 NONE: NormParts = (None, None, 1.0, "wide", False)
 
 
@@ -25,7 +27,7 @@ def _add_norm(
     BIAS0: tl.constexpr, AFTER: tl.constexpr, OFFSET1: tl.constexpr, LATE1: tl.constexpr, CENTRED1: tl.constexpr,
     WEIGHT1: tl.constexpr, BIAS1: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, codes, scales,
     ROUND: tl.constexpr, REACH: tl.constexpr, EMPTY: tl.constexpr, POWERS: tl.constexpr, INT: tl.constexpr,
-    EARLY: tl.constexpr,
+    x_rows, x_columns, EARLY: tl.constexpr,
 ):  # fmt: skip
     begin(EARLY)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -33,7 +35,7 @@ def _add_norm(
     inside = (row < rows)[:, None] & (at < D)[None, :]
     there = row[:, None] * D + at[None, :]
     out: tl.constexpr = s_at.dtype.element_ty
-    x = tl.load(x_at + there, inside, 0.0)
+    x = scaled(tl.load(x_at + there, inside, 0.0), row, at, row < rows, at < D, x_rows, x_columns)
     residual = tl.load(r_at + there, inside, 0.0).to(tl.float32)
     if BEFORE:
         h = of_rows(x, inside, at, w0_at, b0_at, eps0, D, OFFSET0, LATE0, CENTRED0, WEIGHT0, BIAS0, out)
@@ -48,6 +50,19 @@ def _add_norm(
             put_codes(y, row, at, inside, row < rows, codes, scales, D, REACH, EMPTY, POWERS, INT)
 
 
+@triton.jit
+def scaled(x, row, at, there, inside, rows, columns):
+    """[ROWS, BLOCK], times scales where there are any: rounded once, as by a launch of their own."""
+    if (rows is not None) | (columns is not None):
+        wide = x.to(tl.float32)
+        if columns is not None:
+            wide *= tl.load(columns + at, inside, 0.0)[None, :]
+        if rows is not None:
+            wide *= tl.load(rows + row, there, 0.0)[:, None]
+        x = wide.to(x.dtype)
+    return x
+
+
 def takes_sum(x: Tensor, residual: Tensor, before: NormParts | None, after: NormParts | None) -> bool:
     """Whether the kernel runs on it: all of one type and without gaps."""
     if before is not None and x.dtype == torch.float32:
@@ -58,9 +73,13 @@ def takes_sum(x: Tensor, residual: Tensor, before: NormParts | None, after: Norm
 
 
 def add_norm(
-    x: Tensor, residual: Tensor, before: NormParts | None, after: NormParts | None, wanted: Wanted | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """x, residual: [..., D] -> their sum, and its norm; as modules.residual.add_norm. wanted: of who reads the norm."""
+    x: Tensor, residual: Tensor, before: NormParts | None, after: NormParts | None, wanted: Wanted | None = None,
+    scales: Scales = NO_SCALES,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """x, residual: [..., D] -> their sum, and its norm; as modules.residual.add_norm. wanted: of who reads the norm.
+
+    scales: what x is to be times, float32: [M, 1] of its rows, [D] of its columns.
+    """
     total, y = torch.empty_like(x), None if after is None else torch.empty_like(x)
     d, rows = x.shape[-1], x.numel() // x.shape[-1]
     if rows == 0:
@@ -73,7 +92,8 @@ def add_norm(
         x, residual, total, total if y is None else y,
         *(x if t is None else t for t in (*first[:2], *second[:2])), rows, first[2], second[2], d,
         before is not None, *_flags(first), after is not None, *_flags(second), several, block,
-        *(codes or (total, total)), num_warps=warps, **flags(how), **early(x.device),
+        *(codes or (total, total)), num_warps=warps, **flags(how), x_rows=scales[0], x_columns=scales[1],
+        **early(x.device),
     )  # fmt: skip
     return total, y if y is None or wanted is None else offer(y, wanted, codes)
 

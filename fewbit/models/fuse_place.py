@@ -15,6 +15,7 @@ from fewbit.models.fuse_values import Called, Decision, Form, Kind, Rewrite, Sib
 from fewbit.modules import experts, glu, latent, mixture, residual, router
 from fewbit.modules.glu import GluForm
 from fewbit.modules.latent import LatentForm
+from fewbit.modules.linear import Linear
 from fewbit.modules.merged import merge
 from fewbit.modules.mixture import MixtureForm
 from fewbit.modules.norm import Norm, NormForm
@@ -99,6 +100,9 @@ def sums(layer: nn.Module, form: Sums) -> None:
         raise UnsupportedError("its forward is no longer its own")
     for norm in waiting:
         norm.forward = partial(residual.later, norm)  # type: ignore[method-assign]
+    for linear in (layer.get_submodule(name) for name in form.products):
+        if type(linear) is Linear and "forward" not in vars(linear):
+            linear.forward = partial(residual.product, linear)  # type: ignore[method-assign]
     if form.passes:
         layer.forward = partial(residual.forward, layer)
 
@@ -148,7 +152,8 @@ def below(module: nn.Module, held: Any) -> Any:
 
 
 FORWARDS: dict[Any, Kind] = {glu.forward: "glu", router.forward: "route", latent.forward: "latent",
-                             mixture.forward: "mixture", residual.forward: "sums", residual.later: "sums"}  # fmt: skip
+                             mixture.forward: "mixture", residual.forward: "sums", residual.later: "sums",
+                             residual.product: "sums"}  # fmt: skip
 
 
 def kind_of(module: nn.Module, held: Any) -> Kind | None:

@@ -17,6 +17,7 @@ from fewbit.models import twin
 from fewbit.models.fuse_values import ALONE, Decision, Rewrite, Signature, Sums
 from fewbit.models.observe_taps import first, layers_path
 from fewbit.modules import residual
+from fewbit.modules.linear import Linear
 from fewbit.modules.norm import NormForm
 from fewbit.modules.residual import Later
 
@@ -32,12 +33,17 @@ class Seen:
 
     readers: set[int] = field(default_factory=set)
     waiting: bool = False
-    outputs: dict[int, tuple[nn.Module, Tensor]] = field(default_factory=dict)
+    outputs: dict[int, tuple[list[nn.Module], Tensor]] = field(default_factory=dict)
     terms: dict[int, Tensor] = field(default_factory=dict)
+    normed: dict[int, nn.Module] = field(default_factory=dict)
 
     def adds(self, module: nn.Module) -> bool:
         """Whether what it gave was added as it was."""
-        return any(owner is module and key in self.terms for key, (owner, _) in self.outputs.items())
+        return any(module in owners and key in self.terms for key, (owners, _) in self.outputs.items())
+
+    def feeds(self, module: nn.Module, norms: Sequence[nn.Module]) -> bool:
+        """Whether one of these read what it gave."""
+        return any(module in owners and self.normed.get(key) in norms for key, (owners, _) in self.outputs.items())
 
 
 def additions(model: Any, config: Any, known: Sequence[Rewrite]) -> Iterator[Rewrite | Decision]:
@@ -57,7 +63,10 @@ def additions(model: Any, config: Any, known: Sequence[Rewrite]) -> Iterator[Rew
     by_target: dict[Signature, list[Sums]] = {}
     for layer in layers:
         held = {name: m for name, m in layer.named_modules() if id(m) in norms}
-        form = Sums(tuple(name for name, m in held.items() if seen.adds(m)), passes)
+        added = {name: m for name, m in held.items() if seen.adds(m)}
+        linears = {name: m for name, m in layer.named_modules() if type(m) is Linear}
+        products = [n for n, m in linears.items() if seen.adds(m) or seen.feeds(m, list(added.values()))]
+        form = Sums(tuple(added), passes, tuple(products) if passes else ())
         by_target.setdefault(Signature.of(layer, False), []).append(form)
     for target, each in by_target.items():
         if len(set(each)) > 1:
@@ -75,10 +84,11 @@ def watched(model: nn.Module, layers: Sequence[nn.Module], config: Any) -> Seen:
         found = [value for value in (*args, *kwargs.values()) if isinstance(value, Later)]
         seen.readers |= {id(module) for _ in found}
         seen.waiting |= any(value.residual is not None for value in found)
+        seen.normed |= {id(value): module for value in args if isinstance(value, Tensor)}
 
     def after(module: nn.Module, _: Any, output: Any) -> None:
         if isinstance(y := first(output), Tensor):
-            seen.outputs[id(y)] = module, y
+            seen.outputs.setdefault(id(y), ([], y))[0].append(module)
 
     def noted(a: Any, b: Any) -> Any:
         seen.terms |= {id(t): t for t in (a, b) if isinstance(t, Tensor)}

@@ -41,13 +41,14 @@ class Called:
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """A decoder layer's additions, each in one launch with a norm. norms: whose outputs are added.
+    """A decoder layer's additions, each in one launch with a norm. norms, products: whose outputs are added.
 
     passes: sums wait for the norm that reads them, in the next layer too.
     """
 
     norms: tuple[str, ...]
     passes: bool
+    products: tuple[str, ...] = ()  # linears, also where such a norm reads them
 
     def __str__(self) -> str:
         given = f"{', '.join(self.norms)} + residual" if self.norms else ""

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from fewbit.kernels import fused
 from fewbit.kernels.input_rounding import Wanted
+from fewbit.kernels.rows import times
 from fewbit.modules.linear import Linear
 from fewbit.modules.merged import Slice
 
@@ -123,9 +124,7 @@ def scaled(gate: Tensor, up: Tensor, scales: Scales | None) -> tuple[Tensor, Ten
     if scales is None:
         return gate, up
     rows, *columns = scales
-    wide = [x.float() if c is None else x.float() * c for x, c in zip((gate, up), columns, strict=True)]
-    rows = 1.0 if rows is None else rows.view(*gate.shape[:-1], 1)
-    return (wide[0] * rows).to(gate.dtype), (wide[1] * rows).to(up.dtype)
+    return times(gate, rows, columns[0]), times(up, rows, columns[1])
 
 
 def multiplied(gate: Tensor, up: Tensor, by: Gating) -> Tensor:

@@ -120,7 +120,7 @@ class Linear(nn.Module):
         """y, and the scales of its rows and columns that are its reader's to apply."""
         only = self.parts[0] if len(self.parts) == 1 and self.bias is None else None
         if only is None or only.kernel.unscaled is None:
-            return self(x), None, None
+            return Linear.forward(self, x), None, None
         return only.kernel.unscaled(x, only.packed)
 
     def __getattr__(self, name: str) -> Any:

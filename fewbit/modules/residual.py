@@ -2,7 +2,7 @@
 
 A model's own code runs as it is, but on a stream that is a Later: adding to it only notes what is to be added. A norm
 of ours that is given one adds and norms in one launch; whatever else is done with it finds the tensor, added by then.
-A norm whose output is added may itself wait for that addition.
+A norm whose output is added may itself wait for that addition, and so may the scales of a product.
 """
 
 from collections.abc import Callable
@@ -13,27 +13,35 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.kernels import fused
+from fewbit.kernels.rows import times
+from fewbit.modules.linear import Linear
 from fewbit.modules.norm import Norm, norm, normed
 
 ADDS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
 Pair = tuple[Tensor, Tensor | None]
+Scales = tuple[Tensor | None, Tensor | None]  # float32: [M, 1] of rows, [D] of columns
+NO_SCALES: Scales = (None, None)
 
 
-def add_norm(x: Tensor, residual: Tensor, before: Norm | None, after: Norm | None) -> Pair:
-    """x, residual: [..., D] -> residual + x, or + before(x); and after of that; the oracle."""
+def add_norm(x: Tensor, residual: Tensor, before: Norm | None, after: Norm | None, scales: Scales = NO_SCALES) -> Pair:
+    """x, residual: [..., D] -> residual + x, or + before(x), x times scales first; and after of that; the oracle."""
+    x = times(x, *scales)
     total = residual + (x if before is None else norm(x, before.weight, before.bias, before.form))
     return total, None if after is None else norm(total, after.weight, after.bias, after.form)
 
 
-def add_normed(x: Tensor, residual: Tensor, before: Norm | None, after: Norm | None) -> Pair:
+def add_normed(
+    x: Tensor, residual: Tensor, before: Norm | None, after: Norm | None, scales: Scales = NO_SCALES
+) -> Pair:
     """The same by the kernel that takes it, to the bit what an addition and the norm's own kernel give."""
     if before is not None or after is not None:
         run: Any = kernel() if x.is_cuda else fused
         given = x, residual, before and before.norm_parts, after and after.norm_parts
         if run.takes_sum(*given):
-            more = (after and after.wanted,) if x.is_cuda else ()
-            found: Pair = run.add_norm(*given, *more)
+            more = (after and after.wanted, scales) if x.is_cuda else ()
+            found: Pair = run.add_norm(x if more else times(x, *scales), *given[1:], *more)
             return found
+    x = times(x, *scales)
     total = residual + (x if before is None else by(before, x))
     return total, None if after is None else by(after, total)
 
@@ -43,16 +51,27 @@ def by(norm: Norm, x: Tensor) -> Tensor:
 
 
 class Later:
-    """[residual +] [norm of] x, computed when it is first asked for. Without both it is x: a stream's begin."""
+    """[residual +] [norm of] x [times scales], computed when it is first asked for; or x alone, a stream's begin."""
 
-    __slots__ = ("norm", "residual", "x")
+    __slots__ = ("norm", "residual", "scales", "x")
 
-    def __init__(self, x: Tensor, residual: "Tensor | Later | None" = None, norm: Norm | None = None):
-        self.x, self.residual, self.norm = x, residual, norm
+    def __init__(
+        self,
+        x: Tensor,
+        residual: "Tensor | Later | None" = None,
+        norm: Norm | None = None,
+        scales: Scales = NO_SCALES,
+    ):
+        self.x, self.residual, self.norm, self.scales = x, residual, norm, scales
+
+    @property
+    def waits(self) -> bool:
+        """For an addition, as it is no stream yet."""
+        return self.residual is None and (self.norm is not None or self.scales != NO_SCALES)
 
     @property
     def tensor(self) -> Tensor:
-        if self.residual is not None or self.norm is not None:
+        if self.residual is not None or self.waits:
             self._settle(None)
         return self.x
 
@@ -63,10 +82,11 @@ class Later:
     def _settle(self, after: Norm | None) -> Tensor | None:
         y = None
         if self.residual is not None:
-            self.x, y = add_normed(self.x, plain(self.residual), self.norm, after)
-        elif self.norm is not None:
-            self.x = by(self.norm, self.x)
-        self.residual = self.norm = None
+            self.x, y = add_normed(self.x, plain(self.residual), self.norm, after, self.scales)
+        else:
+            x = times(self.x, *self.scales)
+            self.x = x if self.norm is None else by(self.norm, x)
+        self.residual, self.norm, self.scales = None, None, NO_SCALES
         return y
 
     def __add__(self, other: Any) -> Any:
@@ -107,19 +127,19 @@ def plain(value: Any) -> Any:
 
 
 def streams(value: Any) -> bool:
-    """Whether it is a stream, and no norm alone."""
-    return isinstance(value, Later) and (value.residual is not None or value.norm is None)
+    """Whether it is a stream, and nothing that waits to be added to one."""
+    return isinstance(value, Later) and not value.waits
 
 
 def added(a: Any, b: Any) -> Any:
-    """a + b, later where one of them is a stream. What waits for a norm alone is added to a tensor now."""
+    """a + b, later where one of them is a stream. What waits is added to a tensor now."""
     if streams(b) or (isinstance(a, Later) and not streams(a)):
         a, b = b, a
     if isinstance(b, Later) and not streams(b):
         if streams(a):
-            return Later(b.x, a, b.norm)
+            return Later(b.x, a, b.norm, b.scales)
         if isinstance(a, Tensor):
-            return add_normed(b.x, a, b.norm, None)[0]
+            return add_normed(b.x, a, b.norm, None, b.scales)[0]
     if streams(a) and isinstance(b, Tensor):
         return Later(b, a)
     return plain(a) + plain(b)
@@ -139,7 +159,18 @@ def stream(hidden: Any) -> Any:
 
 def later(norm: Norm, x: Any) -> Later:
     """A norm's forward where what it gives is added to the stream."""
+    if isinstance(x, Later) and x.waits and x.norm is None:
+        return Later(x.x, norm=norm, scales=x.scales)
     return Later(plain(x), norm=norm)
+
+
+def product(linear: Linear, x: Any) -> Any:
+    """A linear's forward where what it gives is added to the stream, or goes to such a norm."""
+    x = plain(x)
+    if linear._forward_hooks or linear._forward_pre_hooks:  # who watches is not to see what is no output yet
+        return Linear.forward(linear, x)
+    y, rows, columns = linear.unscaled(x)
+    return y if rows is None and columns is None else Later(y, scales=(rows, columns))
 
 
 @cache

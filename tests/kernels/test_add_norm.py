@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fewbit.kernels import fused
+from fewbit.kernels.rows import times
 from fewbit.kernels.triton_runtime import lacking
 from fewbit.modules import residual
 from fewbit.modules.norm import TIMES, Norm, NormForm
@@ -123,3 +124,24 @@ def test_what_is_left_to_two_calls() -> None:
     with fused.left_to_torch():
         assert not fused.takes_sum(x, r, None, norm.norm_parts)
     assert not fused.takes_sum(x.clone().requires_grad_(), r, None, norm.norm_parts)
+
+
+@triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("which", [(True, False), (False, True), (True, True)], ids=str)
+def test_scales_are_rounded_as_by_a_launch_of_their_own(which: tuple[bool, bool], dtype: torch.dtype) -> None:
+    from fewbit.kernels import triton_add_norm
+
+    for shape in SHAPES:
+        x, r = (t.to(DEVICE) for t in pair(shape, dtype))
+        held = random(x.numel() // shape[-1], 1, seed=7).to(DEVICE), random(shape[-1], seed=8).to(DEVICE)
+        scales = tuple(t if asked else None for t, asked in zip(held, which, strict=True))
+        after = made(shape[-1], FORMS[0], dtype, 1).to(DEVICE).norm_parts
+        for before in (None, after):
+            if not triton_add_norm.takes_sum(x, r, before, after):
+                continue
+            got = triton_add_norm.add_norm(x, r, before, after, None, scales)
+            want = triton_add_norm.add_norm(times(x, *scales), r, before, after)
+            step = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-6}[dtype]  # the interpreter cuts where a GPU rounds
+            for a, b in zip(got, want, strict=True):
+                torch.testing.assert_close(a, b, rtol=step, atol=step * 8)

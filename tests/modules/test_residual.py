@@ -1,6 +1,7 @@
 """A stream that is added to later: whatever is done with it finds what torch would have added."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from fewbit.kernels import fused
 from fewbit.modules import residual
+from fewbit.modules.linear import Linear
 from fewbit.modules.norm import Norm, NormForm
 from fewbit.modules.residual import Later
 
@@ -103,6 +105,33 @@ def test_uses(name: str) -> None:
     if isinstance(got, Later):
         got = got.tensor
     assert torch.equal(got, want) if isinstance(want, Tensor) else got == want
+
+
+ROWS, COLUMNS = torch.tensor([[0.5], [3.0]]), torch.linspace(0.1, 2.0, 8)
+SCALES = [(ROWS, None), (None, COLUMNS), (ROWS, COLUMNS)]
+
+
+@pytest.mark.parametrize("scales", SCALES)
+def test_scales_of_a_product_wait_too(scales: residual.Scales, calls: list[str]) -> None:
+    want = Y * (1.0 if scales[1] is None else COLUMNS) * (1.0 if scales[0] is None else ROWS)
+    made = partial(Later, Y, scales=scales)
+    assert torch.equal(torch.tanh(made()), want.tanh()) and torch.equal(X + made(), X + want)
+    assert torch.equal(residual.later(NORM, made()).tensor, NORM(want))
+    calls.clear()
+    assert torch.equal(AFTER(Later(X) + made()), AFTER(X + want))
+    assert torch.equal(AFTER(made() + Later(X)), AFTER(X + want))
+    assert torch.equal(AFTER(Later(X) + residual.later(NORM, made())), AFTER(X + NORM(want)))
+    assert calls[0] == "add" and torch.equal(made() + made(), want + want)
+
+
+def test_a_product_leaves_its_scales_to_who_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = Linear(8, 8, nn.Parameter(torch.eye(8), requires_grad=False), None)
+    assert torch.equal(residual.product(linear, Later(X) + Y), SUM)
+    monkeypatch.setattr(Linear, "unscaled", lambda self, x: (Linear.forward(self, x), ROWS, COLUMNS))
+    found = residual.product(linear, X)
+    assert isinstance(found, Later) and torch.equal(found.tensor, X * COLUMNS * ROWS)
+    linear.register_forward_hook(lambda *_: None)
+    assert residual.product(linear, X) is not None and isinstance(residual.product(linear, X), Tensor)
 
 
 def test_a_norm_that_is_not_added() -> None:
