@@ -4,7 +4,7 @@ import gc
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from fewbit.engine.parallel_group import Group
 from fewbit.engine.runner import Alone, Paged, Runner
 from fewbit.errors import CheckpointError, RequestError, UnsupportedError
 from fewbit.inc.session import Session
+from fewbit.kernels.compiled import left_to_torch
 from fewbit.kernels.registry import EMULATED
 from fewbit.models import build, hf, kv
 from fewbit.models.emulation import read as read_emulation
@@ -177,7 +178,8 @@ def loaded(
         torch.cuda.set_device(device)  # Triton launches on the current one
     dtype = dtype_of(config, device) if session is None else gaudi.dtype(config, session) or dtype_of(config, device)
     given = given_to(config, device, dtype, format, session)
-    with progress("loading") as tell:
+    on_cpu = device.type == "cpu"  # else twins alone run on one
+    with progress("loading") as tell, nullcontext() if on_cpu else left_to_torch():
         model: Any = build.load(
             config.model, device=device, dtype=dtype, kernels=kernels_of(config),
             trust_remote_code=config.trust_remote_code, attend=partial(fusion.attention, config), ranks=group,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewbit.kernels.cache import Cache
 from fewbit.kernels.cache_packed import PackedCache
-from fewbit.kernels.compiled import call, library
+from fewbit.kernels.compiled import call, left, library
 from fewbit.quant import elements
 
 FEW = 4  # queries of one request up to which each reads the cache for itself
@@ -70,6 +70,8 @@ def refusal(query: Tensor, cache: Cache | PackedCache) -> str | None:
     alike = cache.element is not None or query.dtype == cache.key.dtype == cache.value.dtype
     if query.device.type != "cpu" or query.dtype not in DTYPES or not alike:
         return "takes float32 or bfloat16 on a CPU, a cache of values in the type of the queries"
+    if left():
+        return "left to torch"
     found = library("attend")
     return found if isinstance(found, str) else None
 
@@ -105,7 +107,8 @@ def write(cache: Cache | PackedCache, slots: Tensor, key: Tensor, value: Tensor)
     """As cache.write; of values that stay what they are in one call."""
     plain = isinstance(cache, Cache) and cache.element is None and cache.fits(slots, key, value)
     pairs = ((key, cache.key), (value, cache.value)) if plain and isinstance(cache, Cache) else ()
-    if not pairs or not all(_alike(*pair) for pair in pairs) or isinstance(library("attend"), str):
+    taken = bool(pairs) and all(_alike(*pair) for pair in pairs) and not left()
+    if not taken or isinstance(library("attend"), str):
         cache.write(slots, key, value)  # or torch's error, where they do not fit
         return
     sizes = [n * t.element_size() for t, _ in pairs for n in (t.shape[3], t.stride(2), t.stride(1))]

@@ -10,7 +10,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from fewbit import env
 
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno")
 
+_LEFT: ContextVar[bool] = ContextVar("left to torch", default=False)
 LISTENER: ContextVar[Callable[[Callable[[], Any]], None] | None] = ContextVar("who hears of calls", default=None)
 
 
@@ -28,6 +30,21 @@ def call(function: Any, *arguments: Any) -> None:
     function(*arguments)
     if (listener := LISTENER.get()) is not None:
         listener(partial(function, *arguments))
+
+
+@contextmanager
+def left_to_torch() -> Iterator[None]:
+    """Within, no library is asked for: what is proven of a model is not to depend on how a kernel adds up, and where
+    weights go to a GPU nobody waits for a compiler. It is for kernels to ask `left` before they take anything."""
+    token = _LEFT.set(True)
+    try:
+        yield
+    finally:
+        _LEFT.reset(token)
+
+
+def left() -> bool:
+    return _LEFT.get()
 
 
 @cache

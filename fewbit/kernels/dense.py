@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fewbit.kernels import few, packed
+from fewbit.kernels.compiled import left
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -18,7 +19,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         if rows > few.MOST["floats"] or not few.takes(flat := x.reshape(rows, k), weight, bias, x.dtype):
             return linear(x, weight, bias)
         return few.rows(flat, weight, x.dtype, bias=bias).view(*x.shape[:-1], -1)
-    if x.dtype != torch.bfloat16 or (run := packed.dense(rows, k)) is None:
+    if x.dtype != torch.bfloat16 or left() or (run := packed.dense(rows, k)) is None:
         return linear(x, weight, bias)
     y = run(x.reshape(rows, k).contiguous(), weight).view(*x.shape[:-1], -1)
     return y if bias is None else y.add_(bias)

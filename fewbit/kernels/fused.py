@@ -6,16 +6,14 @@ for us. A call may not be gone back through, so nothing is taken that asks for g
 
 import ctypes
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewbit.kernels.compiled import call, library
+from fewbit.kernels.compiled import call, left, library
 from fewbit.kernels.rows import leading
 from fewbit.kernels.table import Rotary
 
@@ -30,22 +28,10 @@ NORM, SUM, GATE, ROTARY = (struct.Struct(form) for form in FORMS)
 ROWS = (1,) * 10  # of a norm whose rows lie without gaps and are known
 NormParts = tuple[Tensor | None, Tensor | None, float, str, bool]  # of a norm: weight, bias, eps, times, centred
 
-_LEFT: ContextVar[bool] = ContextVar("left to torch", default=False)
-
-
-@contextmanager
-def left_to_torch() -> Iterator[None]:
-    """Within, nothing is taken: what is proven of a form is not to depend on how a kernel adds up."""
-    token = _LEFT.set(True)
-    try:
-        yield
-    finally:
-        _LEFT.reset(token)
-
 
 def _ours(*tensors: Tensor | None, step: int = 1) -> bool:
     """Plain tensors of one type on a CPU that nobody goes back through, whose last axis has this stride."""
-    if _LEFT.get():
+    if left():
         return False
     learning, dtype = torch.is_grad_enabled(), None
     for t in tensors:

@@ -5,9 +5,10 @@ finds its compiler (nvrtc) beside torch and keeps what it compiles in ~/.humming
 of 4 bits are read by `few` where there are few rows, out of the same memory.
 """
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from threading import Lock
 from typing import Any
@@ -26,7 +27,12 @@ from fewbit.quant.spec import Format
 
 LOCKS = 2048  # counters of blocks that share a sum, one set for each weight: streams may overlap
 ROWS: tuple[int, ...] = ()  # numbers of rows to compile for, () = any: tests and benchmarks are spared minutes
+SHAPES = 8  # that are compiled side by side; their compilers share the cores
+MORE = 1.25  # rows that a tile of other ranges may multiply, in those of a range's own
 MISSING = "needs humming-kernels: pip install 'fewbit[gpu]'"
+
+
+Range = Sequence[Any]  # rows above, rows up to, the tile: humming's dict
 
 
 @dataclass(slots=True)
@@ -164,11 +170,72 @@ def _compiling(config: Any, device: torch.device, laid: bool) -> Future[Tensor]:
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(2, "humming")  # each starts as many compilers as there are cores
+    """Its threads wait for those of `_compilers`."""
+    return ThreadPoolExecutor(SHAPES, "humming")
+
+
+@cache
+def _compilers() -> ThreadPoolExecutor:
+    """As many as there are cores, or as HUMMING_MAX_PARALLEL_BUILD_WORKERS says: whoever starts many processes."""
+    from humming.utils.cpu import get_parallel_build_workers
+
+    return ThreadPoolExecutor(get_parallel_build_workers(), "humming-compiler")
+
+
+def shared(ranges: Sequence[Range]) -> list[Range]:
+    """The same rows with fewer tiles, since humming has one for every 8 rows, and compiling all takes half a minute.
+
+    Powers of two keep theirs. The rows between take a taller tile that is there already and is else the same, where
+    that multiplies no more than MORE times as many rows.
+    """
+    kept: list[Any] = []
+    chosen: dict[int, Any] = {}
+    for low, high, tile in sorted(ranges, key=lambda span: (_between(span), -span[1])):
+        taller = [other for other in kept if _serves(other, tile, low + 1, high)] if _between((low, high)) else []
+        best = min(taller, key=lambda other: _multiplied(other, high), default=tile)
+        chosen[low] = best
+        if best not in kept:
+            kept.append(best)
+    found: list[list[Any]] = []
+    for low, high, _ in ranges:
+        if found and found[-1][2] == chosen[low]:
+            found[-1][1] = high
+        else:
+            found.append([low, high, chosen[low]])
+    return list(found)
+
+
+def _between(span: Range) -> bool:
+    """Whether no power of two is in it."""
+    return int(span[0]).bit_length() == int(span[1]).bit_length()
+
+
+def _multiplied(tile: Any, rows: int) -> int:
+    return -(-rows // _tall(tile)) * _tall(tile)
+
+
+def _tall(tile: Any) -> int:
+    found: int = tile["block_shape"][0]
+    return found
+
+
+def _serves(other: Any, tile: Any, *each: int) -> bool:
+    alike = _tall(other) >= _tall(tile) and _kind(other) == _kind(tile)
+    return alike and all(_multiplied(other, rows) <= MORE * _multiplied(tile, rows) for rows in each)
+
+
+def _distinct(ranges: Sequence[Range]) -> list[Any]:
+    return [tile for i, (*_, tile) in enumerate(ranges) if all(tile != other for *_, other in ranges[:i])]
+
+
+def _kind(tile: Any) -> Any:
+    """A tile but for how tall it is."""
+    (tall, *block), (part, *warp) = tile["block_shape"], tile["warp_shape"]
+    return tile | {"block_shape": block, "warp_shape": warp, "raster_group_m": tall // part}
 
 
 def _compiled(config: Any, device: torch.device, laid: bool, only: tuple[int, ...]) -> Tensor:
-    """-> int64 on the CPU: (rows above, rows up to, kernel, processors) of every tile that humming would choose.
+    """-> int64 on the CPU: (rows above, rows up to, kernel, processors) of every tile that is used.
 
     laid: `few` takes few rows, so that tiles for those are left out. only: as ROWS.
     """
@@ -177,9 +244,18 @@ def _compiled(config: Any, device: torch.device, laid: bool, only: tuple[int, ..
 
     above = few.MOST["laid"] if laid and not few.lacking(device) else 0
     with torch.cuda.device(device):
-        every = get_heuristics_config(config, device=device)
+        every = shared(get_heuristics_config(config, device=device))
         asked = [tile for tile in every if not only or any(tile[0] < rows <= tile[1] for rows in only)]
         (_, *first), *others = [tile for tile in asked if tile[1] > above] or every[:1]
         tiles = [[0, *first], *others]  # humming looks for the tile of one row, whatever it runs
+        compiled = partial(_tile, config.to_str(), device)
+        list(_compilers().map(compiled, sorted(_distinct(tiles), key=_tall, reverse=True)))  # these take the longest
         found: Tensor = HummingKernel.prepare_kernels(config.to_str(), None, tiles, device)
     return found
+
+
+def _tile(config: str, device: torch.device, tile: Any) -> None:
+    """Compile one."""
+    from humming.kernel.humming import HummingKernel
+
+    HummingKernel.prepare_kernels(config, None, tile, device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fewbit.kernels import saturation, triton_runtime
-from fewbit.kernels.compiled import call, library
+from fewbit.kernels.compiled import call, left, library
 from fewbit.quant.elements import E4M3, E8M0, F32
 from fewbit.quant.qtensor import Planes
 from fewbit.quant.reference import fake_quant
@@ -88,7 +88,8 @@ def rounded(x: Tensor, spec: QuantSpec, planes: Planes) -> Tensor:
             from fewbit.kernels import triton_round
 
             return triton_round.rounded(x, how, given, cut)
-        if x.device.type == "cpu" and x.dtype in DTYPES and isinstance(built := library("round"), ctypes.CDLL):
+        ours = x.device.type == "cpu" and x.dtype in DTYPES and not left()
+        if ours and isinstance(built := library("round"), ctypes.CDLL):
             return _on_cpu(built, x.contiguous(), how, given, cut)
     saturation.count(x, spec, planes)
     return fake_quant(x, spec, planes)

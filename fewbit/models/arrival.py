@@ -13,7 +13,7 @@ from fewbit.errors import SpecError
 from fewbit.quant import elements
 from fewbit.quant.ggml import GGML_RULES
 from fewbit.quant.qtensor import Planes, Quantized, Transform, grid, make, scale_of, store
-from fewbit.quant.reference import encode
+from fewbit.quant.reference import SUMMING, encode
 from fewbit.quant.spec import FLAT, Format, QuantSpec
 
 Online = Callable[[str, nn.Module], "Arrival | None"]  # (a parameter's path, its module) -> what it becomes
@@ -44,6 +44,12 @@ class Arrival:
                 raise SpecError(f"{name} of the weight must be finite")
         if (act := self.format.act) is not None:
             check_static(act, self.act)
+
+    @property
+    def anywhere(self) -> bool:
+        """Whether every device makes the same of a weight: nothing is added up, in an order of the device's own."""
+        turned = self.rewrite and any(t.kind in PRODUCTS for t in self.transforms)
+        return self.format.weight.rule not in SUMMING and not turned
 
     def expert(self, e: int) -> "Arrival":
         """Of one matrix of a stack."""
@@ -86,6 +92,7 @@ def check_static(act: QuantSpec, planes: Planes) -> None:
             raise SpecError(f"the input's {name} must be finite and above 0, found {value.flatten()[:4].tolist()}")
 
 
+PRODUCTS = ("rotate", "low_rank")  # transforms that rewrite a weight by products of matrices
 DIMS = {"permute": 1, "input_scale": 1, "rotate": 2, "low_rank": 2}  # axes of a transform's tensors, for one matrix
 
 

@@ -1,7 +1,8 @@
 """Filling: tensors arrive one at a time and go straight into their place; nothing waits but what must be joined.
 
 A plain tensor becomes the parameter itself, or is copied into its slot of one. A quantized one is bound to its Linear,
-Embedding or stack of experts. `online` may name an Arrival for a parameter: then it is encoded as it arrives.
+Embedding or stack of experts. `online` may name an Arrival for a parameter: then it is encoded as it arrives, by the
+device that it goes to where that gives the same bits.
 """
 
 from collections import defaultdict
@@ -126,10 +127,15 @@ class Filler:
         elif is_stack(module) and place.expert is None:
             for e, matrix in enumerate(tensor):
                 oriented = matrix.mT if module.is_transposed else matrix
-                self._stack(place.target, 0, e, online(oriented, arrival.expert(e), self.options.dtype))
+                self._stack(place.target, 0, e, self._encoded(oriented, arrival.expert(e)))
         else:
             own = self.part(place, arrival, len(tensor))
-            self._quantized(place.target, place, online(tensor, own, self.options.dtype))
+            self._quantized(place.target, place, self._encoded(tensor, own))
+
+    def _encoded(self, tensor: Tensor, arrival: Arrival) -> Quantized:
+        """One matrix, by the GPU where it is to live, if that makes the same of it as a CPU."""
+        there = self.device.type == "cuda" and arrival.anywhere
+        return online(tensor.to(self.device) if there else tensor, arrival, self.options.dtype)
 
     def part(self, place: Placement, arrival: Arrival, rows: int) -> Arrival:
         """Of the tensor that fills a place."""

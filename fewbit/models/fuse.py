@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewbit.kernels.fused import left_to_torch
+from fewbit.kernels.compiled import left_to_torch
 from fewbit.kernels.triton_runtime import lacking
 from fewbit.models import twin
 from fewbit.models.fuse_look import look, proposals

@@ -367,3 +367,4 @@ RULES: dict[str, Rule] = {
     "four-over-six": _rule_four_over_six,
     "double": _rule_double,
 }
+SUMMING = frozenset({"four-over-six", "double", *GGML_RULES})  # rules that add up: last bits depend on the device

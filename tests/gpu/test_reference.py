@@ -4,11 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import fewbit
+from fewbit.modules.experts import Experts
+from fewbit.modules.linear import Linear
 from fewbit.quant.formats import FORMATS
+from fewbit.quant.qtensor import QTensor
 from fewbit.quant.reference import decode, encode, fake_quant
+from fewbit.quant.spec import Format
 from tests.checkpoints.compare import relative
+from tests.models import saved
 from tests.tiny import llama
 
 pytestmark = [
@@ -43,6 +49,32 @@ def test_same_rounding_of_activations(name: str) -> None:
     given = {f"scale{i}": torch.full((1, 1), 0.01) for i, s in enumerate(act.scales) if not s.dynamic}
     there = fake_quant(x.cuda(), act, {n: p.cuda() for n, p in given.items()})
     assert torch.equal(fake_quant(x, act, given), there.cpu())
+
+
+def held(model: nn.Module) -> list[QTensor]:
+    """All quantized weights, as they came."""
+    found = [module.parts for module in model.modules() if isinstance(module, Linear)]
+    stacks = [module.parts for module in model.modules() if isinstance(module, Experts)]
+    found += [parts for stack in stacks for parts in stack.values()]
+    return [part.quantized.weight for parts in found for part in parts]
+
+
+ARRIVE = ("fp8-tensor", "int4-g128", "mxfp4", "nvfp4-46", "nf4-dq", "q4_k")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [*(("llama", name) for name in ARRIVE), ("mixtral", "fp8-tensor"), ("gpt_oss", "mxfp4")]
+)
+def test_same_planes_as_they_arrive(tmp_path: Path, kind: str, name: str) -> None:
+    """Of linears and of experts; by the GPU where nothing is added up, in an order of the device's own."""
+    wide = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
+    path = llama(tmp_path / "m", **wide) if kind == "llama" else saved.save(saved.model(kind), tmp_path / "m")
+    form = Format(FORMATS[name].weight)
+    here, there = (held(fewbit.load(path, format=form, device=d, kernels="reference")) for d in ("cpu", "cuda"))
+    assert len(here) == len(there) > 8
+    for q, other in zip(here, there, strict=True):
+        assert other.device.type == "cuda"
+        assert all(torch.equal(plane, other.planes[of].cpu()) for of, plane in q.planes.items())
 
 
 @pytest.mark.parametrize("form", [None, "int4-g128", "nvfp4", "fp8-block", "q4_k"])

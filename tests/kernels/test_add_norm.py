@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fewbit.kernels import fused
+from fewbit.kernels.compiled import left_to_torch
 from fewbit.kernels.rows import times
 from fewbit.kernels.triton_runtime import lacking
 from fewbit.modules import residual
@@ -121,7 +122,7 @@ def test_what_is_left_to_two_calls() -> None:
         assert not takes(x, r[:1], None, norm.norm_parts) and not takes(x, r.bfloat16(), None, norm.norm_parts)
         assert not takes(x.T, r.T, None, None) and not takes(x[:, ::2], r[:, ::2], None, None)
         assert not takes(x.bfloat16(), r.bfloat16(), None, norm.norm_parts)
-    with fused.left_to_torch():
+    with left_to_torch():
         assert not fused.takes_sum(x, r, None, norm.norm_parts)
     assert not fused.takes_sum(x.clone().requires_grad_(), r, None, norm.norm_parts)
 

@@ -90,3 +90,31 @@ def test_order_and_reasons() -> None:
     cuda = torch.device("cuda")
     assert "e4m3" in str(scaled_linear.supports(FORMATS["int4-g128"], cuda, torch.bfloat16))
     assert "inputs" in str(humming_linear.supports(FORMATS["nvfp4"], cuda, torch.bfloat16))
+
+
+def tile(tall: int, block: int, **others: object) -> dict[str, object]:
+    return {"block_shape": (tall, block, 64), "warp_shape": (tall, 32, 64), "raster_group_m": 5184 // tall, **others}
+
+
+def test_tiles_are_shared() -> None:
+    """Ranges as humming 0.1.20 has them for sm_90: powers of two keep theirs, others multiply a fourth more at most."""
+    ranges: list[list[object]] = [[0, 8, tile(8, 128, mma="mma")], [8, 16, tile(16, 128, mma="mma")]]
+    ranges += [[rows - 8, rows, tile(rows, 128)] for rows in range(24, 129, 8)]
+    ranges += [[rows - 8, rows, tile(rows, 256)] for rows in range(136, 177, 8)]
+    ranges += [[rows - 16, rows, tile(rows // 2, 256)] for rows in range(192, 353, 16)]
+    ranges += [[352 + 264 * i + j * 44, 396 + 264 * i + j * 44, tile(136 + 8 * j, 256, multi_cast_size_a=2)]
+               for i in range(9) for j in range(6)]  # fmt: skip
+    ranges[-1][1] = 1 << 30
+    found = humming_linear.shared(ranges)
+    assert [span[0] for span in found] == [0, *(span[1] for span in found[:-1])] and found[-1][1] == 1 << 30
+
+    def at(spans: object, rows: int) -> dict[str, tuple[int, ...]]:
+        return next(t for low, high, t in spans if low < rows <= high)  # type: ignore[attr-defined]
+
+    assert all(at(found, 1 << i) == at(ranges, 1 << i) for i in range(13))
+    for rows in (*range(1, 353), *range(396, 3000, 44)):
+        was, now = at(ranges, rows), at(found, rows)
+        assert now["block_shape"][0] >= was["block_shape"][0] and now["block_shape"][1:] == was["block_shape"][1:]
+        one, other = (-(-rows // t["block_shape"][0]) * t["block_shape"][0] for t in (was, now))
+        assert other <= humming_linear.MORE * one and {*was} == {*now}
+    assert [len(humming_linear._distinct(spans)) for spans in (ranges, found)] == [33, 16]

@@ -32,6 +32,20 @@ def e4m3(x: Tensor, scale: Tensor) -> Tensor:
     return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
 
 
+def test_a_device_that_adds_up_is_left_alone() -> None:
+    """Other rules, and rewrites without products, give the same bits on any."""
+    summed = {
+        name for name, form in FORMATS.items() if form.transforms == () and not Arrival(Format(form.weight)).anywhere
+    }
+    assert summed >= {"nvfp4-46", "nf4-dq", "q4_k", "q1_0"}
+    assert not summed & {"fp8-tensor", "fp8-block", "int4-g128", "int8-channel-a8", "nvfp4", "mxfp4", "nf4"}
+    kinds = transforms(32, 16)
+    for kind, free in {"permute": True, "input_scale": True, "rotate": False, "low_rank": False}.items():
+        form = Format(ROWS.weight, transforms=(kind,))
+        assert Arrival(form, transforms=(kinds[kind],)).anywhere is free
+        assert Arrival(form, transforms=(kinds[kind],), rewrite=False).anywhere
+
+
 def test_given_planes(tmp_path: Path) -> None:
     """Per tensor scales of weight and input, against transformers' model rounded by hand."""
     theirs = saved.model("llama")

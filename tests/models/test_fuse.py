@@ -10,7 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fewbit.engine import proof
 from fewbit.engine.fusion import KINDS
+from fewbit.kernels import attend, fused, packed, rounded, tiles
+from fewbit.kernels.compiled import left_to_torch
 from fewbit.models import build, fuse, fuse_look, hf, twin
 from fewbit.models.fuse_place import put_back
 from fewbit.models.fuse_values import Decision, Fused, Plan
@@ -68,6 +71,33 @@ def test_types(model_type: str, merged: int, norms: int, glus: int, rotary: int,
     assert report.count("norm") == layers * norms + (norms > 0)
     assert max(twin.relative(a, b) for a, b in zip(after, before, strict=True)) <= fuse.LIMIT
     assert sum(isinstance(m, Norm) for m in model.modules()) == report.count("norm")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Libraries of C++ that somebody wants, and does not get."""
+    wanted: list[str] = []
+
+    def built(name: str) -> str:
+        wanted.append(name)
+        return "not in this test"
+
+    monkeypatch.setattr(fuse, "_PLANS", {})
+    monkeypatch.setattr(twin, "_VERDICTS", {})
+    monkeypatch.setattr(proof, "_SEEN", {})
+    for module, name in ((attend, "_native"), (fused, "_native"), (packed, "_native"), (tiles, "native")):
+        monkeypatch.setattr(module, name, partial(built, module.__name__))
+        monkeypatch.setattr(module, "library", built)
+    monkeypatch.setattr(rounded, "library", built)
+    return wanted
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "deepseek_v3", "mixtral", "gpt_oss"])
+def test_a_plan_waits_for_no_compiler(model_type: str, asked: list[str]) -> None:
+    assert fuse.plan(config(model_type)).rewrites
+    assert twin.require(config(model_type)) and not asked
+    with left_to_torch():  # as an engine on a GPU loads
+        assert proof.check(config(model_type)).exact and not asked
 
 
 @pytest.mark.parametrize("model_type", ODD)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewbit.kernels import fused
+from fewbit.kernels.compiled import left_to_torch
 from fewbit.modules import residual
 from fewbit.modules.linear import Linear
 from fewbit.modules.norm import Norm, NormForm
@@ -30,7 +30,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     monkeypatch.setattr(residual, "add_normed", noting("add", residual.add_norm))
     monkeypatch.setattr(residual, "by", noting("norm", residual.by))
-    with fused.left_to_torch():
+    with left_to_torch():
         yield made
 
 
