@@ -4,7 +4,7 @@ Requests with one row go to triton_attention_decode, which splits long texts amo
 triton_attention_prefill. A table with blocks says on the device which are whose. Nothing here waits for the device or
 reads from it, so that a CUDA graph can hold all of it.
 
-A step's own keys and values are written by decoding itself where all have one row, and by a launch before else.
+A step's own keys and values are written before, by the launch that turns them and the queries by their places.
 """
 
 from dataclasses import replace
@@ -41,7 +41,8 @@ def write(cache: Cache, new: New, query: Tensor) -> Tensor:
 
     if not cache.fits(new.slots, new.key, new.value):
         cache.write(new.slots, new.key, new.value)  # torch's error
-    return triton_cache.write(cache, dense(new), _dense_heads(query))
+    held = replace(new, key=_dense_heads(new.key), value=_dense_heads(new.value))
+    return triton_cache.write(cache, held, _dense_heads(query))
 
 
 def attend(
@@ -62,20 +63,11 @@ def attend(
     """
     from fewbit.kernels import triton_attention_decode, triton_attention_prefill
 
-    decodes = table.blocks is None and len(table.lengths) == table.ones
-    if new is not None and decodes and cache.fits(new.slots, new.key, new.value):
-        new = dense(new)
-    elif new is not None:
-        query, new = write(cache, new, query), None
-    query = _dense_heads(query)
+    query = _dense_heads(query if new is None else write(cache, new, query))
     if table.ones:
-        triton_attention_decode.run(query, cache, out, table, scaling, window, softcap, sinks, p, new)
-    if not decodes:
+        triton_attention_decode.run(query, cache, out, table, scaling, window, softcap, sinks, p)
+    if table.blocks is not None or len(table.lengths) > table.ones:
         triton_attention_prefill.run(query, cache, out, table, scaling, window, softcap, sinks, p)
-
-
-def dense(new: New) -> New:
-    return replace(new, key=_dense_heads(new.key), value=_dense_heads(new.value))
 
 
 def _dense_heads(x: Tensor) -> Tensor:

@@ -2,11 +2,7 @@
 
 A text is cut into as many parts as the device has room for, so that one long text fills it; a second kernel joins what
 the parts found. The number of parts is a matter of the step's size alone, the length of a part of its own text: a
-request has the same bits beside any others as long as that number stays, and as long as all or not all have one row.
-Requests of none or many rows are left alone.
-
-Where all have one row (`New`), the program that sees a text's last token turns its key by its place, begins with it,
-and writes it to the cache beside its value: nobody else reads those.
+request has the same bits beside any others as long as that number stays. Requests of none or many rows are left alone.
 """
 
 from dataclasses import dataclass
@@ -16,24 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fewbit.kernels import saturation
 from fewbit.kernels.cache import Cache
-from fewbit.kernels.table import New, Table
-from fewbit.kernels.triton_attention_parts import (
-    LOG2E,
-    LOWEST,
-    as_e4m3,
-    opening,
-    padded,
-    precision,
-    processors,
-    scaled,
-    sizes,
-    walk,
-)
-from fewbit.kernels.triton_cache import bounds, coded
+from fewbit.kernels.table import Table
+from fewbit.kernels.triton_attention_parts import LOWEST, opening, padded, precision, processors, scaled, sizes, walk
 from fewbit.kernels.triton_early import begin, early
-from fewbit.kernels.triton_rotary import constants, steps, turned
 
 PROGRAMS = 4  # that are aimed at, per multiprocessor
 FEW_PARTS, MOST_PARTS = 8, 64
@@ -82,29 +64,20 @@ def run(
     softcap: float | None,
     sinks: Tensor | None,
     p: float = 0.0,
-    new: New | None = None,
 ) -> None:
-    """The first table.ones requests; see triton_attention.attend. new: what the cache does not have yet."""
+    """The first table.ones requests; see triton_attention.attend."""
     cut, (heads, key_heads) = shape(query, cache, table, window), (query.shape[1], cache.key.shape[1])
     split = (table.ones, heads, cut.parts) if cut.parts > 1 else (0, 0, 0)
     found = torch.empty(*split, out.shape[2], dtype=torch.float32, device=query.device)
     weights = torch.empty(*split, 2, dtype=torch.float32, device=query.device)
     dims = sizes(cache)
-    rotary = None if new is None else new.rotary
-    tables = (None, None, 0, 0) if rotary is None else (
-        rotary.cos, rotary.sin, steps(rotary.cos)[1], steps(rotary.sin)[1])  # fmt: skip
-    fresh = (None, None, None, 0, 0, 0, 0) if new is None else (
-        new.key, new.value, new.slots, new.key.stride(2), new.key.stride(1), new.value.stride(2), new.value.stride(1),
-    )  # fmt: skip
-    cut_off = None if new is None or cache.key_measured is None else saturation.count_of(query.device)
     _part[(table.ones, key_heads * cut.blocks, cut.parts)](
         query, cache.key, cache.value, cache.key_scale, cache.value_scale, cache.key_measured, cache.value_measured,
-        out, found, weights, table.pages, table.lengths, table.starts, sinks, *fresh, *tables, cut_off, scaling, window,
-        softcap, heads, query.stride(2), query.stride(1), *cache.key.stride()[:2], *cache.value.stride()[:2],
-        *out.stride()[:2], table.pages.stride(0), key_heads, cut.parts, SPLIT=cut.parts > 1, TOKENS=cut.tokens,
-        GROUP=heads // key_heads, BLOCKS=cut.blocks, HEADS=cut.heads, SIZE=table.size,
-        PRECISION=precision(query.dtype), P=p, num_warps=WARPS, num_stages=cut.stages, **dims, **bounds(cache),
-        **constants(rotary), **early(query.device),
+        out, found, weights, table.pages, table.lengths, table.starts, sinks, scaling, window, softcap, heads,
+        query.stride(2), query.stride(1), *cache.key.stride()[:2], *cache.value.stride()[:2], *out.stride()[:2],
+        table.pages.stride(0), key_heads, cut.parts, SPLIT=cut.parts > 1, TOKENS=cut.tokens, GROUP=heads // key_heads,
+        BLOCKS=cut.blocks, HEADS=cut.heads, SIZE=table.size, PRECISION=precision(query.dtype), P=p, num_warps=WARPS,
+        num_stages=cut.stages, **dims, **early(query.device),
     )  # fmt: skip
     if cut.parts > 1:
         many = FEW_PARTS if cut.parts <= FEW_PARTS else MOST_PARTS
@@ -124,19 +97,14 @@ def _stretch(length, window, parts, TOKENS: tl.constexpr):
     return first, tl.cdiv(tl.cdiv(length - first, parts), TOKENS) * TOKENS
 
 
-UNALIGNED = ["pages", "lengths", "starts", "slots"]
-
-
-@triton.jit(do_not_specialize=["parts", "p_row"], do_not_specialize_on_alignment=UNALIGNED)
+@triton.jit(do_not_specialize=["parts", "p_row"], do_not_specialize_on_alignment=["pages", "lengths", "starts"])
 def _part(
     query, key, value, key_scale, value_scale, key_measured, value_measured, out, found, weights, pages, lengths,
-    starts, sinks, new_key, new_value, slots, nk_row, nk_head, nv_row, nv_head, cos, sin, c_row, s_row, cut, scaling,
-    window, softcap, heads, q_row, q_head, k_slot: tl.constexpr, k_head, v_slot: tl.constexpr, v_head, o_row, o_head,
-    p_row, key_heads, parts,
+    starts, sinks, scaling, window, softcap, heads, q_row, q_head, k_slot: tl.constexpr, k_head, v_slot: tl.constexpr,
+    v_head, o_row, o_head, p_row, key_heads, parts,
     GROUP: tl.constexpr, BLOCKS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr,
     SPLIT: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
-    P: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, WHOLE: tl.constexpr, R: tl.constexpr,
-    READS: tl.constexpr, WRITES: tl.constexpr, OWN: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
+    P: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     begin(EARLY)
     request = tl.program_id(0)
@@ -155,47 +123,20 @@ def _part(
     member = tl.program_id(1) % BLOCKS * HEADS + tl.arange(0, HEADS)
     inside = member < GROUP
     head = kin * GROUP + member
+    d = tl.arange(0, DP)
     e = tl.arange(0, DVP)
-    if R > 0:
-        cos += row * c_row
-        sin += row * s_row
-    q = turned(query + row * q_row, head * q_head, inside, cos, sin, D, DP, R, READS, WRITES, OWN, WIDE)
+    q = tl.load(query + row * q_row + head[:, None] * q_head + d[None, :],
+                mask=inside[:, None] & (d < D)[None, :], other=0.0)  # fmt: skip
     top, total = opening(sinks, head, inside & (part == 0), HEADS)
-    acc = tl.zeros([HEADS, DVP], tl.float32)
-    place = tl.zeros([HEADS], tl.int32) + length - 1
-    scaling = scaled(scaling, key_measured, kin)
-    if new_key is not None:  # masks, for a branch would begin to read behind it
-        newest = (last == length) & (length > 0)
-        slot = tl.load(slots + row)
-        each = kin + tl.arange(0, 1)
-        there = (each < key_heads) & newest
-        counts = tl.program_id(1) % BLOCKS == 0  # where several write the same
-        k = turned(new_key + row * nk_row, each * nk_head, there, cos, sin, D, DP, R, READS, WRITES, OWN, WIDE)
-        k = kept(k, key + slot * k_slot, k_head, each, there, key_scale, key_measured, cut, counts, slot * key_heads,
-                 D, DP, LEAST, MOST, WHOLE)  # fmt: skip
-        v = tl.load(new_value + row * nv_row + (each * nv_head)[:, None] + e[None, :],
-                    there[:, None] & (e < DV)[None, :], other=0.0)  # fmt: skip
-        v = kept(v, value + slot * v_slot, v_head, each, there, value_scale, value_measured, cut, counts,
-                 slot * key_heads, DV, DVP, LEAST, MOST, WHOLE)  # fmt: skip
-        score = tl.sum(q.to(tl.float32) * k, 1) * scaling
-        if softcap is not None:
-            score = softcap - 2.0 * softcap / (tl.exp2(score * (LOG2E * 2.0 / softcap)) + 1.0)
-        score = tl.where(newest, score * LOG2E, LOWEST)
-        peak = tl.maximum(top, score)
-        weight = tl.where(newest, tl.exp2(score - peak), 0.0)
-        total = total * tl.exp2(top - peak) + weight
-        top = peak
-        if P > 0.0:
-            weight = as_e4m3(weight * P)
-        acc = weight[:, None] * v
-        last -= newest.to(tl.int32)
     if key_scale is not None:
         key_scale += kin
         value_scale += kin
+    place = tl.zeros([HEADS], tl.int32) + length - 1
     acc, total, top = walk(
-        q, acc, total, top, first, last, last, place, window, pages + request.to(tl.int64) * p_row, key + kin * k_head,
-        value + kin * v_head, key_scale, value_scale, k_slot, v_slot, key_heads, scaling, softcap, True, SIZE, TOKENS,
-        D, DV, DP, DVP, PRECISION, P, True,
+        q, tl.zeros([HEADS, DVP], tl.float32), total, top, first, last, last, place, window,
+        pages + request.to(tl.int64) * p_row, key + kin * k_head, value + kin * v_head, key_scale, value_scale, k_slot,
+        v_slot, key_heads, scaled(scaling, key_measured, kin), softcap, True, SIZE, TOKENS, D, DV, DP, DVP, PRECISION,
+        P, True,
     )  # fmt: skip
     if P > 0.0:
         acc = acc / P
@@ -209,20 +150,6 @@ def _part(
         tl.store(found + at[:, None] * DV + e[None, :], acc, mask=wanted)
         tl.store(weights + at * 2, top, mask=inside)
         tl.store(weights + at * 2 + 1, total, mask=inside)
-
-
-@triton.jit
-def kept(
-    x, plane, p_head, each, there, scales, measured, cut, counts, row, SIZE: tl.constexpr, PAD: tl.constexpr,
-    LEAST: tl.constexpr, MOST: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    """x: [1, PAD], what one head is to keep of a token -> float32, what is read from the cache from now on, but for a
-    measured scale."""
-    d = tl.arange(0, PAD)
-    x, unit = coded(x, each, there, scales, measured, cut, counts, row, LEAST, MOST, WHOLE)
-    codes = x.to(plane.dtype.element_ty)
-    tl.store(plane + (each * p_head)[:, None] + d[None, :], codes, there[:, None] & (d < SIZE)[None, :])
-    return codes.to(tl.float32) * unit[:, None]
 
 
 @triton.jit(do_not_specialize=["parts"], do_not_specialize_on_alignment=["lengths", "starts"])

@@ -13,10 +13,10 @@ from fewbit.kernels.cache import Cache
 from fewbit.kernels.table import New
 from fewbit.kernels.triton_attention_parts import padded
 from fewbit.kernels.triton_early import begin, early
-from fewbit.kernels.triton_rotary import constants, steps, turned
+from fewbit.kernels.triton_rotary import MANY, constants, steps, turned
 from fewbit.kernels.triton_runtime import cdiv, power
 
-TILE = 4096  # numbers of a program
+TILE = {True: 4096, False: 512}  # numbers of a program, of many tokens and of few
 EVEN = tl.constexpr(12582912.0)  # 1.5 x 2^23: what is added to it and taken away again is rounded, ties to even
 
 
@@ -24,9 +24,9 @@ def write(cache: Cache, new: New, query: Tensor) -> Tensor:
     """query: [1, H, T, D]; any strides but the last. -> query, turned where it was yet to be."""
     key, value, rotary = new.key, new.value, new.rotary
     (heads, tokens, size), value_size = key.shape[1:], value.shape[3]
-    pad = padded(max(size, value_size))
+    pad, element = padded(max(size, value_size)), cache.element
     made = query if rotary is None else torch.empty_like(query)
-    block = min(power(heads), max(1, TILE // pad))
+    block = min(power(heads), max(1, TILE[tokens >= MANY] // pad))
     tiles = cdiv(heads, block)
     tables = () if rotary is None else (rotary.cos, rotary.sin)
     places = (None, None, 0, 0) if rotary is None else (*tables, *(steps(table)[1] for table in tables))
@@ -35,17 +35,11 @@ def write(cache: Cache, new: New, query: Tensor) -> Tensor:
         cache.value_measured, None if cache.key_measured is None else saturation.count_of(key.device), new.slots,
         *places, heads, query.shape[1], size, value_size, key.stride(2), key.stride(1), value.stride(2),
         value.stride(1), query.stride(2), query.stride(1), made.stride(2), made.stride(1), *cache.key.stride()[:2],
-        *cache.value.stride()[:2], D=size, HEADS=block, PAD=pad, **bounds(cache), **constants(rotary),
-        num_warps=1 if block * pad <= 1024 else 4, **early(key.device),
+        *cache.value.stride()[:2], D=size, HEADS=block, PAD=pad, LEAST=None if element is None else element.min,
+        MOST=None if element is None else element.max, WHOLE=not cache.key.is_floating_point(), **constants(rotary),
+        num_warps=max(1, min(4, block * pad // 512)), **early(key.device),
     )  # fmt: skip
     return made
-
-
-def bounds(cache: Cache) -> dict[str, float | bool | None]:
-    """What `coded` is compiled for."""
-    element = cache.element
-    return {"LEAST": None if element is None else element.min, "MOST": None if element is None else element.max,
-            "WHOLE": not cache.key.is_floating_point()}  # fmt: skip
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots"])
@@ -75,42 +69,39 @@ def _write(
     there = head < heads
     if tile < tiles:
         x = turned(key + token * k_row, head * k_head, there, cos, sin, D, PAD, R, READS, WRITES, OWN, WIDE)
-        x, _ = coded(x, head, there, key_scale, key_measured, cut, True, slot * heads, LEAST, MOST, WHOLE)
+        x = coded(x, head, there, key_scale, key_measured, cut, slot * heads, LEAST, MOST, WHOLE)
         tl.store(key_plane + slot * kp_slot + (head * kp_head)[:, None] + d[None, :],
                  x.to(key_plane.dtype.element_ty), there[:, None] & (d < size)[None, :])  # fmt: skip
     else:
         inside = there[:, None] & (d < value_size)[None, :]
         x = tl.load(value + token * v_row + (head * v_head)[:, None] + d[None, :], inside, other=0.0)
-        x, _ = coded(x, head, there, value_scale, value_measured, cut, True, slot * heads, LEAST, MOST, WHOLE)
+        x = coded(x, head, there, value_scale, value_measured, cut, slot * heads, LEAST, MOST, WHOLE)
         tl.store(value_plane + slot * vp_slot + (head * vp_head)[:, None] + d[None, :],
                  x.to(value_plane.dtype.element_ty), inside)  # fmt: skip
 
 
 @triton.jit
-def coded(
-    x, head, there, scales, measured, cut, counts, row, LEAST: tl.constexpr, MOST: tl.constexpr,
-    WHOLE: tl.constexpr,
-):  # fmt: skip
-    """x: [heads, PAD] -> what a cast makes codes of, and the scale of each head, where it is chosen here and written
-    to scales + row. cut: where values that a measured scale cuts off are counted, if it counts. Without codes x stays.
+def coded(x, head, there, scales, measured, cut, row, LEAST: tl.constexpr, MOST: tl.constexpr, WHOLE: tl.constexpr):
+    """x: [heads, PAD] -> what a cast makes codes of; scales that are chosen here are written to scales + row.
+
+    cut: where values that a measured scale cuts off are counted. Without codes x stays.
     """
-    unit = tl.full([x.shape[0]], 1.0, tl.float32)
     if MOST is not None:
         x = x.to(tl.float32)
         if measured is not None:
-            held = tl.load(measured + head, mask=there, other=1.0)
-            x = tl.math.div_rn(x, tl.broadcast_to(held[:, None], x.shape))
+            unit = tl.load(measured + head, mask=there, other=1.0)
+            x = tl.math.div_rn(x, tl.broadcast_to(unit[:, None], x.shape))
             many = tl.sum(tl.sum(((x > MOST) | (x < LEAST)).to(tl.int64), 1), 0)
-            if (many > 0) & counts:
+            if many > 0:
                 tl.atomic_add(cut, many)
         else:
-            unit = tl.math.div_rn(tl.max(tl.abs(x), 1), MOST)
-            unit = tl.where(tl.sum((x != x).to(tl.int32), 1) > 0, float("nan"), unit)  # which tl.max overlooks
-            tl.store(scales + row + head, unit, mask=there)
-            held = tl.where(unit > 0.0, unit, 1.0)
-            x = tl.math.div_rn(x, tl.broadcast_to(held[:, None], x.shape))
+            scale = tl.math.div_rn(tl.max(tl.abs(x), 1), MOST)
+            scale = tl.where(tl.sum((x != x).to(tl.int32), 1) > 0, float("nan"), scale)  # which tl.max overlooks
+            tl.store(scales + row + head, scale, mask=there)
+            unit = tl.where(scale > 0.0, scale, 1.0)
+            x = tl.math.div_rn(x, tl.broadcast_to(unit[:, None], x.shape))
         if WHOLE:
             x = tl.where(x == x, x + EVEN - EVEN, 0.0)
         x = tl.maximum(x, LEAST, propagate_nan=tl.PropagateNan.ALL)
         x = tl.minimum(x, MOST, propagate_nan=tl.PropagateNan.ALL)
-    return x, unit
+    return x

@@ -272,18 +272,6 @@ def test_keys_and_queries_are_turned_by_who_attends(name: str, form: rotary.Rota
         assert float((got - want).norm() / want.norm()) < 0.1
 
 
-def test_decoding_counts_what_a_measured_scale_cuts_off_once() -> None:
-    """Also where several programs share a key head."""
-    case = Case((130, 1), held="fp8 measured", requests=((1, 5), (1, 0), (1, 20)))
-    made = make(case)
-    made.key[:, :, 0, :3] = 1e6
-    made.value[:, :, 2, 5] = -1e6
-    before = saturation.total()
-    _, cache = by_kernels(made, case)
-    assert saturation.total() - before == 4
-    same(cache, plainly(made, case)[1])
-
-
 ANYHOW = ((7, 40), (1, 37), (0, 20), (1, 0), (150, 160), (1, 5), (0, 0), (19, 19), (3, 0))
 LISTED = {
     "plain": Case(requests=ANYHOW),
