@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fewbit.kernels.fused import NormParts
 from fewbit.kernels.input_rounding import Wanted, offer
-from fewbit.kernels.triton_early import begin, early
-from fewbit.kernels.triton_norm import of_rows, takes, tile
+from fewbit.kernels.triton_early import await_last, early, let_next
+from fewbit.kernels.triton_norm import held, of_rows, takes, tile
 from fewbit.kernels.triton_quantize import flags, put_codes, room
 from fewbit.kernels.triton_runtime import cdiv
 
@@ -29,21 +29,24 @@ def _add_norm(
     ROUND: tl.constexpr, REACH: tl.constexpr, EMPTY: tl.constexpr, POWERS: tl.constexpr, INT: tl.constexpr,
     x_rows, x_columns, EARLY: tl.constexpr,
 ):  # fmt: skip
-    begin(EARLY)
+    let_next(EARLY)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (at < D)[None, :]
     there = row[:, None] * D + at[None, :]
     out: tl.constexpr = s_at.dtype.element_ty
+    w0, b0 = held(w0_at, at, D, BEFORE and WEIGHT0), held(b0_at, at, D, BEFORE and BIAS0)
+    w1, b1 = held(w1_at, at, D, AFTER and WEIGHT1), held(b1_at, at, D, AFTER and BIAS1)
+    await_last(EARLY)
     x = scaled(tl.load(x_at + there, inside, 0.0), row, at, row < rows, at < D, x_rows, x_columns)
     residual = tl.load(r_at + there, inside, 0.0).to(tl.float32)
     if BEFORE:
-        h = of_rows(x, inside, at, w0_at, b0_at, eps0, D, OFFSET0, LATE0, CENTRED0, WEIGHT0, BIAS0, out)
+        h = of_rows(x, inside, w0, b0, eps0, D, OFFSET0, LATE0, CENTRED0, WEIGHT0, BIAS0, out)
         x = tl.where(inside, h, 0.0).to(out)  # beyond a row a bias is added to zeros
     total = (residual + x.to(tl.float32)).to(out)
     tl.store(s_at + there, total, inside)
     if AFTER:
-        h = of_rows(total, inside, at, w1_at, b1_at, eps1, D, OFFSET1, LATE1, CENTRED1, WEIGHT1, BIAS1, out)
+        h = of_rows(total, inside, w1, b1, eps1, D, OFFSET1, LATE1, CENTRED1, WEIGHT1, BIAS1, out)
         y = h.to(out)
         tl.store(y_at + there, y, inside)
         if ROUND:

@@ -14,8 +14,18 @@ from torch import Tensor
 
 from fewbit.kernels.cache import Cache
 from fewbit.kernels.table import Table
-from fewbit.kernels.triton_attention_parts import LOWEST, opening, padded, precision, processors, scaled, sizes, walk
-from fewbit.kernels.triton_early import begin, early
+from fewbit.kernels.triton_attention_parts import (
+    LOWEST,
+    opening,
+    padded,
+    paged,
+    precision,
+    processors,
+    scaled,
+    sizes,
+    walk,
+)
+from fewbit.kernels.triton_early import await_last, early, let_next
 
 PROGRAMS = 4  # that are aimed at, per multiprocessor
 FEW_PARTS, MOST_PARTS = 8, 64
@@ -106,7 +116,7 @@ def _part(
     SPLIT: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     P: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    begin(EARLY)
+    let_next(EARLY)
     request = tl.program_id(0)
     kin = tl.program_id(1) // BLOCKS
     part = tl.program_id(2)
@@ -118,6 +128,9 @@ def _part(
     last = tl.minimum(first + step, length)
     if SPLIT:
         one = one & (first < last)
+    pages += request.to(tl.int64) * p_row
+    page = paged(pages, first, last, SIZE, TOKENS)
+    await_last(EARLY)
     if not one:
         return
     member = tl.program_id(1) % BLOCKS * HEADS + tl.arange(0, HEADS)
@@ -133,10 +146,9 @@ def _part(
         value_scale += kin
     place = tl.zeros([HEADS], tl.int32) + length - 1
     acc, total, top = walk(
-        q, tl.zeros([HEADS, DVP], tl.float32), total, top, first, last, last, place, window,
-        pages + request.to(tl.int64) * p_row, key + kin * k_head, value + kin * v_head, key_scale, value_scale, k_slot,
-        v_slot, key_heads, scaled(scaling, key_measured, kin), softcap, True, SIZE, TOKENS, D, DV, DP, DVP, PRECISION,
-        P, True,
+        q, tl.zeros([HEADS, DVP], tl.float32), total, top, first, last, last, place, window, pages, page,
+        key + kin * k_head, value + kin * v_head, key_scale, value_scale, k_slot, v_slot, key_heads,
+        scaled(scaling, key_measured, kin), softcap, True, SIZE, TOKENS, D, DV, DP, DVP, PRECISION, P, True,
     )  # fmt: skip
     if P > 0.0:
         acc = acc / P
@@ -157,13 +169,15 @@ def _join(
     found, weights, out, lengths, starts, window, heads, o_row, o_head, parts, MANY: tl.constexpr,
     TOKENS: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    begin(EARLY)
+    let_next(EARLY)
     request = tl.program_id(0)
     head = tl.program_id(1)
     row = tl.load(starts + request).to(tl.int64)
-    if tl.load(starts + request + 1) != row + 1:
-        return
+    one = tl.load(starts + request + 1) == row + 1
     length = tl.load(lengths + request)
+    await_last(EARLY)
+    if not one:
+        return
     first, step = _stretch(length, window, parts, TOKENS)
     part = tl.arange(0, MANY)
     there = part * step < length - first

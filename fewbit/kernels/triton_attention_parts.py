@@ -120,7 +120,7 @@ def within(start, SIZE: tl.constexpr, TOKENS: tl.constexpr):
 
 @triton.jit
 def walk(
-    query, acc, total, top, first, last, length, at, window, pages, key, value, key_scale, value_scale,
+    query, acc, total, top, first, last, length, at, window, pages, page, key, value, key_scale, value_scale,
     k_slot: tl.constexpr, v_slot: tl.constexpr, s_slot, scaling, softcap, MASKED: tl.constexpr, SIZE: tl.constexpr,
     TOKENS: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr,
@@ -128,8 +128,9 @@ def walk(
 ):  # fmt: skip
     """Tokens first to last for rows that stand at places `at`; MASKED where a row may not see all of them.
 
-    first: a multiple of TOKENS. The pages of a tile are read one tile ahead, so that copying keys and
-    values is all that is pipelined. Strides are constants: a place in memory is one instruction away from a page.
+    first: a multiple of TOKENS. The pages of a tile are read one tile ahead, `page` those of the first, so that copying
+    keys and values is all that is pipelined. Strides are constants: a place in memory is one instruction away from a
+    page.
 
     P above 0: weights, as far as the largest seen so far is 1, are rounded to e4m3 after this factor. Products of e4m3
     are what they are in 16 bits.
@@ -148,7 +149,6 @@ def walk(
         acc, odd_acc = sides(acc, DVP)
         key = key.to(tl.pointer_type(tl.int16), bitcast=True)
         value = value.to(tl.pointer_type(tl.int16), bitcast=True)
-    page = paged(pages, first, last, SIZE, TOKENS)
     for start in range(first, last, TOKENS):
         n = start + tl.arange(0, TOKENS)
         inside = n < length

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewbit.kernels.cache import Cache
 from fewbit.kernels.table import BLOCK, Table
-from fewbit.kernels.triton_attention_parts import opening, padded, precision, scaled, shared_bytes, sizes, walk
+from fewbit.kernels.triton_attention_parts import opening, padded, paged, precision, scaled, shared_bytes, sizes, walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,15 +133,18 @@ def _block(
     value += kin * v_head
     if window is not None:
         acc, total, top = walk(
-            q, acc, total, top, first, middle, length, at, window, pages, key, value, key_scale, value_scale, k_slot,
+            q, acc, total, top, first, middle, length, at, window, pages,
+            paged(pages, first, middle, SIZE, TOKENS), key, value, key_scale, value_scale, k_slot,
             v_slot, key_heads, scaling, softcap, True, SIZE, TOKENS, D, DV, DP, DVP, PRECISION, P, False,
         )  # fmt: skip
     acc, total, top = walk(
-        q, acc, total, top, middle, common, length, at, window, pages, key, value, key_scale, value_scale, k_slot,
+        q, acc, total, top, middle, common, length, at, window, pages,
+            paged(pages, middle, common, SIZE, TOKENS), key, value, key_scale, value_scale, k_slot,
         v_slot, key_heads, scaling, softcap, False, SIZE, TOKENS, D, DV, DP, DVP, PRECISION, P, False,
     )  # fmt: skip
     acc, total, top = walk(
-        q, acc, total, top, common, highest, length, at, window, pages, key, value, key_scale, value_scale, k_slot,
+        q, acc, total, top, common, highest, length, at, window, pages,
+            paged(pages, common, highest, SIZE, TOKENS), key, value, key_scale, value_scale, k_slot,
         v_slot, key_heads, scaling, softcap, True, SIZE, TOKENS, D, DV, DP, DVP, PRECISION, P, False,
     )  # fmt: skip
     if P > 0.0:

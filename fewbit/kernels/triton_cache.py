@@ -12,8 +12,8 @@ from fewbit.kernels import saturation
 from fewbit.kernels.cache import Cache
 from fewbit.kernels.table import New
 from fewbit.kernels.triton_attention_parts import padded
-from fewbit.kernels.triton_early import begin, early
-from fewbit.kernels.triton_rotary import MANY, constants, steps, turned
+from fewbit.kernels.triton_early import await_last, early, let_next
+from fewbit.kernels.triton_rotary import MANY, constants, entries, steps, turned
 from fewbit.kernels.triton_runtime import cdiv, power
 
 TILE = {True: 4096, False: 512}  # numbers of a program, of many tokens and of few
@@ -50,7 +50,7 @@ def _write(
     LEAST: tl.constexpr, MOST: tl.constexpr, WHOLE: tl.constexpr, R: tl.constexpr, READS: tl.constexpr,
     WRITES: tl.constexpr, OWN: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    begin(EARLY)
+    let_next(EARLY)
     token = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(heads, HEADS)
     tile = tl.program_id(1)
@@ -58,17 +58,19 @@ def _write(
     if R > 0:
         cos += token * cos_row
         sin += token * sin_row
+    c, s = entries(cos, sin, PAD, R, WRITES, OWN)
+    slot = tl.load(slots + token)
+    await_last(EARLY)
     if tile >= 2 * tiles:
         head = (tile - 2 * tiles) * HEADS + tl.arange(0, HEADS)
         there = head < queries
-        x = turned(query + token * q_row, head * q_head, there, cos, sin, D, PAD, R, READS, WRITES, OWN, WIDE)
+        x = turned(query + token * q_row, head * q_head, there, c, s, D, PAD, R, READS, WRITES, WIDE)
         tl.store(made + token * m_row + (head * m_head)[:, None] + d[None, :], x, there[:, None] & (d < D)[None, :])
         return
-    slot = tl.load(slots + token)
     head = (tile % tiles) * HEADS + tl.arange(0, HEADS)
     there = head < heads
     if tile < tiles:
-        x = turned(key + token * k_row, head * k_head, there, cos, sin, D, PAD, R, READS, WRITES, OWN, WIDE)
+        x = turned(key + token * k_row, head * k_head, there, c, s, D, PAD, R, READS, WRITES, WIDE)
         x = coded(x, head, there, key_scale, key_measured, cut, slot * heads, LEAST, MOST, WHOLE)
         tl.store(key_plane + slot * kp_slot + (head * kp_head)[:, None] + d[None, :],
                  x.to(key_plane.dtype.element_ty), there[:, None] & (d < size)[None, :])  # fmt: skip

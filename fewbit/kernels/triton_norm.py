@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewbit.kernels.input_rounding import Wanted, offer
 from fewbit.kernels.rows import leading, widest
-from fewbit.kernels.triton_early import begin, early
+from fewbit.kernels.triton_early import await_last, early, let_next
 from fewbit.kernels.triton_quantize import flags, put_codes, room
 from fewbit.kernels.triton_runtime import cdiv, power
 
@@ -20,11 +20,20 @@ SHORT, MANY = 512, 2048  # rows up to this long are taken several at a time, whe
 
 
 @triton.jit
+def held(start, at, D: tl.constexpr, THERE: tl.constexpr):
+    """A weight or a bias in float32, if there is one: read before others are waited for."""
+    found = at.to(tl.float32)
+    if THERE:
+        found = tl.load(start + at, at < D, 0.0).to(tl.float32)
+    return found
+
+
+@triton.jit
 def of_rows(
-    raw, inside, at, w_at, b_at, eps, D: tl.constexpr, OFFSET: tl.constexpr, LATE: tl.constexpr, CENTRED: tl.constexpr,
+    raw, inside, w, b, eps, D: tl.constexpr, OFFSET: tl.constexpr, LATE: tl.constexpr, CENTRED: tl.constexpr,
     WEIGHT: tl.constexpr, BIAS: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
-    """raw: whole rows in registers -> their norm in float32, to be stored as OUT."""
+    """raw: whole rows in registers; w, b: `held` -> their norm in float32, to be stored as OUT."""
     h = raw.to(tl.float32)
     if CENTRED:
         h = tl.where(inside, h - (tl.sum(h, 1) / D)[:, None], 0.0)
@@ -32,12 +41,11 @@ def of_rows(
     if LATE:
         h = h.to(raw.dtype).to(tl.float32)
     if WEIGHT:
-        w = tl.load(w_at + at, at < D, 0.0).to(tl.float32) + OFFSET
-        h = h * w[None, :]
+        h = h * (w + OFFSET)[None, :]
     if BIAS:
         if LATE and WEIGHT:
             h = h.to(OUT).to(tl.float32)
-        h = h + tl.load(b_at + at, at < D, 0.0).to(tl.float32)[None, :]
+        h = h + b[None, :]
     return h
 
 
@@ -48,15 +56,17 @@ def _norm(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, codes, scales, ROUND: tl.constexpr, REACH: tl.constexpr,
     EMPTY: tl.constexpr, POWERS: tl.constexpr, INT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    begin(EARLY)
+    let_next(EARLY)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (at < D)[None, :]
+    w, b = held(w_at, at, D, WEIGHT), held(b_at, at, D, BIAS)
+    await_last(EARLY)
     i2, i1, i0 = row % n2, row // n2 % n1, row // n2 // n1
     x_rows = i0 * xs0 + i1 * xs1 + i2 * xs2
     y_rows = i0 * ys0 + i1 * ys1 + i2 * ys2
     raw = tl.load(x_at + x_rows[:, None] + at[None, :], inside, 0.0)
-    h = of_rows(raw, inside, at, w_at, b_at, eps, D, OFFSET, LATE, CENTRED, WEIGHT, BIAS, y_at.dtype.element_ty)
+    h = of_rows(raw, inside, w, b, eps, D, OFFSET, LATE, CENTRED, WEIGHT, BIAS, y_at.dtype.element_ty)
     y = h.to(y_at.dtype.element_ty)
     tl.store(y_at + y_rows[:, None] + at[None, :], y, inside)
     if ROUND:
@@ -66,13 +76,16 @@ def _norm(
 @triton.jit
 def _row(
     x_at, w_at, y_at, row, step, eps, D: tl.constexpr, OFFSET: tl.constexpr, LATE: tl.constexpr,
-    CENTRED: tl.constexpr, BLOCK: tl.constexpr,
+    CENTRED: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    let_next(EARLY)
     at = tl.arange(0, BLOCK)
     inside = (at < D)[None, :]
+    w = held(w_at, at, D, True)
+    await_last(EARLY)
     raw = tl.load(x_at + row * step + at[None, :], inside, 0.0)
     out: tl.constexpr = y_at.dtype.element_ty
-    h = of_rows(raw, inside, at, w_at, w_at, eps, D, OFFSET, LATE, CENTRED, True, False, out)
+    h = of_rows(raw, inside, w, w, eps, D, OFFSET, LATE, CENTRED, True, False, out)
     tl.store(y_at + row * D + at[None, :], h.to(out), inside)
 
 
@@ -83,12 +96,11 @@ def _pair(
     EARLY: tl.constexpr,
 ):  # fmt: skip
     """Programs of the first axis take a row, those of the second one of the two."""
-    begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     if tl.program_id(1) == 0:
-        _row(x_at, w_at, y_at, row, step, eps, D, OFFSET, LATE, CENTRED, BLOCK)
+        _row(x_at, w_at, y_at, row, step, eps, D, OFFSET, LATE, CENTRED, BLOCK, EARLY)
     else:
-        _row(other_at, v_at, z_at, row, other_step, other_eps, E, OFFSET, LATE, CENTRED, OTHER)
+        _row(other_at, v_at, z_at, row, other_step, other_eps, E, OFFSET, LATE, CENTRED, OTHER, EARLY)
 
 
 def tile(d: int, rows: int) -> tuple[int, int, int]:

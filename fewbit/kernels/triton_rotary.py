@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fewbit.kernels.table import Rotary
-from fewbit.kernels.triton_early import begin, early
+from fewbit.kernels.triton_early import await_last, early, let_next
 from fewbit.kernels.triton_runtime import cdiv, power
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -70,11 +70,41 @@ def _entries(cos_at, sin_at, R: tl.constexpr, WRITES: tl.constexpr, OWN: tl.cons
 
 
 @triton.jit
-def turned(
-    x_at, rows, there, cos_at, sin_at, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, READS: tl.constexpr,
-    WRITES: tl.constexpr, OWN: tl.constexpr, WIDE: tl.constexpr,
+def places(d, R: tl.constexpr, WRITES: tl.constexpr):
+    """Of channels that are written: their pair, and whether they are its second."""
+    if WRITES:
+        j = d // 2
+        second = d % 2
+    else:
+        second = (d >= R // 2).to(tl.int32)
+        j = d - second * (R // 2)
+    return j, second
+
+
+@triton.jit
+def entries(
+    cos_at, sin_at, DP: tl.constexpr, R: tl.constexpr, WRITES: tl.constexpr, OWN: tl.constexpr
 ):  # fmt: skip
-    """Heads of one token, at x_at + rows where they are there -> [rows, DP], 0 beyond D. R: 0 leaves them alone."""
+    """-> [DP] each, of a token's tables: read before others are waited for. R: 0 where nothing is turned."""
+    d = tl.arange(0, DP)
+    c = d.to(tl.float32)
+    s = c
+    if R > 0:
+        j, _ = places(d, R, WRITES)
+        e = j
+        if OWN:
+            e = d
+        c = tl.load(cos_at + e, d < R, other=1.0).to(tl.float32)
+        s = tl.load(sin_at + e, d < R, other=0.0).to(tl.float32)
+    return c, s
+
+
+@triton.jit
+def turned(
+    x_at, rows, there, c, s, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, READS: tl.constexpr,
+    WRITES: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Heads of one token, at x_at + rows where they are there; c, s: its `entries` -> [rows, DP], 0 beyond D."""
     d = tl.arange(0, DP)
     inside = there[:, None] & (d < D)[None, :]
     at = x_at + rows[:, None]
@@ -82,26 +112,16 @@ def turned(
         x = tl.load(at + d[None, :], inside, other=0.0)
     else:
         turns = d < R
-        if WRITES:
-            second = d % 2
-            j = d // 2
-        else:
-            second = (d >= R // 2).to(tl.int32)
-            j = d - second * (R // 2)
+        j, second = places(d, R, WRITES)
         if READS:
             own = 2 * j + second
             other = 2 * j + 1 - second
         else:
             own = j + second * (R // 2)
             other = j + (1 - second) * (R // 2)
-        e = j
-        if OWN:
-            e = d
-        c = tl.load(cos_at + e, turns, other=1.0).to(tl.float32)[None, :]
-        s = tl.load(sin_at + e, turns, other=0.0).to(tl.float32)[None, :]
         raw = tl.load(at + tl.where(turns, own, d)[None, :], inside, other=0.0)
-        ys = tl.load(at + other[None, :], inside & turns[None, :], other=0.0).to(tl.float32) * s
-        xc = raw.to(tl.float32) * c
+        ys = tl.load(at + other[None, :], inside & turns[None, :], other=0.0).to(tl.float32) * s[None, :]
+        xc = raw.to(tl.float32) * c[None, :]
         if not WIDE:  # models round each product
             xc = xc.to(raw.dtype).to(tl.float32)
             ys = ys.to(raw.dtype).to(tl.float32)
@@ -111,12 +131,12 @@ def turned(
 
 @triton.jit
 def _heads(
-    x_at, y_at, tile, heads, x_head, y_head, cos_at, sin_at, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
-    READS: tl.constexpr, WRITES: tl.constexpr, OWN: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr,
+    x_at, y_at, tile, heads, x_head, y_head, c, s, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
+    READS: tl.constexpr, WRITES: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     head = tile * HEADS + tl.arange(0, HEADS)
     d = tl.arange(0, DP)
-    made = turned(x_at, head * x_head, head < heads, cos_at, sin_at, D, DP, R, READS, WRITES, OWN, WIDE)
+    made = turned(x_at, head * x_head, head < heads, c, s, D, DP, R, READS, WRITES, WIDE)
     tl.store(y_at + (head * y_head)[:, None] + d[None, :], made, (head < heads)[:, None] & (d < D)[None, :])
 
 
@@ -127,19 +147,19 @@ def _rotate(
     R: tl.constexpr, READS: tl.constexpr, WRITES: tl.constexpr, OWN: tl.constexpr, WIDE: tl.constexpr,
     HEADS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    begin(EARLY)
+    let_next(EARLY)
     pid = tl.program_id(0).to(tl.int64)
     b, t = pid // tokens, pid % tokens
-    cos_at += b * cb + t * ct
-    sin_at += b * sb + t * st
+    c, s = entries(cos_at + b * cb + t * ct, sin_at + b * sb + t * st, DP, R, WRITES, OWN)
+    await_last(EARLY)
     tile = tl.program_id(1)
     q_tiles = tl.cdiv(q_heads, HEADS)
     if tile < q_tiles:
-        _heads(q_at + b * qb + t * qt, q_out + b * qob + t * qot, tile, q_heads, qh, qoh, cos_at, sin_at, D, DP, R,
-               READS, WRITES, OWN, WIDE, HEADS)  # fmt: skip
+        _heads(q_at + b * qb + t * qt, q_out + b * qob + t * qot, tile, q_heads, qh, qoh, c, s, D, DP, R, READS,
+               WRITES, WIDE, HEADS)  # fmt: skip
     else:
-        _heads(k_at + b * kb + t * kt, k_out + b * kob + t * kot, tile - q_tiles, k_heads, kh, koh, cos_at, sin_at,
-               D, DP, R, READS, WRITES, OWN, WIDE, HEADS)  # fmt: skip
+        _heads(k_at + b * kb + t * kt, k_out + b * kob + t * kot, tile - q_tiles, k_heads, kh, koh, c, s, D, DP, R,
+               READS, WRITES, WIDE, HEADS)  # fmt: skip
 
 
 def takes(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, width: int, heads: int) -> bool:
