@@ -1,4 +1,7 @@
-"""Writing keys and values into a cache on a GPU, rounded as kernels.cache does: one launch for both."""
+"""Writing keys and values into a cache on a GPU, rounded as kernels.cache does: one launch for both.
+
+Keys that hold their values are written alone.
+"""
 
 import triton
 import triton.language as tl
@@ -19,7 +22,7 @@ def write(cache: Cache, slots: Tensor, key: Tensor, value: Tensor) -> None:
     heads, tokens, size, value_size = key.shape[1], key.shape[2], key.shape[3], value.shape[3]
     pad, element = padded(max(size, value_size)), cache.element
     block = min(power(heads), max(1, TILE // pad))
-    _write[(tokens, -(-heads // block), 2)](
+    _write[(tokens, -(-heads // block), 1 if cache.shared else 2)](
         key, value, cache.key, cache.value, cache.key_scale, cache.value_scale, cache.key_measured,
         cache.value_measured, None if cache.key_measured is None else saturation.count_of(key.device), slots, heads,
         size, value_size, key.stride(2), key.stride(1), value.stride(2), value.stride(1), *cache.key.stride()[:2],

@@ -27,7 +27,7 @@ from fewbit.kernels.table import Table
 from fewbit.modules.attention import INSIDE, KV, KV_TURN, WATCH_KV, Inside, in_runs, known_or_raise, rounded
 from fewbit.modules.attention_sides import of
 
-__all__ = ["NAME", "AnyCache", "Cache", "Span", "Step", "Table", "forward", "stepping"]
+__all__ = ["NAME", "AnyCache", "Cache", "Span", "Step", "Table", "current", "forward", "stepping"]
 AnyCache = Cache | PackedCache
 NAME = "fewbit-paged"
 How = tuple[float, int | None, float | None, Tensor | None, float]  # scaling, window, softcap, sinks, p of Sides
@@ -94,6 +94,12 @@ class Step:
 _current = threading.local()
 
 
+def current() -> Step | None:
+    """What attention of this thread works on."""
+    found: Step | None = getattr(_current, "step", None)
+    return found
+
+
 @contextmanager
 def stepping(step: Step) -> Iterator[None]:
     """Within: attention of this thread works on this step."""
@@ -117,7 +123,7 @@ def forward(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """query: [1, H, T, D], key: [1, G, T, D], value: [1, G, T, Dv] -> [1, T, H, Dv]."""
-    step: Step | None = getattr(_current, "step", None)
+    step = current()
     if step is None or attention_mask is not None or query.shape[0] != 1:
         raise UnsupportedError(f"{type(module).__name__}: its attention does not run on a paged cache")
     known_or_raise(module, others)
