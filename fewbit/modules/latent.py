@@ -73,7 +73,7 @@ def forward(
     else:
         latent = module.kv_a_layernorm(latent)
     q = q.unflatten(-1, (-1, nope + rope))
-    if form.through and attention_mask is None and (up := goes_through(module)) is not None:
+    if form.through and (up := goes_through(module, attention_mask)) is not None:
         return module.o_proj(attended(module, form, up, q, latent, turned, turns, **named)), None
     kv = module.kv_b_proj(latent).unflatten(-1, (-1, nope + module.v_head_dim))
     queries, keys = assemble(q, kv, turned, *turns, form.rotary)
@@ -102,10 +102,10 @@ def ready(module: Any, form: LatentForm) -> None:
         linear.options = replace(linear.options, kernels=EMULATED)
 
 
-def goes_through(module: Any) -> Up | None:
+def goes_through(module: Any, mask: Tensor | None) -> Up | None:
     """What to multiply by; None where attention is over expanded keys and values. A cache goes on as it began."""
     step = paged.current()
-    if step is None or module.config._attn_implementation != paged.NAME:
+    if step is None or mask is not None or module.config._attn_implementation != paged.NAME:
         return None
     held = step.caches.get(module.layer_idx)
     if not (isinstance(held, Cache) and held.shared if held is not None else not expands(module)):
@@ -144,7 +144,7 @@ def attended(
     latent = latent if source is None else torch_emulated.given(latent, source)
     queries, key = absorb(q, latent, turned, each[:, :nope], *turns, form.rotary)
     out, _ = paged.forward(module, queries, key, key[..., :rank], None, scaling=module.scaling, **named)
-    found = out.new_empty(*out.shape[:3], size)
+    found = torch.empty(*out.shape[:3], size, dtype=out.dtype, device=out.device)
     torch.bmm(out[0].transpose(0, 1), each[:, nope:].mT, out=found[0].transpose(0, 1))
     return found.flatten(2)
 
@@ -154,7 +154,7 @@ def absorb(
 ) -> tuple[Tensor, Tensor]:
     """up: [H, P, C] -> queries [1, H, T, C + R] and the key of all heads [1, 1, T, C + R]."""
     rank, rope, nope = latent.shape[-1], turned.shape[-1], up.shape[1]
-    queries = q.new_empty(*q.shape[:3], rank + rope)
+    queries = torch.empty(*q.shape[:3], rank + rope, dtype=q.dtype, device=q.device)
     torch.bmm(q[0, ..., :nope].transpose(0, 1), up, out=queries[0, ..., :rank].transpose(0, 1))
     if q.is_cuda and kernel().takes(q, latent.unsqueeze(2), turned, cos, sin, form.width(cos), 1):
         key = kernel().join(
