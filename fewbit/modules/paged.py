@@ -202,6 +202,7 @@ def _attend(
     gqa = key.shape[1] != query.shape[1]
     whole = count == length and window is None
     mask = None if plain or whole else step.mask(count, length, window, query)
-    out = scaled_dot_product_attention(query, key, value, mask, is_causal=whole and not plain, scale=scaling,
+    taken = key if isinstance(cache, Cache) and cache.shared else value  # of one size with keys they are fast
+    out = scaled_dot_product_attention(query, key, taken, mask, is_causal=whole and not plain, scale=scaling,
                                        enable_gqa=gqa)  # fmt: skip
-    return out[0].transpose(0, 1)
+    return out[0, ..., : value.shape[3]].transpose(0, 1)
