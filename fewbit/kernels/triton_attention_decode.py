@@ -56,29 +56,31 @@ class Shape:
 def shape(query: Tensor, cache: Cache, table: Table, window: int | None) -> Shape:
     key_heads = cache.key.shape[1]
     group = query.shape[1] // key_heads
-    heads, tokens, stages = together(query, cache) if cache.shared else (min(MOST_HEADS, padded(group)), 0, 0)
+    if cache.shared:
+        heads, tokens, stages, programs = together(query, cache)
+    else:
+        heads, programs = min(MOST_HEADS, padded(group)), PROGRAMS
     blocks = -(-group // heads)
-    wanted = PROGRAMS * processors(query.device) // (table.ones * key_heads * blocks)
-    tokens = tokens or min(MOST_TOKENS, max(16, TILE[wanted > 1] // padded(cache.key.shape[2])))
-    if query.dtype == torch.float32:  # without matrix units larger tiles spill
-        tokens = 16
-    reach = table.reach if window is None else min(table.reach, window)
-    parts = max(1, min(-(-reach // tokens), wanted, MOST_PARTS))
-    if not stages:
+    wanted = programs * processors(query.device) // (table.ones * key_heads * blocks)
+    if not cache.shared:
+        tokens = min(MOST_TOKENS, max(16, TILE[wanted > 1] // padded(cache.key.shape[2])))
+        tokens = 16 if query.dtype == torch.float32 else tokens  # without matrix units larger tiles spill
         stages = STAGES[wanted > 1]
         stages = stages if (stages - 1) * tokens * tiled(cache) * cache.key.element_size() <= ROOM else 2
-    warps = WARPS if heads * padded(cache.value.shape[2]) <= GATHERED else 2 * WARPS
+    reach = table.reach if window is None else min(table.reach, window)
+    parts = max(1, min(-(-reach // tokens), wanted, MOST_PARTS))
     parts = 1 << parts.bit_length() - 1  # few values: each is compiled for
+    warps = WARPS if heads * padded(cache.value.shape[2]) <= GATHERED else 2 * WARPS
     return Shape(heads, blocks, tokens, parts, warps, stages)
 
 
-def together(query: Tensor, cache: Cache) -> tuple[int, int, int]:
-    """The first of SHARED that has room."""
-    if query.dtype == torch.float32:
-        return SHARED[-1]
-    each = tiled(cache) * query.element_size()
-    room = shared_bytes(query.device) - 2048
-    return next((s for s in SHARED if (s[0] + s[1] * s[2]) * each <= room), SHARED[-1])
+def together(query: Tensor, cache: Cache) -> tuple[int, int, int, int]:
+    """The first of SHARED that has room, and how many such programs a multiprocessor has room for."""
+    each, room = tiled(cache) * query.element_size(), shared_bytes(query.device) - 2048
+    known = SHARED[-1:] if query.dtype == torch.float32 else SHARED
+    needs = [(heads + tokens * stages) * each for heads, tokens, stages in known]
+    found = next((i for i, n in enumerate(needs) if n <= room), -1)
+    return *known[found], max(1, min(PROGRAMS, room // needs[found]))
 
 
 def run(
