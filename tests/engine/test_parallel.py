@@ -172,6 +172,7 @@ def test_other_models(name: str, tmp_path: Path) -> None:
     several = engine(path, size, **options)
     try:
         same(want, texts(several, 8, 90))
+        assert make is not latents or several.limits.token == alone.limits.token == 3 * (32 + 8) * 4
     finally:
         several.shutdown()
 
