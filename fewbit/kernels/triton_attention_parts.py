@@ -129,12 +129,10 @@ def walk(
     TOKENS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DR: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     DRP: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """rest: what of queries follows their first D numbers, where DR is above 0.
+    """Tokens first to last for rows that stand at places `at`; MASKED where a row may not see all of them.
 
-    Tokens first to last for rows that stand at places `at`; MASKED where a row may not see all of them.
-
-    first: a multiple of TOKENS. The pages of a tile are read one tile ahead, so that copying keys and
-    values is all that is pipelined. Strides are constants: a place in memory is one instruction away from a page.
+    rest: what of queries follows their first D numbers, where DR is above 0. first: a multiple of TOKENS. The pages of a
+    tile are read one tile ahead, so that copying keys and values is all that is pipelined. Strides are constants: a place in memory is one instruction away from a page.
 
     P above 0: weights, as far as the largest seen so far is 1, are rounded to e4m3 after this factor. Products of e4m3
     are what they are in 16 bits.

@@ -65,7 +65,7 @@ def goes_through(
     module: Any, narrow: Any, form: LatentForm, given: Mapping[str, Any], small: Mapping[str, Any]
 ) -> bool:
     """Whether it gives the same so, in float32 and as far as rounding goes in bfloat16. narrow, small: in bfloat16."""
-    if latent.plain(module.kv_b_proj) is None:
+    if not isinstance(getattr(module, "layer_idx", None), int) or latent.plain(module.kv_b_proj) is None:
         return False
     truth = before(module, given)
     if off(through(module, form, given), truth) > LIMIT:
