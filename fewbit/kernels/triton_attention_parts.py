@@ -131,8 +131,9 @@ def walk(
 ):  # fmt: skip
     """Tokens first to last for rows that stand at places `at`; MASKED where a row may not see all of them.
 
-    rest: what of queries follows their first D numbers, where DR is above 0. first: a multiple of TOKENS. The pages of a
-    tile are read one tile ahead, so that copying keys and values is all that is pipelined. Strides are constants: a place in memory is one instruction away from a page.
+    rest: what of queries follows their first D numbers, where DR is above 0. first: a multiple of TOKENS. The pages of
+    a tile are read one tile ahead, so that copying keys and values is all that is pipelined. Strides are constants: a
+    place in memory is one instruction away from a page.
 
     P above 0: weights, as far as the largest seen so far is 1, are rounded to e4m3 after this factor. Products of e4m3
     are what they are in 16 bits.
