@@ -84,8 +84,8 @@ class Loaded:
         return made
 
     def single(self, pages: int) -> Runner:
-        """For one text that is no request's."""
-        return Paged(self.model, pages, self.page, self.cache_dtype) if self.paged else Alone(self.model, "")
+        """For one text that is no request's. Its cache is of the model's type: a narrower one rounds what differs."""
+        return Paged(self.model, pages, self.page, None) if self.paged else Alone(self.model, "")
 
     def watch(self) -> bool:
         """Begin to measure, where INC's config says so: what ran until now was no text."""

@@ -17,7 +17,7 @@
 struct Attend {
     const void* query;            // [tokens, heads, size]
     const void* key;              // [slots, key_heads, size]
-    const void* value;            // [slots, key_heads, value_size]
+    const void* value;            // [slots, key_heads, value_size], value_step from one head to the next
     void* out;                    // [tokens, heads, value_size]
     const int64_t* rows;          // [count] tokens that are queries
     const int64_t* const* slots;  // [count] where the text of each lies
@@ -28,6 +28,7 @@ struct Attend {
     const float* value_scale;     // the same
     int64_t count, heads, key_heads, size, value_size, window;  // window 0: none
     int64_t scale_step;           // from one slot's scales to the next one's: key_heads or 0
+    int64_t value_step;
     float scaling, softcap;       // softcap 0: none
     int32_t narrow;               // 0: float32, 1: bfloat16: queries, results, and a cache of values
 };
@@ -142,7 +143,7 @@ static void task(const Attend& a, P keys, P values, int64_t row, int64_t g, int6
         const float total = sum(mine, length) + (a.sinks ? expf(sink - top) : 0.0f);
         for (int64_t t = 0; t < length; t++) mine[t] /= total;
     }
-    const auto place = [&](int64_t t) { return (slots[t] * a.key_heads + g) * a.value_size; };
+    const auto place = [&](int64_t t) { return (slots[t] * a.key_heads + g) * a.value_step; };
     for (int64_t h = 0; h < shared; h++) {
         float* mine = scores + h * length;
         if (a.codes) for (int64_t t = 0; t < length; t++) mine[t] *= a.value_scale[slots[t] * a.scale_step + g];

@@ -39,7 +39,10 @@ class Attend(ctypes.Structure):
                 "value_scale",
             )
         ),
-        *((n, ctypes.c_int64) for n in ("count", "heads", "key_heads", "size", "value_size", "window", "scale_step")),
+        *(
+            (n, ctypes.c_int64)
+            for n in ("count", "heads", "key_heads", "size", "value_size", "window", "scale_step", "value_step")
+        ),
         *((n, ctypes.c_float) for n in ("scaling", "softcap")),
         ("narrow", ctypes.c_int32),
     )
@@ -86,7 +89,7 @@ def attend(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> None:
-    """query: [T, H, D], contiguous as the cache is -> rows of out: [T, H, Dv]."""
+    """query: [T, H, D], contiguous as the keys are -> rows of out: [T, H, Dv]."""
     key, value = cache.key, cache.value
     held = None if sinks is None else sinks.detach().float().contiguous()
     codes = None if cache.element is None else elements.values(cache.element)
@@ -96,7 +99,7 @@ def attend(
         query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), queries.rows.data_ptr(),
         queries.slots.data_ptr(), queries.lengths.data_ptr(), _at(held), _at(codes), _at(scales[0]), _at(scales[1]),
         len(queries.rows), query.shape[1], key.shape[1], query.shape[2], value.shape[2], window or 0,
-        0 if cache.key_scale is None else key.shape[1], scaling, softcap or 0.0, DTYPES[query.dtype],
+        0 if cache.key_scale is None else key.shape[1], value.stride(1), scaling, softcap or 0.0, DTYPES[query.dtype],
     )))  # fmt: skip
 
 
@@ -112,6 +115,8 @@ def write(cache: Cache | PackedCache, slots: Tensor, key: Tensor, value: Tensor)
         cache.write(slots, key, value)  # or torch's error, where they do not fit
         return
     sizes = [n * t.element_size() for t, _ in pairs for n in (t.shape[3], t.stride(2), t.stride(1))]
+    if isinstance(cache, Cache) and cache.shared:  # keys bring their values along
+        sizes[3] = 0
     call(_native().keep, KEEP.pack(
         *(t.data_ptr() for t, _ in pairs), *(plane.data_ptr() for _, plane in pairs), slots.contiguous().data_ptr(),
         key.shape[2], key.shape[1], *sizes,

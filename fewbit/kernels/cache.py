@@ -3,6 +3,8 @@
 What is narrower than the model is held as codes of a byte each under float32 scales: one for each slot and head, the
 largest magnitude / what a code reaches; or one for each head, measured beforehand, beyond which values are cut off and
 counted. Other formats are held by cache_packed, or rounded before they come here.
+
+A value that is the first numbers of its key, as in latent attention, is held there and nowhere else.
 """
 
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ from functools import cache as once
 import torch
 from torch import Tensor
 
-from fewbit.errors import CheckpointError
+from fewbit.errors import CheckpointError, UnsupportedError
 from fewbit.kernels import saturation
 from fewbit.quant.elements import E4M3, E4M3_240, E5M2, INT8, Element
 from fewbit.quant.kv import whole
@@ -36,7 +38,7 @@ def held_as(spec: QuantSpec, device: torch.device) -> str:
 
 @dataclass(slots=True)
 class Cache:
-    """[slots, G, D] each. Of codes, scales [slots, G] that are chosen in writing, or [G] that were measured."""
+    """[slots, G, D] each, value perhaps within key. Of codes, scales [slots, G] chosen in writing, or [G] measured."""
 
     key: Tensor
     value: Tensor
@@ -48,10 +50,17 @@ class Cache:
 
     @classmethod
     def like(
-        cls, slots: int, key: Tensor, value: Tensor, dtype: torch.dtype | None = None, coded: Rounding | None = None
-    ) -> "Cache":
-        """Room for so many tokens of these: [1, G, T, D]. coded: what the codes are; see quant.kv.whole."""
+        cls, slots: int, key: Tensor, value: Tensor, dtype: torch.dtype | None = None, coded: Rounding | None = None,
+        apart: bool = False,
+    ) -> "Cache":  # fmt: skip
+        """Room for so many tokens of these: [1, G, T, D]. coded: what the codes are; see quant.kv.whole.
+
+        apart: what is written is not what is given here, so that a value that lies in its key has a plane of its own.
+        """
         held = dtype if coded is None else HELD[coded[0].element]
+        if coded is None and not apart and begins(key, value):
+            plane = torch.empty(slots, key.shape[1], key.shape[3], dtype=held or key.dtype, device=key.device)
+            return cls(plane, plane[..., : value.shape[3]])
         planes = [torch.empty(slots, t.shape[1], t.shape[3], dtype=held or t.dtype, device=t.device)
                   for t in (key, value)]  # fmt: skip
         if coded is None:
@@ -72,14 +81,22 @@ class Cache:
         """Whether what is written is rounded to the format here."""
         return self.element is not None
 
+    @property
+    def shared(self) -> bool:
+        """Whether values are the first numbers of keys."""
+        return self.value.data_ptr() == self.key.data_ptr()
+
     def fits(self, slots: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether there is a slot for each token and room for its heads: kernels trust that, `write` does not."""
         pairs, count = ((key, self.key), (value, self.value)), len(slots)
-        return all(t.shape == (1, plane.shape[1], count, plane.shape[2]) for t, plane in pairs)
+        there = all(t.shape == (1, plane.shape[1], count, plane.shape[2]) for t, plane in pairs)
+        return there and (not self.shared or begins(key, value))
 
     def write(self, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """key, value: [1, G, T, D]; slots: [T]."""
-        for (plane, scales, measured), given in zip(self._planes(), (key, value), strict=True):
+        if self.shared and not begins(key, value):
+            raise UnsupportedError("values of this cache are the first numbers of its keys, and others were given")
+        for (plane, scales, measured), given in zip(self._planes(), (key, value), strict=False):
             rows = given[0].transpose(0, 1)
             if self.element is None:
                 plane[slots] = rows.to(plane.dtype)
@@ -94,11 +111,20 @@ class Cache:
 
     def read(self, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """-> [1, G, length, D] of each."""
-        return tuple(_read(*planes, slots, dtype).transpose(0, 1)[None] for planes in self._planes())  # type: ignore[return-value]
+        found = [_read(*planes, slots, dtype).transpose(0, 1)[None] for planes in self._planes()]
+        return found[0], found[0][..., : self.value.shape[2]] if self.shared else found[1]
 
     def _planes(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+        """Those that lie apart."""
         yield self.key, self.key_scale, self.key_measured
-        yield self.value, self.value_scale, self.value_measured
+        if not self.shared:
+            yield self.value, self.value_scale, self.value_measured
+
+
+def begins(key: Tensor, value: Tensor) -> bool:
+    """Whether value [1, G, T, Dv] is the first numbers of key [1, G, T, D], in the same memory."""
+    same = value.data_ptr() == key.data_ptr() and value.stride() == key.stride() and value.dtype == key.dtype
+    return same and value.shape[:3] == key.shape[:3] and value.shape[3] <= key.shape[3]
 
 
 def of_heads(scale: Tensor, plane: Tensor) -> Tensor:

@@ -65,4 +65,4 @@ def room(slots: int, key: Tensor, value: Tensor, dtype: torch.dtype | None, kv: 
     how = held_as(kv[0], key.device) if kv is not None else ""
     if kv is not None and how == "packed":
         return PackedCache.like(slots, key, value, kv[0])
-    return Cache.like(slots, key, value, dtype, kv if how == "codes" else None)
+    return Cache.like(slots, key, value, dtype, kv if how == "codes" else None, kv is not None)

@@ -119,7 +119,8 @@ KERNELS: tuple[Kernel, ...] = (
     ),
     Kernel(
         EMULATED, "linear", (), FLOATS, _anything, torch_emulated.prepack, torch_emulated.run_linear, asked=True,
-        owns=True, note="weights rounded once and kept as floats, inputs rounded at each call: fakequant",
+        owns=True,
+        note="weights rounded once and kept as floats, inputs rounded at each call: fakequant, and latent attention",
     ),
     Kernel(
         EMULATED, "experts", (), FLOATS, _anything, torch_emulated.prepack_experts, torch_emulated.run_experts,

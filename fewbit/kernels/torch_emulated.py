@@ -39,6 +39,11 @@ def run_linear(x: Tensor, packed: Emulated, bias: Tensor | None = None) -> Tenso
     return low_rank(x, packed.source.transforms, dense_linear(seen(x, packed.source), packed.weight, bias))
 
 
+def given(x: Tensor, q: Quantized) -> Tensor:
+    """What the weight multiplies."""
+    return seen(transformed(x, q.transforms), q)
+
+
 @dataclass(frozen=True, slots=True)
 class EmulatedExperts:
     """shared: how the inputs of all experts are rounded alike, row by row; None where each has its own way."""

@@ -18,7 +18,7 @@ from fewbit.kernels.table import New, Table
 from fewbit.kernels.triton_runtime import lacking
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-WIDEST = 512  # head size: beyond it a tile of keys does not fit beside one of values
+WIDEST = 512  # numbers of a key, or of a value: beyond it tiles of both do not fit side by side
 
 
 def refusal(query: Tensor, cache: Cache | PackedCache) -> str | None:
@@ -30,9 +30,15 @@ def refusal(query: Tensor, cache: Cache | PackedCache) -> str | None:
     held = cache.key.dtype
     if query.dtype not in FLOATS or held not in (*FLOATS, *HELD.values()):
         return f"takes queries of 16 or 32 bits and caches of 8 to 32, not {query.dtype} over {held}"
-    if (widest := max(cache.key.shape[2], cache.value.shape[2])) > WIDEST:
+    if (widest := max(split(cache))) > WIDEST:
         return f"takes heads of up to {WIDEST}, not of {widest}"
     return None
+
+
+def split(cache: Cache) -> tuple[int, int, int]:
+    """Numbers of a value, of a key as far as it is one tile, and of the rest: what follows a value that it holds."""
+    size, value_size = cache.key.shape[2], cache.value.shape[2]
+    return (value_size, value_size, size - value_size) if cache.shared else (value_size, size, 0)
 
 
 def write(cache: Cache, new: New, query: Tensor) -> Tensor:

@@ -22,7 +22,9 @@ from fewbit.kernels.triton_attention_parts import (
     precision,
     processors,
     scaled,
+    shared_bytes,
     sizes,
+    tiled,
     walk,
 )
 from fewbit.kernels.triton_early import await_last, early, let_next
@@ -33,6 +35,10 @@ MOST_HEADS = 64  # queries of a program
 MOST_TOKENS = 64
 TILE = {True: 4096, False: 8192}  # numbers of a tile of keys, where texts are cut into parts and where not
 WARPS, STAGES = 4, {True: 4, False: 2}  # tiles on their way are one less than stages
+GATHERED = 16384  # numbers that so many warps gather in registers; more take twice the warps
+# Where keys hold their values: heads, tokens, stages. From 64 queries on a GPU of compute capability 9.0 multiplies out
+# of shared memory, where a tile that is read both ways can be loaded ahead of its turn.
+SHARED = ((64, 32, 3), (64, 32, 2), (16, 32, 2), (16, 16, 2))
 ROOM = 48 << 10  # bytes for them, so that PROGRAMS share a multiprocessor
 
 
@@ -44,24 +50,38 @@ class Shape:
     blocks: int  # programs that share the queries of one key head
     tokens: int  # of a tile
     parts: int  # of a text
+    warps: int
     stages: int
 
 
 def shape(query: Tensor, cache: Cache, table: Table, window: int | None) -> Shape:
     key_heads = cache.key.shape[1]
     group = query.shape[1] // key_heads
-    heads = min(MOST_HEADS, padded(group))
+    if cache.shared:
+        heads, tokens, stages, programs = together(query, cache)
+    else:
+        heads, programs = min(MOST_HEADS, padded(group)), PROGRAMS
     blocks = -(-group // heads)
-    wanted = PROGRAMS * processors(query.device) // (table.ones * key_heads * blocks)
-    tokens = min(MOST_TOKENS, max(16, TILE[wanted > 1] // padded(cache.key.shape[2])))
-    if query.dtype == torch.float32:  # without matrix units larger tiles spill
-        tokens = 16
+    wanted = programs * processors(query.device) // (table.ones * key_heads * blocks)
+    if not cache.shared:
+        tokens = min(MOST_TOKENS, max(16, TILE[wanted > 1] // padded(cache.key.shape[2])))
+        tokens = 16 if query.dtype == torch.float32 else tokens  # without matrix units larger tiles spill
+        stages = STAGES[wanted > 1]
+        stages = stages if (stages - 1) * tokens * tiled(cache) * cache.key.element_size() <= ROOM else 2
     reach = table.reach if window is None else min(table.reach, window)
     parts = max(1, min(-(-reach // tokens), wanted, MOST_PARTS))
-    bytes_of_tile = tokens * (padded(cache.key.shape[2]) + padded(cache.value.shape[2])) * cache.key.element_size()
-    stages = STAGES[wanted > 1]
-    stages = stages if (stages - 1) * bytes_of_tile <= ROOM else 2
-    return Shape(heads, blocks, tokens, 1 << parts.bit_length() - 1, stages)  # few values: each is compiled for
+    parts = 1 << parts.bit_length() - 1  # few values: each is compiled for
+    warps = WARPS if heads * padded(cache.value.shape[2]) <= GATHERED else 2 * WARPS
+    return Shape(heads, blocks, tokens, parts, warps, stages)
+
+
+def together(query: Tensor, cache: Cache) -> tuple[int, int, int, int]:
+    """The first of SHARED that has room, and how many such programs a multiprocessor has room for."""
+    each, room = tiled(cache) * query.element_size(), shared_bytes(query.device) - 2048
+    known = SHARED[-1:] if query.dtype == torch.float32 else SHARED
+    needs = [(heads + tokens * stages) * each for heads, tokens, stages in known]
+    found = next((i for i, n in enumerate(needs) if n <= room), -1)
+    return *known[found], max(1, min(PROGRAMS, room // needs[found]))
 
 
 def run(
@@ -86,8 +106,8 @@ def run(
         out, found, weights, table.pages, table.lengths, table.starts, sinks, scaling, window, softcap, heads,
         query.stride(2), query.stride(1), *cache.key.stride()[:2], *cache.value.stride()[:2], *out.stride()[:2],
         table.pages.stride(0), key_heads, cut.parts, SPLIT=cut.parts > 1, TOKENS=cut.tokens, GROUP=heads // key_heads,
-        BLOCKS=cut.blocks, HEADS=cut.heads, SIZE=table.size, PRECISION=precision(query.dtype), P=p, num_warps=WARPS,
-        num_stages=cut.stages, **dims, **early(query.device),
+        BLOCKS=cut.blocks, HEADS=cut.heads, SIZE=table.size, PRECISION=precision(query.dtype), P=p,
+        num_warps=cut.warps, num_stages=cut.stages, **dims, **early(query.device),
     )  # fmt: skip
     if cut.parts > 1:
         many = FEW_PARTS if cut.parts <= FEW_PARTS else MOST_PARTS
@@ -113,8 +133,8 @@ def _part(
     starts, sinks, scaling, window, softcap, heads, q_row, q_head, k_slot: tl.constexpr, k_head, v_slot: tl.constexpr,
     v_head, o_row, o_head, p_row, key_heads, parts,
     GROUP: tl.constexpr, BLOCKS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
-    P: tl.constexpr, EARLY: tl.constexpr,
+    SPLIT: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DR: tl.constexpr, DP: tl.constexpr,
+    DVP: tl.constexpr, DRP: tl.constexpr, SHARED: tl.constexpr, P: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     let_next(EARLY)
     request = tl.program_id(0)
@@ -140,15 +160,21 @@ def _part(
     e = tl.arange(0, DVP)
     q = tl.load(query + row * q_row + head[:, None] * q_head + d[None, :],
                 mask=inside[:, None] & (d < D)[None, :], other=0.0)  # fmt: skip
+    rest = None
+    if DR > 0:
+        r = tl.arange(0, DRP)
+        rest = tl.load(query + row * q_row + head[:, None] * q_head + D + r[None, :],
+                       mask=inside[:, None] & (r < DR)[None, :], other=0.0)  # fmt: skip
     top, total = opening(sinks, head, inside & (part == 0), HEADS)
     if key_scale is not None:
         key_scale += kin
         value_scale += kin
     place = tl.zeros([HEADS], tl.int32) + length - 1
     acc, total, top = walk(
-        q, tl.zeros([HEADS, DVP], tl.float32), total, top, first, last, last, place, window, pages, page,
+        q, rest, tl.zeros([HEADS, DVP], tl.float32), total, top, first, last, last, place, window, pages, page,
         key + kin * k_head, value + kin * v_head, key_scale, value_scale, k_slot, v_slot, key_heads,
-        scaled(scaling, key_measured, kin), softcap, True, SIZE, TOKENS, D, DV, DP, DVP, PRECISION, P, True,
+        scaled(scaling, key_measured, kin), softcap, True, SIZE, TOKENS, D, DV, DR, DP, DVP, DRP, SHARED, PRECISION,
+        P, True,
     )  # fmt: skip
     if P > 0.0:
         acc = acc / P

@@ -6,6 +6,9 @@ A sink is where `top` and `total` start: a logit that takes weight and brings no
 Scales of each token join scores and weights on the way. Those measured for a whole head cost nothing: that of keys
 joins the scaling of scores before the walk, that of values what was gathered after it.
 
+SHARED: a value is the first numbers of its key, so that one tile is both. The rest of a key is a tile of its own, and a
+product of its own that joins the scores: 512 + 64 numbers of a latent are not padded to 1024.
+
 PAIRS: codes of a byte are read two at a time, since matrix units are fed 16 bits at a time, and become float16, which
 holds them all and which GPUs make of two at once. Queries and weights follow, brought to its range by powers of two and
 by the largest scale. A product then has two halves: the even and the odd numbers of a head.
@@ -18,6 +21,7 @@ import triton
 import triton.language as tl
 
 from fewbit.kernels.cache import Cache
+from fewbit.kernels.triton_attention import split
 from fewbit.kernels.triton_runtime import power
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -120,23 +124,22 @@ def within(start, SIZE: tl.constexpr, TOKENS: tl.constexpr):
 
 @triton.jit
 def walk(
-    query, acc, total, top, first, last, length, at, window, pages, page, key, value, key_scale, value_scale,
+    query, rest, acc, total, top, first, last, length, at, window, pages, page, key, value, key_scale, value_scale,
     k_slot: tl.constexpr, v_slot: tl.constexpr, s_slot, scaling, softcap, MASKED: tl.constexpr, SIZE: tl.constexpr,
-    TOKENS: tl.constexpr, D: tl.constexpr,
-    DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr,
-    PAIRS: tl.constexpr,
+    TOKENS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DR: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    DRP: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Tokens first to last for rows that stand at places `at`; MASKED where a row may not see all of them.
 
-    first: a multiple of TOKENS. The pages of a tile are read one tile ahead, `page` those of the first, so that copying
-    keys and values is all that is pipelined. Strides are constants: a place in memory is one instruction away from a
-    page.
+    rest: what of queries follows their first D numbers, where DR is above 0. first: a multiple of TOKENS. The pages of
+    a tile are read one tile ahead, `page` those of the first, so that copying keys and values is all that is pipelined.
+    Strides are constants: a place in memory is one instruction away from a page.
 
     P above 0: weights, as far as the largest seen so far is 1, are rounded to e4m3 after this factor. Products of e4m3
     are what they are in 16 bits.
     """
     CODE: tl.constexpr = key.dtype.element_ty
-    PAIRED: tl.constexpr = (PAIRS and CODE.primitive_bitwidth == 8 and query.dtype != tl.float32
+    PAIRED: tl.constexpr = (PAIRS and not SHARED and CODE.primitive_bitwidth == 8 and query.dtype != tl.float32
                             and D % 2 + DV % 2 == 0 and DP >= 32 and DVP >= 32)  # fmt: skip
     EACH: tl.constexpr = 2 if PAIRED else 1
     d = tl.arange(0, DP // EACH)
@@ -164,7 +167,16 @@ def walk(
             keys, odd_keys = halves(keys, CODE)
             scores = tl.dot(odd_query, odd_keys, tl.dot(query, keys))
         else:
-            scores = tl.dot(query, floats(keys, query), input_precision=PRECISION)
+            keys = floats(keys, query)
+            scores = tl.dot(query, keys, input_precision=PRECISION)
+        if DR > 0:
+            r = tl.arange(0, DRP)
+            r_at = key + ((place * k_slot)[None, :] + (D + r)[:, None]) + (far * (k_slot * SIZE))[None, :]
+            if MASKED or DR < DRP:
+                others = tl.load(r_at, mask=inside[None, :] & (r < DR)[:, None], other=0.0)
+            else:
+                others = tl.load(r_at)
+            scores = tl.dot(rest, floats(others, query), scores, input_precision=PRECISION)
         if key_scale is not None:
             scores *= tl.load(key_scale + slot * s_slot, mask=inside, other=0.0)[None, :]
         if softcap is not None:  # tanh from an exponential that may overflow: 2 / inf is 0
@@ -192,21 +204,24 @@ def walk(
                 scale /= most
                 fade /= most  # acc stands under this scale until the end of the turn
             weights *= scale[None, :]
-        v_at = value + ((place * (v_slot // EACH))[:, None] + e[None, :]) + (far * (v_slot // EACH * SIZE))[:, None]
-        if MASKED or DV < DVP:
-            values = tl.load(v_at, mask=inside[:, None] & (e < DV // EACH)[None, :], other=0.0)
+        if SHARED:
+            acc = tl.dot(weights.to(query.dtype), tl.trans(keys), acc * fade[:, None], input_precision=PRECISION)
         else:
-            values = tl.load(v_at)
-        if PAIRED:
-            values, odd_values = halves(values, CODE)
-            acc = tl.dot(weights.to(tl.float16), values, acc * fade[:, None])
-            odd_acc = tl.dot(weights.to(tl.float16), odd_values, odd_acc * fade[:, None])
-            if value_scale is not None:
-                acc *= most
-                odd_acc *= most
-        else:
-            acc = tl.dot(weights.to(query.dtype), floats(values, query), acc * fade[:, None],
-                         input_precision=PRECISION)  # fmt: skip
+            v_at = value + ((place * (v_slot // EACH))[:, None] + e[None, :]) + (far * (v_slot // EACH * SIZE))[:, None]
+            if MASKED or DV < DVP:
+                values = tl.load(v_at, mask=inside[:, None] & (e < DV // EACH)[None, :], other=0.0)
+            else:
+                values = tl.load(v_at)
+            if PAIRED:
+                values, odd_values = halves(values, CODE)
+                acc = tl.dot(weights.to(tl.float16), values, acc * fade[:, None])
+                odd_acc = tl.dot(weights.to(tl.float16), odd_values, odd_acc * fade[:, None])
+                if value_scale is not None:
+                    acc *= most
+                    odd_acc *= most
+            else:
+                acc = tl.dot(weights.to(query.dtype), floats(values, query), acc * fade[:, None],
+                             input_precision=PRECISION)  # fmt: skip
     if PAIRED:
         acc = tl.interleave(acc, odd_acc)
     return acc, total, top
@@ -218,8 +233,15 @@ def padded(size: int) -> int:
 
 
 def sizes(cache: Cache) -> dict[str, int]:
-    size, value_size = cache.key.shape[2], cache.value.shape[2]
-    return {"D": size, "DV": value_size, "DP": padded(size), "DVP": padded(value_size)}
+    value_size, size, rest = split(cache)
+    return {"D": size, "DV": value_size, "DR": rest, "DP": padded(size), "DVP": padded(value_size),
+            "DRP": padded(rest) if rest else 0, "SHARED": cache.shared}  # fmt: skip
+
+
+def tiled(cache: Cache) -> int:
+    """Numbers of a token that tiles hold: of its key, and of a value that is not in it."""
+    value_size, size, rest = split(cache)
+    return padded(size) + (padded(rest) if rest else 0) + (0 if cache.shared else padded(value_size))
 
 
 def precision(dtype: torch.dtype) -> str:

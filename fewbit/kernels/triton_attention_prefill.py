@@ -15,7 +15,17 @@ from torch import Tensor
 
 from fewbit.kernels.cache import Cache
 from fewbit.kernels.table import BLOCK, Table
-from fewbit.kernels.triton_attention_parts import opening, padded, paged, precision, scaled, shared_bytes, sizes, walk
+from fewbit.kernels.triton_attention_parts import (
+    opening,
+    padded,
+    paged,
+    precision,
+    scaled,
+    shared_bytes,
+    sizes,
+    tiled,
+    walk,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +51,13 @@ REGISTERS = 128  # of a thread, for what it gathers
 
 def tile(query: Tensor, cache: Cache, longest: int) -> Tile:
     """The first that is not half empty, and has room."""
-    size, value_size, held = padded(cache.key.shape[2]), padded(cache.value.shape[2]), query.element_size()
+    size, value_size, held = tiled(cache), padded(cache.value.shape[2]), query.element_size()
+    rows = size if cache.shared else padded(cache.key.shape[2])
     room = shared_bytes(query.device) - 2048
     ladder = WHOLE if query.dtype == torch.float32 else LADDER
 
     def fits(t: Tile) -> bool:
-        needs = (t.rows * size + t.stages * t.tokens * (size + value_size)) * held
+        needs = (t.rows * rows + t.stages * t.tokens * size) * held
         return t.rows < 2 * longest and needs <= room and t.rows * value_size <= REGISTERS * 32 * t.warps
 
     return next((t for t in ladder if fits(t)), ladder[-1])
@@ -88,7 +99,8 @@ def _block(
     ones, scaling, window, softcap, q_row, q_head, k_slot: tl.constexpr, k_head, v_slot: tl.constexpr, v_head, o_row,
     o_head, p_row, key_heads,
     GROUP: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, SIZE: tl.constexpr, EACH: tl.constexpr,
-    PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, P: tl.constexpr,
+    PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DR: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    DRP: tl.constexpr, SHARED: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     if blocks is None:
         request = ones + tl.program_id(2)
@@ -114,6 +126,11 @@ def _block(
     far = (begin + row).to(tl.int64)
     q = tl.load(query + far[:, None] * q_row + head * q_head + d[None, :],
                 mask=inside[:, None] & (d < D)[None, :], other=0.0)  # fmt: skip
+    rest = None
+    if DR > 0:
+        r = tl.arange(0, DRP)
+        rest = tl.load(query + far[:, None] * q_row + head * q_head + D + r[None, :],
+                       mask=inside[:, None] & (r < DR)[None, :], other=0.0)  # fmt: skip
     lowest = tl.maximum(length - count + before, 0)  # place of the first row, of the one behind the last
     highest = tl.minimum(lowest + ROWS, length)
     common = (lowest + 1) // TOKENS * TOKENS  # up to here all rows see all, as far as a window does not hide it
@@ -132,20 +149,23 @@ def _block(
     key += kin * k_head
     value += kin * v_head
     if window is not None:
+        page = paged(pages, first, middle, SIZE, TOKENS)
         acc, total, top = walk(
-            q, acc, total, top, first, middle, length, at, window, pages,
-            paged(pages, first, middle, SIZE, TOKENS), key, value, key_scale, value_scale, k_slot,
-            v_slot, key_heads, scaling, softcap, True, SIZE, TOKENS, D, DV, DP, DVP, PRECISION, P, False,
+            q, rest, acc, total, top, first, middle, length, at, window, pages, page, key, value, key_scale,
+            value_scale, k_slot, v_slot, key_heads, scaling, softcap, True, SIZE, TOKENS, D, DV, DR, DP, DVP, DRP,
+            SHARED, PRECISION, P, False,
         )  # fmt: skip
+    page = paged(pages, middle, common, SIZE, TOKENS)
     acc, total, top = walk(
-        q, acc, total, top, middle, common, length, at, window, pages,
-            paged(pages, middle, common, SIZE, TOKENS), key, value, key_scale, value_scale, k_slot,
-        v_slot, key_heads, scaling, softcap, False, SIZE, TOKENS, D, DV, DP, DVP, PRECISION, P, False,
+        q, rest, acc, total, top, middle, common, length, at, window, pages, page, key, value, key_scale, value_scale,
+        k_slot, v_slot, key_heads, scaling, softcap, False, SIZE, TOKENS, D, DV, DR, DP, DVP, DRP, SHARED, PRECISION,
+        P, False,
     )  # fmt: skip
+    page = paged(pages, common, highest, SIZE, TOKENS)
     acc, total, top = walk(
-        q, acc, total, top, common, highest, length, at, window, pages,
-            paged(pages, common, highest, SIZE, TOKENS), key, value, key_scale, value_scale, k_slot,
-        v_slot, key_heads, scaling, softcap, True, SIZE, TOKENS, D, DV, DP, DVP, PRECISION, P, False,
+        q, rest, acc, total, top, common, highest, length, at, window, pages, page, key, value, key_scale, value_scale,
+        k_slot, v_slot, key_heads, scaling, softcap, True, SIZE, TOKENS, D, DV, DR, DP, DVP, DRP, SHARED, PRECISION,
+        P, False,
     )  # fmt: skip
     if P > 0.0:
         acc = acc / P

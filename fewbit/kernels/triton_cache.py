@@ -1,6 +1,7 @@
 """Writing keys and values into a cache on a GPU, rounded as kernels.cache does, in one launch.
 
-Keys that are yet to be turned by their places are turned as they are written, and queries beside them.
+Keys that are yet to be turned by their places are turned as they are written, and queries beside them. Keys that hold
+their values are written alone.
 """
 
 import torch
@@ -27,17 +28,18 @@ def write(cache: Cache, new: New, query: Tensor) -> Tensor:
     pad, element = padded(max(size, value_size)), cache.element
     made = query if rotary is None else torch.empty_like(query)
     block = min(power(heads), max(1, TILE[tokens >= MANY] // pad))
-    tiles = cdiv(heads, block)
+    tiles = cdiv(heads, block) * (1 if cache.shared else 2)
     tables = () if rotary is None else (rotary.cos, rotary.sin)
     places = (None, None, 0, 0) if rotary is None else (*tables, *(steps(table)[1] for table in tables))
-    _write[(tokens, 2 * tiles + (0 if rotary is None else cdiv(query.shape[1], block)))](
+    _write[(tokens, tiles + (0 if rotary is None else cdiv(query.shape[1], block)))](
         key, value, query, made, cache.key, cache.value, cache.key_scale, cache.value_scale, cache.key_measured,
         cache.value_measured, None if cache.key_measured is None else saturation.count_of(key.device), new.slots,
         *places, heads, query.shape[1], size, value_size, key.stride(2), key.stride(1), value.stride(2),
         value.stride(1), query.stride(2), query.stride(1), made.stride(2), made.stride(1), *cache.key.stride()[:2],
-        *cache.value.stride()[:2], D=size, HEADS=block, PAD=pad, LEAST=None if element is None else element.min,
-        MOST=None if element is None else element.max, WHOLE=not cache.key.is_floating_point(), **constants(rotary),
-        num_warps=max(1, min(4, block * pad // 512)), **early(key.device),
+        *cache.value.stride()[:2], SHARED=cache.shared, D=size, HEADS=block, PAD=pad,
+        LEAST=None if element is None else element.min, MOST=None if element is None else element.max,
+        WHOLE=not cache.key.is_floating_point(), num_warps=max(1, min(4, block * pad // 512)), **constants(rotary),
+        **early(key.device),
     )  # fmt: skip
     return made
 
@@ -46,9 +48,9 @@ def write(cache: Cache, new: New, query: Tensor) -> Tensor:
 def _write(
     key, value, query, made, key_plane, value_plane, key_scale, value_scale, key_measured, value_measured, cut, slots,
     cos, sin, cos_row, sin_row, heads, queries, size, value_size, k_row, k_head, v_row, v_head, q_row, q_head, m_row,
-    m_head, kp_slot, kp_head, vp_slot, vp_head, D: tl.constexpr, HEADS: tl.constexpr, PAD: tl.constexpr,
-    LEAST: tl.constexpr, MOST: tl.constexpr, WHOLE: tl.constexpr, R: tl.constexpr, READS: tl.constexpr,
-    WRITES: tl.constexpr, OWN: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
+    m_head, kp_slot, kp_head, vp_slot, vp_head, SHARED: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
+    PAD: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, WHOLE: tl.constexpr, R: tl.constexpr,
+    READS: tl.constexpr, WRITES: tl.constexpr, OWN: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     let_next(EARLY)
     token = tl.program_id(0).to(tl.int64)
@@ -61,8 +63,9 @@ def _write(
     c, s = entries(cos, sin, PAD, R, WRITES, OWN)
     slot = tl.load(slots + token)
     await_last(EARLY)
-    if tile >= 2 * tiles:
-        head = (tile - 2 * tiles) * HEADS + tl.arange(0, HEADS)
+    first = tiles if SHARED else 2 * tiles  # of queries
+    if tile >= first:
+        head = (tile - first) * HEADS + tl.arange(0, HEADS)
         there = head < queries
         x = turned(query + token * q_row, head * q_head, there, c, s, D, PAD, R, READS, WRITES, WIDE)
         tl.store(made + token * m_row + (head * m_head)[:, None] + d[None, :], x, there[:, None] & (d < D)[None, :])

@@ -18,58 +18,6 @@ MANY = 1024  # tokens from which on a program takes more heads
 
 
 @triton.jit
-def _pair(j, R: tl.constexpr, NEIGHBOURS: tl.constexpr):
-    if NEIGHBOURS:
-        first = 2 * j
-        second = 2 * j + 1
-    else:
-        first = j
-        second = j + R // 2
-    return first, second
-
-
-@triton.jit
-def _turn(
-    x_at, y_at, head, heads, x_head, y_head, c0, c1, s0, s1, D: tl.constexpr, R: tl.constexpr,
-    READS: tl.constexpr, WRITES: tl.constexpr, WIDE: tl.constexpr, HALF: tl.constexpr, TAIL: tl.constexpr,
-):  # fmt: skip
-    j = tl.arange(0, HALF)
-    inside = (head < heads)[:, None] & (j < R // 2)[None, :]
-    x_row, y_row = head[:, None] * x_head, head[:, None] * y_head
-    r0, r1 = _pair(j, R, READS)
-    w0, w1 = _pair(j, R, WRITES)
-    raw = tl.load(x_at + x_row + r0[None, :], inside)
-    a = raw.to(tl.float32)
-    b = tl.load(x_at + x_row + r1[None, :], inside).to(tl.float32)
-    ac, bs, bc, as_ = a * c0, b * s0, b * c1, a * s1
-    if not WIDE:  # models round each product
-        ac, bs = ac.to(raw.dtype).to(tl.float32), bs.to(raw.dtype).to(tl.float32)
-        bc, as_ = bc.to(raw.dtype).to(tl.float32), as_.to(raw.dtype).to(tl.float32)
-    tl.store(y_at + y_row + w0[None, :], (ac - bs).to(raw.dtype), inside)
-    tl.store(y_at + y_row + w1[None, :], (bc + as_).to(raw.dtype), inside)
-    if R < D:
-        t = R + tl.arange(0, TAIL)
-        rest = (head < heads)[:, None] & (t < D)[None, :]
-        tl.store(y_at + y_row + t[None, :], tl.load(x_at + x_row + t[None, :], rest), rest)
-
-
-@triton.jit
-def _entries(cos_at, sin_at, R: tl.constexpr, WRITES: tl.constexpr, OWN: tl.constexpr, HALF: tl.constexpr):
-    """A token's entries for the first and the second channels of pairs: two of cos, two of sin, [1, HALF] each."""
-    j = tl.arange(0, HALF)
-    e0 = j
-    e1 = j
-    if OWN:
-        e0, e1 = _pair(j, R, WRITES)
-    inside = j < R // 2
-    c0 = tl.load(cos_at + e0, inside).to(tl.float32)[None, :]
-    c1 = tl.load(cos_at + e1, inside).to(tl.float32)[None, :]
-    s0 = tl.load(sin_at + e0, inside).to(tl.float32)[None, :]
-    s1 = tl.load(sin_at + e1, inside).to(tl.float32)[None, :]
-    return c0, c1, s0, s1
-
-
-@triton.jit
 def places(d, R: tl.constexpr, WRITES: tl.constexpr):
     """Of channels that are written: their pair, and whether they are its second."""
     if WRITES:
@@ -130,7 +78,7 @@ def turned(
 
 
 @triton.jit
-def _heads(
+def turned_heads(
     x_at, y_at, tile, heads, x_head, y_head, c, s, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
     READS: tl.constexpr, WRITES: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
@@ -155,11 +103,11 @@ def _rotate(
     tile = tl.program_id(1)
     q_tiles = tl.cdiv(q_heads, HEADS)
     if tile < q_tiles:
-        _heads(q_at + b * qb + t * qt, q_out + b * qob + t * qot, tile, q_heads, qh, qoh, c, s, D, DP, R, READS,
-               WRITES, WIDE, HEADS)  # fmt: skip
+        turned_heads(q_at + b * qb + t * qt, q_out + b * qob + t * qot, tile, q_heads, qh, qoh, c, s, D, DP, R, READS,
+                     WRITES, WIDE, HEADS)  # fmt: skip
     else:
-        _heads(k_at + b * kb + t * kt, k_out + b * kob + t * kot, tile - q_tiles, k_heads, kh, koh, c, s, D, DP, R,
-               READS, WRITES, WIDE, HEADS)  # fmt: skip
+        turned_heads(k_at + b * kb + t * kt, k_out + b * kob + t * kot, tile - q_tiles, k_heads, kh, koh, c, s, D, DP,
+                     R, READS, WRITES, WIDE, HEADS)  # fmt: skip
 
 
 def takes(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, width: int, heads: int) -> bool:

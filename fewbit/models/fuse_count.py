@@ -2,7 +2,7 @@
 
 Counted is every operation of torch that is no view, for one token in bfloat16. What is one kernel on a GPU (a norm,
 act x up, a rotary embedding, a projection of all experts) counts as one, whatever it is made of on a CPU. Experts are
-never run one by one here, as transformers' own loop would.
+never run one by one here, as transformers' own loop would. Fused latent attention is what it is over a paged cache.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,11 +19,12 @@ from fewbit.models import fuse, hf, twin
 from fewbit.models.fuse_place import place
 from fewbit.models.observe_taps import layers_path
 from fewbit.models.shrink import shrink
-from fewbit.modules import attention, experts, glu, latent, norm, residual, rotary, router
+from fewbit.modules import attention, experts, glu, latent, norm, paged, residual, rotary, router
 
 FREE = ("empty", "lift_fresh", "detach", "alias", "_unsafe_view")  # operations that launch nothing
 ONE = ((norm, "normed"), (norm, "normed_pair"), (glu, "act_mul"), (rotary, "rotate"), (latent, "assemble"),
-       (residual, "normed"), (residual, "add_normed"), (router, "wide"), (router, "choose"))  # fmt: skip
+       (latent, "joined"), (residual, "normed"), (residual, "add_normed"), (router, "wide"),
+       (router, "choose"))  # fmt: skip
 OTHERS = "fewbit-counted"  # our name among transformers' attention functions while counting
 
 
@@ -99,7 +100,8 @@ def layers(model: Any, fused: bool) -> int:
         for target, name, function in (
             *((module, name, count.one(getattr(module, name))) for module, name in ONE),
             (experts, "stays_on_device", lambda *_: True), (experts, "dense", one if fused else apart(one)),
-            (experts, "kernel", lambda: Routed(count, fused)),
+            (experts, "kernel", lambda: Routed(count, fused)), (paged, "forward", count.one(paged.forward, 0)),
+            (latent, "goes_through", lambda module, _: latent.plain(module.kv_b_proj)),
         ):  # fmt: skip
             stack.enter_context(patch.object(target, name, function))
         hf.register_attention(OTHERS, count.one(attention.forward, 0))
@@ -109,6 +111,8 @@ def layers(model: Any, fused: bool) -> int:
         for layer in held:
             stack.callback(layer.register_forward_pre_hook(before).remove)
             stack.callback(layer.register_forward_hook(after).remove)
+        place = torch.zeros(1, dtype=torch.int64)
+        stack.enter_context(paged.stepping(paged.Step(place, lambda: [paged.Span(0, 1, 1, place)], {}, 1)))
         stack.enter_context(count)
         model(input_ids=ids[:, :1], use_cache=False)
     return max(each)

@@ -57,6 +57,7 @@ def put(model: nn.Module, path: str, module: nn.Module, form: Form, holders: Cou
     elif isinstance(form, MixtureForm):
         module.forward = partial(mixture.forward, module, form)
     elif isinstance(form, LatentForm):
+        latent.ready(module, form)
         module.forward = partial(latent.forward, module, form, module.forward)
     elif isinstance(form, Sums):
         sums(module, form)

@@ -28,7 +28,7 @@ from fewbit.modules import rotary
 from fewbit.modules.attention import INSIDE, KV, KV_TURN, WATCH_KV, Inside, in_runs, known_or_raise, rounded
 from fewbit.modules.attention_sides import NOTHING, of
 
-__all__ = ["NAME", "AnyCache", "Cache", "Span", "Step", "Table", "forward", "stepping"]
+__all__ = ["NAME", "AnyCache", "Cache", "Span", "Step", "Table", "current", "forward", "stepping"]
 AnyCache = Cache | PackedCache
 NAME = "fewbit-paged"
 How = tuple[float, int | None, float | None, Tensor | None, float]  # scaling, window, softcap, sinks, p of Sides
@@ -96,6 +96,12 @@ class Step:
 _current = threading.local()
 
 
+def current() -> Step | None:
+    """What attention of this thread works on."""
+    found: Step | None = getattr(_current, "step", None)
+    return found
+
+
 @contextmanager
 def stepping(step: Step) -> Iterator[None]:
     """Within: attention of this thread works on this step."""
@@ -120,7 +126,7 @@ def forward(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """query: [1, H, T, D], key: [1, G, T, D], value: [1, G, T, Dv] -> [1, T, H, Dv]."""
-    step: Step | None = getattr(_current, "step", None)
+    step = current()
     if step is None or attention_mask is not None or query.shape[0] != 1:
         raise UnsupportedError(f"{type(module).__name__}: its attention does not run on a paged cache")
     known_or_raise(module, others)
@@ -214,6 +220,7 @@ def _attend(
     gqa = key.shape[1] != query.shape[1]
     whole = count == length and window is None
     mask = None if plain or whole else step.mask(count, length, window, query)
-    out = scaled_dot_product_attention(query, key, value, mask, is_causal=whole and not plain, scale=scaling,
+    taken = key if isinstance(cache, Cache) and cache.shared else value  # of one size with keys they are fast
+    out = scaled_dot_product_attention(query, key, taken, mask, is_causal=whole and not plain, scale=scaling,
                                        enable_gqa=gqa)  # fmt: skip
-    return out[0].transpose(0, 1)
+    return out[0, ..., : value.shape[3]].transpose(0, 1)

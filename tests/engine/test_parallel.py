@@ -144,6 +144,11 @@ def moe(folder: Path) -> Path:
     return saved.save(saved.model("qwen3_moe"), folder)
 
 
+def latents(folder: Path) -> Path:
+    """One key for all heads, on every rank; each multiplies by its own heads' part of kv_b_proj."""
+    return saved.save(saved.model("deepseek_v3"), folder)
+
+
 def two_kinds(folder: Path) -> Path:
     """Layers whose state is not keys and values by position: each text runs by itself."""
     return saved.save(saved.model("qwen3_next"), folder)
@@ -151,6 +156,8 @@ def two_kinds(folder: Path) -> Path:
 
 MODELS: dict[str, tuple[Any, int, dict[str, Any]]] = {
     "experts in 4 bits": (moe, 2, {"quantization": "int4-g32"}),
+    "latents": (latents, 2, {}),
+    "latents in 4 bits": (latents, 2, {"quantization": "int4-g32"}),
     "texts alone": (two_kinds, 2, {}),
 }
 
@@ -165,6 +172,7 @@ def test_other_models(name: str, tmp_path: Path) -> None:
     several = engine(path, size, **options)
     try:
         same(want, texts(several, 8, 90))
+        assert make is not latents or several.limits.token == alone.limits.token == 3 * (32 + 8) * 4
     finally:
         several.shutdown()
 

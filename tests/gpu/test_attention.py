@@ -52,6 +52,16 @@ CASES: dict[str, Case] = {
     "phi": Case((32, 32), 80, dtype=BF16, requests=SHORT),
     "keys wider": Case((16, 16), 192, 128, dtype=BF16, requests=SHORT),
     "512": Case((8, 1), 512, dtype=BF16, requests=SHORT),
+    "deepseek v3": Case((128, 1), 576, 512, True, dtype=BF16, requests=MIXED),
+    "deepseek v3, eighth": Case((16, 1), 576, 512, True, dtype=BF16, requests=MANY),
+    "deepseek v3, one long": Case((128, 1), 576, 512, True, dtype=BF16, requests=((1, 20000),)),
+    "deepseek v3, a chunk": Case((16, 1), 576, 512, True, dtype=BF16, requests=((512, 5000),), page=32),
+    "within, all": Case(
+        (20, 1), 288, 256, True, dtype=F16, requests=SHORT, how={"sliding_window": 100, "softcap": 5.0}, sinks=True
+    ),
+    "within, in float32": Case((16, 1), 576, 512, True, dtype=F32, requests=SHORT),
+    "within, small": Case((4, 1), 40, 32, True, dtype=BF16, requests=SHORT),
+    "within, odd": Case((4, 2), 45, 40, True, dtype=BF16, requests=SHORT),
     "windows in float32": Case((4, 2), 64, dtype=F32, requests=MIXED, how={"sliding_window": 100}),
     "softcap and sinks in float32": Case((4, 2), 32, dtype=F32, requests=SHORT, how={"softcap": 5.0}, sinks=True),
     "e4m3 in float32": Case((4, 2), 32, dtype=F32, held=E4M3, requests=SHORT),
@@ -63,7 +73,9 @@ CASES: dict[str, Case] = {
 
 def truth(made: Made, case: Case) -> Tensor:
     """The same texts and the same cache, computed in float64."""
-    wide = replace(made, query=made.query.double(), key=made.key.double(), value=made.value.double())
+    key = made.key.double()
+    value = key[..., : made.value.shape[3]] if made.cache.shared else made.value.double()
+    wide = replace(made, query=made.query.double(), key=key, value=value)
     return plainly(wide, case)[0].float()
 
 

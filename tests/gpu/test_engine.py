@@ -10,12 +10,15 @@ from fewbit.engine.config import EngineConfig
 from fewbit.engine.engine import Engine
 from fewbit.engine.params import SamplingParams
 from fewbit.engine.request import Request
+from fewbit.models import hf, twin
 from tests.engine.test_engine import AHEAD, GREEDY, drain, prompts, tokens
+from tests.engine.test_kv_cache import logprobs
 from tests.models import saved
 from tests.tiny import llama
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
-TYPES = ("llama", "qwen3", "gemma3_text", "mixtral", "qwen3_moe", "gpt_oss", "phi3", "qwen3_next")
+TYPES = ("llama", "qwen3", "gemma3_text", "mixtral", "qwen3_moe", "gpt_oss", "phi3", "qwen3_next", "deepseek_v3",
+         "minicpm3")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +80,34 @@ def test_types(model_type: str, tmp_path: Path) -> None:
 
 
 GREEDY_ONLY = {"temperature": GREEDY["temperature"]}
+
+
+LATENT = {
+    "vocab_size": 256, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "q_lora_rank": 256,
+    "first_k_dense_replace": 2, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+@pytest.mark.parametrize("quantization", [None, "fp8-block", "int4-g128"])
+def test_latents_of_real_sizes(quantization: str | None, heads: int, tmp_path: Path) -> None:
+    """576 numbers a token and layer; no farther from float32 than expanded keys and values, but for chance."""
+    shape = {**LATENT, "num_attention_heads": heads, "num_key_value_heads": heads}
+    torch.manual_seed(0)
+    made = hf.random_model(hf.read_config({"model_type": "deepseek_v3", **shape}))
+    twin.randomize(made)
+    path, found = saved.save(made, tmp_path / "model"), []
+    prompt = [int(t) for t in torch.randint(3, 250, (80,), generator=torch.Generator().manual_seed(0))]
+    for device, dtype, way in (("cpu", "float32", "off"), ("cuda", "bfloat16", "off"), ("cuda", "bfloat16", "auto")):
+        engine = started(path, device, dtype=dtype, fusion=way, quantization=quantization, max_num_batched_tokens=33)
+        if device == "cuda":
+            assert engine.runner.graphs is not None
+            assert engine.limits.token == 2 * 2 * (heads * 320 if way == "off" else 576)
+        found.append(logprobs(engine, prompt))
+        engine.shutdown()
+    expanded, through = (float((other - found[0]).square().mean().sqrt()) for other in found[1:])
+    print(f"\n{quantization}, {heads} heads: expanded {expanded:.4f}, through the latent {through:.4f}")
+    assert through < 1.5 * expanded + 1e-3
 
 
 CACHES: dict[str, dict[str, Any]] = {

@@ -95,6 +95,24 @@ def test_assemble(form: rotary.RotaryForm, dtype: torch.dtype) -> None:
             assert torch.equal(a[..., :plain], b[..., :plain])
 
 
+@pytest.mark.parametrize("form", rotary.FORMS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_join(form: rotary.RotaryForm, dtype: torch.dtype) -> None:
+    """A product of each head in its place, and one key for all heads."""
+    for tokens, heads, plain, rope, rank in ((1, 128, 128, 64, 512), (300, 16, 128, 64, 512), (1100, 5, 96, 32, 40)):
+        q = random(1, tokens, heads, plain + rope, dtype=dtype)
+        both = random(1, tokens, rank + rope, dtype=dtype, seed=2)
+        up = random(heads, plain + 64, rank, dtype=dtype, seed=3)[:, :plain] / plain**0.5
+        entries = rope // 2 if form.table == "short" else rope
+        cos, sin = (random(1, tokens, entries, dtype=dtype, seed=s) for s in (4, 5))
+        queries, key = latent.absorb(q, both[..., :rank], both[..., rank:], up, cos, sin, form)
+        want = torch.empty_like(queries.transpose(1, 2))
+        want[..., :rank] = torch.einsum("bthp,hpc->bthc", q[..., :plain].float(), up.float())
+        other = latent.joined(q, both[..., :rank], both[..., rank:], cos, sin, want, form)
+        near(key.transpose(1, 2), other, of=8.0)
+        near(queries.transpose(1, 2), want, of=8.0)
+
+
 @pytest.mark.parametrize("times", norm.TIMES)
 def test_norm_of_two(times: Any) -> None:
     from fewbit.kernels import triton_norm

@@ -23,6 +23,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama in 4 bits": ("llama", {"quantization": "int4-g32"}),
     "experts": ("qwen3_moe", {}),
+    "latents": ("deepseek_v3", {}),
     "eager": ("llama", {"enforce_eager": True}),
     "preemption": ("llama", {"max_num_batched_tokens": 9, "max_num_seqs": 5}),
 }

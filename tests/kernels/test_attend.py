@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fewbit.errors import UnsupportedError
 from fewbit.kernels import attend
 from fewbit.kernels.cache import Cache
 from fewbit.kernels.cache_packed import room
@@ -40,6 +41,29 @@ def test_equals_plain_attention(
             bound = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2.0**-8, "atol": 1e-6}
             torch.testing.assert_close(out[row].float(), want, **bound)
     assert bool(out[5].isnan().all())
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 80, 64), (16, 1, 576, 512), (4, 2, 40, 24), (3, 3, 7, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_that_keys_begin_with(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    """They are written and held once."""
+    heads, key_heads, size, value_size = shape
+    draw = torch.Generator().manual_seed(3)
+    key = torch.randn(1, 50, key_heads, size, generator=draw).to(dtype).transpose(1, 2)
+    query, slots = torch.randn(2, heads, size, generator=draw).to(dtype), torch.randperm(70, generator=draw)[:50]
+    together, apart = (Cache.like(70, key, value) for value in (key[..., :value_size], key[..., :value_size].clone()))
+    assert together.shared and not apart.shared
+    assert together.slot_bytes == key_heads * size * dtype.itemsize < apart.slot_bytes
+    spans = attend.Queries.of([(0, 2, 50, slots)])
+    found = []
+    for cache in (together, apart):
+        attend.write(cache, slots, key, key[..., :value_size])
+        assert all(
+            torch.equal(a, b) for a, b in zip(cache.read(slots, dtype), (key, key[..., :value_size]), strict=True)
+        )
+        found.append(torch.full((2, heads, value_size), torch.nan, dtype=dtype))
+        attend.attend(query, cache, found[-1], spans, size**-0.5, 9, 2.0, None)
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -122,9 +146,13 @@ def test_writes_what_the_cache_would(
 def test_nothing_is_written_for_slots_that_are_not_there(given: tuple[int, ...]) -> None:
     """More tokens than slots, other heads or sizes than the cache's: torch's own error, no memory of others."""
     key = torch.randn(1, 2, 4, 16)
-    cache, other = Cache.like(16, key, key, None, None), torch.randn(given)
+    cache, other = Cache.like(16, key, key.clone()), torch.randn(given)
     slots = torch.arange(4)
     with pytest.raises((RuntimeError, IndexError)):
         attend.write(cache, slots, other, other)
     with pytest.raises((RuntimeError, IndexError)):
         attend.write(cache, slots, key, other)
+    together = Cache.like(16, key, key[..., :8])
+    for pair in ((other, other[..., :8]), (key, other[..., :8]), (key, key[..., 8:])):
+        with pytest.raises((RuntimeError, IndexError, UnsupportedError)):
+            attend.write(together, slots, *pair)

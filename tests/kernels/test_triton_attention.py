@@ -42,6 +42,7 @@ class Case:
     heads: tuple[int, int] = (4, 2)  # H, G
     size: int = 32
     value_size: int = 0  # 0: as size
+    within: bool = False  # values are the first numbers of keys
     page: int = 16
     requests: tuple[tuple[int, int], ...] = ((1, 37), (1, 5), (7, 40), (19, 19))  # rows, length
     how: dict[str, Any] | None = None  # sliding_window, softcap
@@ -67,6 +68,12 @@ CASES = {
     "80": Case(size=80, requests=((1, 20), (5, 20))),
     "128": Case((2, 1), 128, requests=((1, 70), (5, 20))),
     "256": Case((2, 1), 256, requests=((1, 40), (5, 20))),
+    "within": Case((6, 1), 80, 64, True),
+    "within, wide": Case((17, 1), 576, 512, True, requests=((1, 40), (5, 20))),
+    "within, all of it": Case((4, 2), 32, 32, True),
+    "within, odd": Case((4, 2), 45, 40, True, requests=BOTH, how={"sliding_window": 40, "softcap": 2.0}, sinks=True),
+    "within, halves": Case((6, 1), 80, 64, True, dtype=torch.float16, requests=BOTH, how={"sliding_window": 20}),
+    "within, another cache": Case((6, 1), 48, 32, True, held=torch.float16, requests=BOTH),
     "512": Case((2, 1), 512, requests=((1, 40), (5, 20))),
     "keys wider": Case(size=48, value_size=32),
     "pages of 32": Case(page=32),
@@ -142,7 +149,12 @@ def make(case: Case, device: str = "cpu", held: torch.dtype | str | None = None)
         return found.transpose(1, 2)
 
     query = drawn(total, heads, case.size)
-    key, value = drawn(total, groups, case.size), drawn(total, groups, wide)
+
+    def pair(count: int) -> tuple[Tensor, Tensor]:
+        key = drawn(count, groups, case.size)
+        return key, key[..., :wide] if case.within else drawn(count, groups, wide)
+
+    key, value = pair(total)
     capacity = len(order) * case.page + 1
     cache = empty(capacity, key, value, held or case.held)
     spans, slots, at = [], [], 0
@@ -151,7 +163,7 @@ def make(case: Case, device: str = "cpu", held: torch.dtype | str | None = None)
         pages[i, : needs[i]] = mine
         text = (mine[:, None] * case.page + torch.arange(case.page)).flatten()[:length]
         if length and count:
-            cache.write(text[: length - count], *(drawn(length - count, groups, d) for d in (case.size, wide)))
+            cache.write(text[: length - count], *pair(length - count))
             spans.append(Span(at, at + count, length, text))
         slots.append(text[length - count : length] if length else torch.full((count,), capacity - 1))
         at += count
@@ -180,10 +192,22 @@ def on(made: Any, device: str) -> Any:
         return [on(each, device) for each in made]
     if not is_dataclass(made):
         return made
+    if isinstance(made, Cache) and made.shared:
+        return together(made, made.key.to(device))
+    if isinstance(made, Made) and made.cache.shared:
+        key = made.key.to(device)
+        moved = {f.name: on(getattr(made, f.name), device) for f in fields(made)}
+        return replace(made, **moved | {"key": key, "value": key[..., : made.value.shape[3]]})
     return replace(made, **{f.name: on(getattr(made, f.name), device) for f in fields(made)})
 
 
+def together(cache: Cache, key: Tensor) -> Cache:
+    return Cache(key, key[..., : cache.value.shape[2]])
+
+
 def copied(cache: Cache) -> Cache:
+    if cache.shared:
+        return together(cache, cache.key.clone())
     fields = {"key", "value", "key_scale", "value_scale"}
     return replace(cache, **{n: t.clone() for n in fields if (t := getattr(cache, n)) is not None})
 
@@ -278,6 +302,7 @@ LISTED = {
     "split": Case((2, 1), requests=((3, 20), (1, 130), (1, 33), (1, 0), (0, 70))),
     "all": Case(size=48, value_size=32, requests=ANYHOW, how={"sliding_window": 40, "softcap": 2.0}, sinks=True),
     "halves of e4m3": Case(dtype=torch.float16, held="fp8 measured", requests=ANYHOW),
+    "within": Case((3, 1), 48, 32, True, requests=ANYHOW, how={"sliding_window": 40}),
 }
 
 

@@ -35,6 +35,27 @@ def test_assemble(form: RotaryForm, dtype: torch.dtype, tables: torch.dtype) -> 
             assert a.stride(-1) == 1
 
 
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize(("dtype", "tables"), [*((d, d) for d in DTYPES), (torch.bfloat16, torch.float32)], ids=str)
+def test_join(form: RotaryForm, dtype: torch.dtype, tables: torch.dtype) -> None:
+    """One key for all heads; of queries the last channels alone are written."""
+    from fewbit.kernels import triton_latent
+
+    q, both = random(2, 3, 21, 24, dtype=dtype), random(2, 3, 20 + 13, dtype=dtype, seed=2)
+    held = both[..., 20:]
+    for width, rope in ((12, 12), (8, 12), (4, 4)):
+        turned, entries = both[..., 20 - rope : 20], width // 2 if form.table == "short" else width
+        cos, sin = (random(1, 3, entries, dtype=tables, seed=s) for s in (4, 5))
+        assert triton_latent.takes(q, held.unsqueeze(2), turned, cos, sin, form.width(cos), 1)
+        queries = [torch.full((2, 3, 21, 13 + rope), 7.0, dtype=dtype) for _ in range(2)]
+        got = triton_latent.join(q, held, turned, cos, sin, queries[0], *told(form, tables != dtype))
+        want = latent.joined(q, held, turned, cos, sin, queries[1], form)
+        for a, b in ((got, want), queries):
+            near(a, b, of=4.0)
+            assert torch.equal(a[..., :13], b[..., :13])
+        assert bool((queries[0][..., :13] == 7).all())
+
+
 def test_many_heads_of_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     from fewbit.kernels import triton_latent
 

@@ -18,8 +18,9 @@ from fewbit.models import build, fuse, fuse_look, hf, twin
 from fewbit.models.fuse_place import put_back
 from fewbit.models.fuse_values import Decision, Fused, Plan
 from fewbit.models.shrink import shrink
-from fewbit.modules import experts, glu, norm, residual, router
+from fewbit.modules import experts, glu, latent, norm, residual, router
 from fewbit.modules.glu import Gating, GluForm
+from fewbit.modules.latent import LatentForm
 from fewbit.modules.linear import Linear
 from fewbit.modules.merged import Slice
 from fewbit.modules.norm import Norm
@@ -48,8 +49,8 @@ TYPES: tuple[tuple[str, int, int, int, int, int], ...] = (
 ODD = ("falcon", "bloom", "mamba", "bert", "nemotron")
 
 
-def config(model_type: str) -> Any:
-    return hf.read_config({"model_type": model_type, **saved.FULL.get(model_type, {})})
+def config(model_type: str, **more: Any) -> Any:
+    return hf.read_config({"model_type": model_type, **saved.FULL.get(model_type, {}), **more})
 
 
 def fused_twin(model_type: str) -> tuple[Any, Fused, list[Tensor], list[Tensor]]:
@@ -303,6 +304,24 @@ def test_latent_attention(model_type: str, dtype: torch.dtype) -> None:
     assert len(put_back(model, ["latent"])) == model.config.num_hidden_layers
     assert all(torch.equal(a, b) for a, b in zip(got, twin.logits(model, model.config, cached=False), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(with_cache, twin.logits(model, model.config), strict=True))
+
+
+def test_attention_through_the_latent_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over pages, in float32 and in bfloat16. What differs there is fused as it stands."""
+
+    def form(model_type: str, **more: Any) -> LatentForm:
+        monkeypatch.setattr(fuse, "_PLANS", {})
+        (found,) = {r.form for r in fuse.plan(config(model_type, **more)).rewrites if isinstance(r.form, LatentForm)}
+        return found
+
+    right = form("deepseek_v3")
+    assert right.through and "through the latent" in str(right)
+    complex_tables = form("deepseek_v2", num_experts_per_tok=6, n_group=8, topk_group=3)
+    assert complex_tables.through and complex_tables.rotary.table == "short" and complex_tables.rotary.wide
+    absorb = latent.absorb
+    for wrong in (lambda q, k: (q * 1.001, k), lambda q, k: (q + (q * 0.05 if q.dtype == torch.bfloat16 else 0), k)):
+        monkeypatch.setattr(latent, "absorb", lambda *args, wrong=wrong: wrong(*absorb(*args)))
+        assert form("deepseek_v3") == replace(right, through=False)
 
 
 def test_norms_of_two_latents(monkeypatch: pytest.MonkeyPatch) -> None:
