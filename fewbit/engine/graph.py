@@ -2,7 +2,7 @@
 
 A step is one copy of numbers and one launch. A graph reads everything from the same memory each time. Rows of no
 stream write to the slot that nobody reads, and streams that are not there have texts of length 0. Tokens that the step
-before has drawn never leave the device: `fed` puts them in their places.
+before has drawn never leave the device: they lie before those that were sent, and `sources` says which are read.
 """
 
 import time
@@ -25,11 +25,6 @@ PROMPTS = 16  # blocks of rows that a graph has room for beyond those that are f
 NUMPY = {torch.int16: "<i2", torch.int32: "<i4"}
 
 
-def fed(ids: Tensor, sources: Tensor, tokens: Tensor) -> Tensor:
-    """ids: [T]; where sources is not -1, that row of tokens instead."""
-    return torch.where(sources >= 0, tokens.index_select(0, sources.clamp(min=0)), ids)
-
-
 def sizes(most: int) -> list[int]:
     """Counts of streams that have a graph of single tokens."""
     found = [n for n in (1, 2, 4, *range(8, MOST + 1, 8)) if n < most]
@@ -47,7 +42,7 @@ class Size:
     @property
     def counts(self) -> dict[str, int]:
         """How many numbers of each kind it is sent."""
-        by_row = dict.fromkeys(("ids", "sources", "positions", "slots"), self.rows)
+        by_row = dict.fromkeys(("ids", "sources", "positions", "slots"), self.rows)  # ids first: they follow others
         by_stream = {"lengths": self.streams, "tables": self.streams, "starts": self.streams + 1}
         return by_row | by_stream | ({"asked": self.streams, "blocks": 2 * self.blocks} if self.blocks else {})
 
@@ -78,8 +73,8 @@ class Graphs:
         rows = ROWS[: bisect_left(ROWS, budget) + 1] if budget else ()
         self.sizes += [Size(n, streams[-1], n // BLOCK + PROMPTS) for n in rows]
         most = max(sum(size.counts.values()) for size in self.sizes)
-        self._numbers = torch.zeros(most, dtype=torch.int32, device=self.device)
-        self._last = torch.zeros(len(tables.pages), dtype=torch.int64, device=self.device)
+        self._held = torch.zeros(len(tables.pages) + most, dtype=torch.int32, device=self.device)
+        self._last, self._numbers = self._held.split([len(tables.pages), most])
         self._graphs: dict[Size, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.seconds = 0.0
 
@@ -108,12 +103,12 @@ class Graphs:
         counts = size.counts
         parts = self._numbers[: sum(counts.values())].split(list(counts.values()))
         held = dict(zip(counts, parts, strict=True))
-        ids = fed(held["ids"].long(), held["sources"], self._last)
+        ids = self._held[: len(self._last) + size.rows].index_select(0, held["sources"])
         blocks = held["blocks"].view(-1, 2) if size.blocks else None
         table = Table(self._tables.pages.index_select(0, held["tables"]), held["lengths"], held["starts"],
                       size.streams, size.rows if size.blocks else 1, self._reach, self._size, blocks)  # fmt: skip
         keep = held["asked"].long() if size.blocks else None
-        step = self._step(slots=held["slots"].long(), table=table)
+        step = self._step(slots=held["slots"], table=table)
         return self._forward(step, ids, held["positions"].long(), keep).contiguous()
 
     def size(self, batch: Batch) -> Size | None:
@@ -135,13 +130,15 @@ class Graphs:
 
     def _send_batch(self, size: Size, batch: Batch) -> None:
         tables = self._tables.rows([work.stream for work in batch.works])
-        given = {"ids": batch.ids, "sources": batch.sources, "positions": batch.positions, "slots": batch.slots,
+        own = range(len(self._last), len(self._last) + len(batch.ids))
+        sources = [at if row < 0 else row for at, row in zip(own, batch.sources, strict=True)]
+        given = {"ids": batch.ids, "sources": sources, "positions": batch.positions, "slots": batch.slots,
                  "lengths": [work.stop for work in batch.works], "starts": batch.starts, "asked": batch.asked,
                  "tables": tables, "blocks": [number for block in batch.blocks for number in block]}  # fmt: skip
         self._send(size, given, len(batch.ids))
 
     def _send(self, size: Size, given: Mapping[str, Sequence[int]], rows: int) -> None:
-        held = size.packed(given, {"sources": -1, "slots": self._dump, "starts": rows, "blocks": -1})
+        held = size.packed(given, {"slots": self._dump, "starts": rows, "blocks": -1})
         numbers = torch.from_numpy(held)
         numbers = numbers.pin_memory() if self.device.type == "cuda" else numbers
         self._numbers[: len(held)].copy_(numbers, non_blocking=True)

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.engine.batch import Batch, Flight, wanted
-from fewbit.engine.graph import Graphs, fed
+from fewbit.engine.graph import Graphs
 from fewbit.engine.scheduler import Work
 from fewbit.engine.tables import Slots, Tables
 from fewbit.engine.tapes import Tapes
 from fewbit.engine.transfer import sent
 from fewbit.errors import UnsupportedError
+from fewbit.modules import tables
 from fewbit.modules.paged import AnyCache, Span, Step, Table, stepping
 from fewbit.modules.rotary import Astray
 
@@ -31,6 +32,11 @@ def rounder(count: int) -> int:
     """A count of rows of which there are few: for each new one, a CPU's libraries compile and keep a multiplication."""
     step = 1 if count <= 16 else 16 if count <= 128 else 32 if count <= 512 else 64
     return -(-count // step) * step
+
+
+def fed(ids: Tensor, sources: Tensor, tokens: Tensor) -> Tensor:
+    """ids: [T]; where sources is not -1, that row of tokens instead."""
+    return torch.where(sources >= 0, tokens.index_select(0, sources.clamp(min=0)), ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +97,7 @@ class Paged:
         """Record CUDA graphs of steps, of those with prompts too. tell: (how many are done, of how many)."""
         assert self.tables is not None
         most = self.budget if prompts else 0
+        tables.keep(self.model, self.reach)
         self.graphs = Graphs(self.tables, self.size, self.reach, self.capacity, self._step, self._model, most)
         self.graphs.capture(tell)
 

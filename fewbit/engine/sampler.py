@@ -43,19 +43,20 @@ class Sampled:
 class Drawn:
     """What was drawn. tokens: [B] int64, on the device; the rest once it has come to the host."""
 
-    def __init__(self, tokens: Tensor, best: Tensor, extra: Sequence[Tensor], asked: Sequence[int],
-                 rows: Sequence[Row]):  # fmt: skip
-        self.tokens, self._asked, self._counts = tokens, asked, [row.params.logprobs or 0 for row in rows]
-        self._reading = Reading(torch.cat([tokens.double(), best.double(), *extra]))
+    def __init__(self, best: Tensor, extra: Sequence[Tensor], asked: Sequence[int], rows: Sequence[Row]):
+        """best: [2, B] as `_tokens` gives it; extra: flat, float64."""
+        self.tokens, self._asked, self._counts = best[0], asked, [row.params.logprobs or 0 for row in rows]
+        bits = [each.view(torch.int64) for each in extra]
+        self._reading = Reading(torch.cat([best.flatten(), *bits]) if bits else best.flatten())
 
     def read(self) -> Sampled:
-        host = self._reading.done().tolist()
-        count = len(self._counts)
-        finite = [abs(value) < float("inf") for value in host[count : 2 * count]]
+        host, count = self._reading.done(), len(self._counts)
+        tokens, wide = host[:count].tolist(), host[count:].view(torch.float64).tolist()
+        finite = [abs(value) < float("inf") for value in wide[:count]]
         found: list[dict[int, Logprob] | None] = [None] * count
-        for i, values in zip(self._asked, _pieces(host[2 * count :], len(self._asked)), strict=True):
-            found[i] = _named(int(host[i]), values, self._counts[i])
-        return Sampled([int(value) for value in host[:count]], found, [not one for one in finite])
+        for i, values in zip(self._asked, _pieces(wide[count:], len(self._asked)), strict=True):
+            found[i] = _named(tokens[i], values, self._counts[i])
+        return Sampled(tokens, found, [not one for one in finite])
 
 
 class Sampler:
@@ -66,9 +67,9 @@ class Sampler:
     def draw(self, logits: Tensor, rows: Sequence[Row]) -> Drawn:
         """logits: [B, V] of any float type."""
         asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
-        tokens, best = _tokens(logits, rows)
-        extra = [] if not asked else _tops(logits, tokens, asked, max(rows[i].params.logprobs or 0 for i in asked))
-        return Drawn(tokens, best, extra, asked, rows)
+        best = _tokens(logits, rows)
+        extra = [] if not asked else _tops(logits, best[0], asked, max(rows[i].params.logprobs or 0 for i in asked))
+        return Drawn(best, extra, asked, rows)
 
     def sample(self, logits: Tensor, rows: Sequence[Row]) -> Sampled:
         """Draw, and wait for it."""
@@ -85,8 +86,8 @@ def prompt_logprobs(logits: Tensor, ids: Sequence[int], count: int) -> list[dict
     return [_named(token, values, count) for token, values in zip(ids, _pieces(host, len(ids)), strict=True)]
 
 
-def _tokens(logits: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-    """-> [B] int64 tokens, and [B] a value that is finite where the row was sound."""
+def _tokens(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """-> [2, B] int64: tokens, and the bits of a float64 that is finite where the row was sound."""
     changed = any(edited(row) for row in rows)
     drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
     used = logits
@@ -94,25 +95,28 @@ def _tokens(logits: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         used = logits.to(torch.float32, copy=changed)
     if changed:
         edit(used, rows)
-    tokens, best = _largest(used)
+    best = _largest(used)
+    tokens, values = best[0], best[1].view(torch.float64)
     if changed:  # a mask may have hidden a NaN
-        best = best + 0 * logits.amax(-1).float()
+        values += 0 * logits.amax(-1).double()
     if len(drawn) == len(rows):
-        tokens = draw(used, rows)
+        tokens.copy_(draw(used, rows))
     elif drawn:
         where = sent(drawn, torch.int64, logits.device)
-        tokens = tokens.index_copy(0, where, draw(used[where], [rows[i] for i in drawn]))
-    return tokens, best
+        tokens.index_copy_(0, where, draw(used[where], [rows[i] for i in drawn]))
+    return best
 
 
-def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """-> [B] where each row is largest, the first of equals, and [B] the values there; NaN is over all."""
+def _largest(logits: Tensor) -> Tensor:
+    """-> [2, B] int64: where each row is largest, the first of equals, and that value's bits in float64; NaN is over
+    all."""
     if logits.is_cuda and logits.stride(1) == 1 and lacking(logits.device) is None:
         from fewbit.kernels.triton_argmax import argmax
 
         return argmax(logits)
     tokens = logits.argmax(-1)
-    return tokens, logits.gather(1, tokens.unsqueeze(-1)).squeeze(-1)
+    values = logits.gather(1, tokens.unsqueeze(-1)).squeeze(-1)
+    return torch.stack([tokens, values.double().view(torch.int64)])
 
 
 def _tops(logits: Tensor, tokens: Tensor, chosen: list[int], count: int) -> list[Tensor]:

@@ -49,7 +49,7 @@ class Rotary:
 
 @dataclass(frozen=True, slots=True)
 class New:
-    """Keys [1, G, T, D] and values [1, G, T, Dv] of a step, and their slots [T] int64."""
+    """Keys [1, G, T, D] and values [1, G, T, Dv] of a step, and their slots [T], whole numbers."""
 
     key: Tensor
     value: Tensor

@@ -30,23 +30,24 @@ def _parts(x, found, n, step, parts, PART: tl.constexpr, EARLY: tl.constexpr):
     tl.store(found + row * parts + part, (most.to(tl.int64) << 32) | (LAST - first))
 
 
-@triton.jit
-def _join(x, found, tokens, values, step, parts, ROOM: tl.constexpr, EARLY: tl.constexpr):
+@triton.jit(do_not_specialize=["rows"])
+def _join(x, found, best, rows, step, parts, ROOM: tl.constexpr, EARLY: tl.constexpr):
     begin(EARLY)
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, ROOM)
     most = tl.max(tl.load(found + row * parts + at, at < parts, NEVER), 0)
     token = LAST - (most & LAST)
-    tl.store(tokens + row, token)
-    tl.store(values + row, tl.load(x + row * step + token))
+    tl.store(best + row, token)
+    value = tl.load(x + row * step + token).to(tl.float32).to(tl.float64)
+    tl.store(best + rows + row, value.to(tl.int64, bitcast=True))
 
 
-def argmax(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x: [B, V] float, rows without gaps -> [B] int64, and [B] the values there."""
+def argmax(x: Tensor) -> Tensor:
+    """x: [B, V] float, rows without gaps -> [2, B] int64: where, and the bits of the values there in float64."""
     rows, n = x.shape
     parts = cdiv(n, PART)
-    tokens, values = torch.empty(rows, dtype=torch.int64, device=x.device), x.new_empty(rows)
+    best = torch.empty(2, rows, dtype=torch.int64, device=x.device)
     if rows:
         found = torch.empty(rows, parts, dtype=torch.int64, device=x.device)
         _parts[(rows, parts)](x, found, n, x.stride(0), parts, PART, num_warps=4, **early(x.device))
-        _join[(rows,)](x, found, tokens, values, x.stride(0), parts, power(parts), num_warps=1, **early(x.device))
-    return tokens, values
+        _join[(rows,)](x, found, best, rows, x.stride(0), parts, power(parts), num_warps=1, **early(x.device))
+    return best

@@ -61,7 +61,7 @@ def _write(
         cos += token * cos_row
         sin += token * sin_row
     c, s = entries(cos, sin, PAD, R, WRITES, OWN)
-    slot = tl.load(slots + token)
+    slot = tl.load(slots + token).to(tl.int64)
     await_last(EARLY)
     first = tiles if SHARED else 2 * tiles  # of queries
     if tile >= first:

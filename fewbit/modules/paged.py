@@ -49,7 +49,7 @@ class Span:
 class Step:
     """One forward. Caches grow as layers are met; a layer's heads are seen, not read from a config."""
 
-    slots: Tensor  # [T] int64: where each token goes
+    slots: Tensor  # [T] int64, or int32 beside a table: where each token goes
     make_spans: Callable[[], list[Span]]  # called only where no kernel on a GPU takes the step
     caches: dict[int, AnyCache]
     capacity: int  # slots of a new cache
