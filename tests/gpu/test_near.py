@@ -32,7 +32,7 @@ def streams() -> list[torch.cuda.Stream]:
 def test_sums(dtype: torch.dtype, ranks: list[Near]) -> None:
     """Of all sizes one after another: memory is used again and again."""
     draw, each = torch.Generator(CUDA).manual_seed(0), streams()
-    sizes = [4, 8, 1024, 4096, 100, 64 * 8192, MOST // dtype.itemsize, 12, 8192]
+    sizes = [4, 8, 1024, 4096, 100, 8 * 8192, MOST // dtype.itemsize, 12, 8192]
     for count in sizes * 3:
         given = [torch.randn(count, generator=draw, device=CUDA).to(dtype) for _ in ranks]
         torch.cuda.synchronize()
