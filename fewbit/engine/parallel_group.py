@@ -38,7 +38,10 @@ class Group:
         self._backend = (
             nccl(store, self.rank, self.size) if self.device == "cuda" else gloo(store, self.rank, self.size)
         )
-        self.reduce(torch.ones(1, device=torch.device(self.device, self.rank) if self.device == "cuda" else "cpu"))
+        device = torch.device(self.device, self.rank) if self.device == "cuda" else torch.device("cpu")
+        self.broadcast(
+            self.reduce(torch.ones(1, device=device))
+        )  # nccl takes memory for each kind when it is first met
 
     def reduce(self, x: Tensor) -> Tensor:
         y = x.float() if self.device == "cpu" and x.dtype in NARROW else x.contiguous()
@@ -59,6 +62,13 @@ class Group:
         found = [torch.empty_like(wire) for _ in sizes]
         self._backend.allgather([found], [wire]).wait()
         return torch.cat([each.view(x.dtype)[..., :n] for each, n in zip(found, sizes, strict=True)], -1)
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Rank 0's, which the others get in place of their own. On GPUs no host waits."""
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        self._backend.broadcast([x], options).wait()
+        return x
 
     def abort(self) -> None:
         """End what waits for a rank that is gone; nothing is summed or joined after."""
