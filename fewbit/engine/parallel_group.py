@@ -39,9 +39,7 @@ class Group:
             nccl(store, self.rank, self.size) if self.device == "cuda" else gloo(store, self.rank, self.size)
         )
         device = torch.device(self.device, self.rank) if self.device == "cuda" else torch.device("cpu")
-        self.broadcast(
-            self.reduce(torch.ones(1, device=device))
-        )  # nccl takes memory for each kind when it is first met
+        self.broadcast(self.reduce(torch.ones(1, device=device)))  # what nccl sets up at first use is there from now on
 
     def reduce(self, x: Tensor) -> Tensor:
         y = x.float() if self.device == "cpu" and x.dtype in NARROW else x.contiguous()
