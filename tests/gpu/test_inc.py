@@ -28,6 +28,9 @@ def run(path: Path, quant: Path, device: str, **options: Any) -> tuple[list[list
     return [list(one.outputs[0].token_ids) for one in found], facts
 
 
+ENCODED = 24  # bytes of a value at most while it is encoded, with what that makes on the way
+
+
 @pytest.mark.parametrize("name", TYPES)
 def test_measured_as_on_a_cpu(name: str, tmp_path: Path) -> None:
     path = saved.save(saved.model(name), tmp_path / name)
@@ -56,8 +59,8 @@ def test_real_fp8(tmp_path: Path) -> None:
 
 
 def test_weights_arrive_quantized(tmp_path: Path) -> None:
-    """The most that the card ever holds is what it holds at the end: no float weight of a linear is ever there."""
-    path = llama(tmp_path / "model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, head_dim=128,
+    """The most that the card ever holds is what it holds at the end, and one matrix while it is encoded there."""
+    path = llama(tmp_path / "model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, head_dim=128,
                  num_attention_heads=8, num_key_value_heads=8)  # fmt: skip
     quant = config(tmp_path, scale_method="unit_scale", blocklist=ATTENTION)
     session = Session(quant)
@@ -67,6 +70,7 @@ def test_weights_arrive_quantized(tmp_path: Path) -> None:
     torch.cuda.reset_peak_memory_stats()
     model = load(path, device="cuda", format=session.arrives)
     peak = torch.cuda.max_memory_allocated() - before
-    linears = sum(a.numel() for n, a in load_file(path / "model.safetensors").items() if "proj" in n or "lm_head" in n)
+    sizes = [a.numel() for n, a in load_file(path / "model.safetensors").items() if "proj" in n or "lm_head" in n]
+    linears = sum(sizes)
     others = sum(p.nbytes for p in model.parameters() if p.device.type == "cuda")
-    assert peak < linears * 1.1 + others + (8 << 20) < 2 * linears
+    assert peak < linears * 1.1 + others + ENCODED * max(sizes) < 2 * linears
