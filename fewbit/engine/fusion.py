@@ -62,6 +62,8 @@ def settle(config: EngineConfig, loaded: "Loaded", alone: bool) -> None:
         return
     if alone:
         compare(loaded)
+    else:
+        loaded.late = proof.late(loaded.model.config)
     decisions = getattr(loaded.model, fuse.ATTRIBUTE).decisions
     if config.fusion == STRICT:
         refuse(config, decisions)

@@ -62,6 +62,7 @@ class Loaded:
     longest: int  # tokens that its positions reach
     team: Team | None = None  # the other ranks
     session: Session | None = None  # of INC
+    late: bool = True  # attention may turn queries and keys
 
     @property
     def paged(self) -> bool:
@@ -80,7 +81,7 @@ class Loaded:
             return Alone(self.model, proof.cache_of(self.model.config))
         made = Paged(self.model, limits.pages, self.page, self.cache_dtype, apart(self.model), limits.most_running,
                      limits.max_len, limits.budget)  # fmt: skip
-        made.exact = self.watch()
+        made.exact, made.late = self.watch(), self.late
         return made
 
     def single(self, pages: int) -> Runner:

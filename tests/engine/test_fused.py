@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fewbit.engine import fusion
+from fewbit.engine import fusion, proof
 from fewbit.engine.config import EngineConfig
 from fewbit.engine.engine import Engine
 from fewbit.engine.params import SamplingParams
@@ -113,6 +113,12 @@ def test_what_comes_to_attention_otherwise_is_turned_before(
     with caplog.at_level(logging.INFO, "fewbit.engine"):
         assert answers(started(folder)) == wanted
     assert any("turned before attention" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize(("model_type", "late"), [("llama", True), ("gemma3_text", True), ("phi", False)])
+def test_ranks_ask_the_twin(model_type: str, late: bool) -> None:
+    """They do not run a few tokens both ways, as one process does."""
+    assert proof.late(saved.model(model_type).config) is late
 
 
 def test_nothing_that_is_left_is_lost() -> None:
