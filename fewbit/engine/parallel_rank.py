@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from fewbit.engine.batch import Flight
 from fewbit.engine.config import EngineConfig
 from fewbit.engine.limits import Limits, measured
 from fewbit.engine.parallel import digest
@@ -76,9 +75,7 @@ def serve(wire: Wire, told: dict[str, Any]) -> None:
     while True:
         kind, data = wire.receive()
         if kind == STEP:
-            works, count, rows = receiver.unpack(data)
-            tokens = torch.empty(count, dtype=torch.int64, device=loaded.device)
-            runner.run(works, Flight(group.broadcast(tokens), rows) if count else None)
+            runner.run(receiver.unpack(data))
             continue
         command = json.loads(data)
         if command["command"] == "connect":
