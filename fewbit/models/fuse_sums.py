@@ -28,14 +28,14 @@ WHAT = "residual and norm"
 class Seen:
     """readers: ids of what reads the stream; waiting: whether one read a sum that was not added yet.
 
-    outputs: what modules gave, and terms: what was added to something, both by id.
+    outputs: what modules gave, terms: what was added to something, given: what a module read; by id.
     """
 
     readers: set[int] = field(default_factory=set)
     waiting: bool = False
     outputs: dict[int, tuple[list[nn.Module], Tensor]] = field(default_factory=dict)
     terms: dict[int, Tensor] = field(default_factory=dict)
-    normed: dict[int, nn.Module] = field(default_factory=dict)
+    given: dict[int, tuple[nn.Module, Tensor]] = field(default_factory=dict)
 
     def adds(self, module: nn.Module) -> bool:
         """Whether what it gave was added as it was."""
@@ -43,7 +43,8 @@ class Seen:
 
     def feeds(self, module: nn.Module, norms: Sequence[nn.Module]) -> bool:
         """Whether one of these read what it gave."""
-        return any(module in owners and self.normed.get(key) in norms for key, (owners, _) in self.outputs.items())
+        read = {key for key, (norm, _) in self.given.items() if norm in norms}
+        return any(module in owners and key in read for key, (owners, _) in self.outputs.items())
 
 
 def additions(model: Any, config: Any, known: Sequence[Rewrite]) -> Iterator[Rewrite | Decision]:
@@ -84,7 +85,7 @@ def watched(model: nn.Module, layers: Sequence[nn.Module], config: Any) -> Seen:
         found = [value for value in (*args, *kwargs.values()) if isinstance(value, Later)]
         seen.readers |= {id(module) for _ in found}
         seen.waiting |= any(value.residual is not None for value in found)
-        seen.normed |= {id(value): module for value in args if isinstance(value, Tensor)}
+        seen.given |= {id(value): (module, value) for value in args if isinstance(value, Tensor)}
 
     def after(module: nn.Module, _: Any, output: Any) -> None:
         if isinstance(y := first(output), Tensor):

@@ -67,7 +67,7 @@ class Later:
     @property
     def waits(self) -> bool:
         """For an addition, as it is no stream yet."""
-        return self.residual is None and (self.norm is not None or self.scales != NO_SCALES)
+        return self.residual is None and (self.norm is not None or any(part is not None for part in self.scales))
 
     @property
     def tensor(self) -> Tensor:
