@@ -21,7 +21,7 @@ from fewbit.engine.tables import Slots, Tables
 from fewbit.engine.tapes import Tapes
 from fewbit.engine.transfer import sent
 from fewbit.errors import UnsupportedError
-from fewbit.modules import tables
+from fewbit.modules import rotary_tables
 from fewbit.modules.paged import AnyCache, Span, Step, Table, stepping
 from fewbit.modules.rotary import Astray
 
@@ -97,7 +97,7 @@ class Paged:
         """Record CUDA graphs of steps, of those with prompts too. tell: (how many are done, of how many)."""
         assert self.tables is not None
         most = self.budget if prompts else 0
-        tables.keep(self.model, self.reach)
+        rotary_tables.keep(self.model, self.reach)
         self.graphs = Graphs(self.tables, self.size, self.reach, self.capacity, self._step, self._model, most)
         self.graphs.capture(tell)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.models import hf
-from fewbit.modules import tables
+from fewbit.modules import rotary_tables
 from tests.models import saved
 
 PLACES = torch.tensor([[3, 0, 40, 63, 3]])
@@ -23,9 +23,9 @@ def test_the_same_bits(model_type: str, dtype: torch.dtype) -> None:
     model = saved.model(model_type).eval()
     config = hf.read_config({"model_type": model_type, **saved.FULL.get(model_type, {})})
     kinds: list[tuple[Any, ...]] = [(kind,) for kind in set(getattr(config, "layer_types", None) or ())]
-    tables.keep(model, 64)
+    rotary_tables.keep(model, 64)
     (module,) = modules(model)
-    asked = kinds if len(tables.inspect.signature(type(module).forward).parameters) > 3 else [()]
+    asked = kinds if len(rotary_tables.inspect.signature(type(module).forward).parameters) > 3 else [()]
     x = torch.zeros(1, 5, 8, dtype=dtype)
     for more in asked:
         want = type(module).forward(module, x, PLACES, *more)
@@ -45,7 +45,7 @@ class Odd(nn.Module):
 
 def test_what_depends_on_more_than_places_is_computed() -> None:
     model = nn.Sequential(Odd())
-    tables.keep(model, 64)
+    rotary_tables.keep(model, 64)
     x = torch.zeros(1, 5, 8)
     got = model[0](x, PLACES)
     assert all(torch.equal(a, b) for a, b in zip(got, Odd()(x, PLACES), strict=True))
@@ -54,6 +54,6 @@ def test_what_depends_on_more_than_places_is_computed() -> None:
 
 def test_others_are_left_alone() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Embedding(4, 4))
-    tables.keep(model, 64)
-    tables.keep(nn.Sequential(Odd()), tables.MOST + 1)
+    rotary_tables.keep(model, 64)
+    rotary_tables.keep(nn.Sequential(Odd()), rotary_tables.MOST + 1)
     assert not modules(model)
