@@ -1,10 +1,13 @@
 """Group: this process as one of several ranks on this machine; sums and joins over gloo on a CPU, nccl on GPUs.
 
+Sums of few numbers, as a step of few streams has them, go through GPUs' memory itself where that can be had.
+
 The group is made of its own, beside whatever else a program does with torch.distributed. Ranks find one another by a
 file in memory, which nccl reads as long as it runs and which has no name that anybody could leave behind; over gloo
 they speak on the loopback address only.
 """
 
+import logging
 import os
 from collections.abc import Sequence
 from datetime import timedelta
@@ -15,7 +18,9 @@ from torch import Tensor
 from torch import distributed as dist
 
 from fewbit.errors import UnsupportedError
+from fewbit.kernels import near
 
+LOG = logging.getLogger("fewbit.engine")
 PATIENCE = timedelta(minutes=10)  # a first step may compile kernels; a rank that dies is noticed otherwise
 MEETING = timedelta(minutes=1)  # all have loaded when they meet
 NARROW = (torch.bfloat16, torch.float16)
@@ -30,17 +35,27 @@ class Group:
             raise UnsupportedError(f"tensor_parallel_size={size}: this torch was built without torch.distributed")
         self.rank, self.size, self.device, self.file = rank, size, device, file
         self._backend: Any = None
+        self._near: near.Near | None = None
 
     def connect(self) -> None:
         """Meet the other ranks."""
         store = dist.FileStore(f"/proc/self/fd/{self.file}", self.size)  # type: ignore[attr-defined]
         store.set_timeout(MEETING)
-        self._backend = (
-            nccl(store, self.rank, self.size) if self.device == "cuda" else gloo(store, self.rank, self.size)
-        )
-        self.reduce(torch.ones(1, device=torch.device(self.device, self.rank) if self.device == "cuda" else "cpu"))
+        if self.device == "cpu":
+            self._backend = gloo(store, self.rank, self.size)
+            self.reduce(torch.ones(1))
+            return
+        device = torch.device(self.device, self.rank)
+        self._backend = nccl(store, self.rank, self.size)
+        self.reduce(torch.ones(1, device=device))
+        try:
+            self._near = near.meet(self.rank, self.size, device, store)
+        except UnsupportedError as error:
+            LOG.info("ranks sum over nccl alone: %s", error)
 
     def reduce(self, x: Tensor) -> Tensor:
+        if self._near is not None and self._near.takes(x):
+            return self._near.sum(x)
         y = x.float() if self.device == "cpu" and x.dtype in NARROW else x.contiguous()
         self._backend.allreduce([y]).wait()
         return y.to(x.dtype)
@@ -62,6 +77,8 @@ class Group:
 
     def abort(self) -> None:
         """End what waits for a rank that is gone; nothing is summed or joined after."""
+        if self._near is not None:
+            self._near.give_up()
         backend, self._backend = self._backend, None
         if backend is not None and self.device == "cuda":
             backend.abort()
@@ -69,6 +86,9 @@ class Group:
     def close(self) -> None:
         """Nccl's threads read the file until they end with the backend."""
         self.abort()
+        if self._near is not None:
+            self._near.close()
+            self._near = None
         os.close(self.file)
 
 

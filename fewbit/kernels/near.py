@@ -1,0 +1,140 @@
+"""Sums over GPUs that write to one another's memory, of as few numbers as a step of few streams has: near.cu.
+
+Each rank has a room of memory that the others open by a handle. Ranks tell one another by a store whether all of them
+could, so that all take this way or none does.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import UnsupportedError
+from fewbit.kernels import compiled_gpu, few
+from fewbit.kernels.compiled_gpu import Function, checked, driver
+
+TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+MOST = 1 << 20  # bytes of a sum: beyond it what nccl takes to begin is a small part
+WORD, ROOM = 8, 16  # bytes of data to a word, and what it takes in a room
+HALVES = 2
+THREADS, BLOCKS = 256, 64
+LAZY = 1  # the driver's flag: a GPU is let at another's memory when that is first opened
+LARGEST = 8  # ranks
+
+
+class Handle(ctypes.Structure):
+    """CUipcMemHandle."""
+
+    _fields_ = (("bytes", ctypes.c_char * 64),)
+
+
+class Near:
+    """A rank among others. rooms: where each rank's is, as this one sees it."""
+
+    def __init__(self, rank: int, rooms: Sequence[int], device: torch.device):
+        self.rank, self.rooms, self.device = rank, list(rooms), device
+        self.counter = torch.zeros(2, dtype=torch.int32, device=device)
+        self.end = torch.zeros(1, dtype=torch.int32, pin_memory=True)  # a word of the host's that the device reads
+        self._functions: dict[torch.dtype, Function] = {}
+
+    def takes(self, x: Tensor) -> bool:
+        whole = x.is_contiguous() and x.nbytes % WORD == 0 and x.data_ptr() % WORD == 0
+        return whole and x.dtype in TYPES and 0 < x.nbytes <= MOST
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The same bits on all ranks: added up in float32, in their order."""
+        y, words = torch.empty_like(x), x.nbytes // WORD
+        function = self._functions.get(x.dtype) or self._function(x.dtype)
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        at = [ctypes.c_void_p(t.data_ptr()) for t in (x, y)]
+        function(min(BLOCKS, -(-words // THREADS)), stream, (*at, self._given, ctypes.c_int(words)))
+        return y
+
+    def _function(self, dtype: torch.dtype) -> Function:
+        defines = f"TYPE={TYPES[dtype]}", f"RANKS={len(self.rooms)}"
+        self._functions[dtype] = compiled_gpu.function("near.cu", "near_sum", self.device, defines, THREADS, 0)
+        return self._functions[dtype]
+
+    @cached_property
+    def _given(self) -> ctypes.Structure:
+        """near.cu's Near."""
+        pointer, ranks = ctypes.c_void_p, len(self.rooms)
+
+        class Given(ctypes.Structure):
+            _fields_ = (("rooms", pointer * ranks), ("counter", pointer), ("end", pointer), ("most", ctypes.c_uint64),
+                        ("rank", ctypes.c_int))  # fmt: skip
+
+        rooms = (pointer * ranks)(*self.rooms)
+        return Given(rooms, self.counter.data_ptr(), self.end.data_ptr(), MOST // WORD, self.rank)
+
+    def give_up(self) -> None:
+        """End what waits for a rank that is gone. From any thread."""
+        self.end[0] = 1
+
+    def close(self) -> None:
+        """When the others are gone."""
+        self.give_up()
+        for rank, room in enumerate(self.rooms):
+            free = driver().cuMemFree_v2 if rank == self.rank else driver().cuIpcCloseMemHandle
+            free(ctypes.c_uint64(room))
+        self.rooms = []
+
+
+def room_bytes(ranks: int) -> int:
+    return HALVES * ranks * (MOST // WORD) * ROOM
+
+
+def meet(rank: int, size: int, device: torch.device, store: Any) -> Near:
+    """All ranks call it together. UnsupportedError on all, where one of them cannot."""
+    room, why = ctypes.c_uint64(), lacking(size, device)
+    handle = Handle()
+    if why is None:
+        try:
+            checked(driver().cuMemAlloc_v2(ctypes.byref(room), ctypes.c_size_t(room_bytes(size))))
+            checked(driver().cuMemsetD8_v2(room, ctypes.c_ubyte(0), ctypes.c_size_t(room_bytes(size))))
+            checked(driver().cuIpcGetMemHandle(ctypes.byref(handle), room))
+        except (UnsupportedError, OSError) as error:
+            why = str(error)
+    handles = told(store, "room", rank, size, b"" if why else bytes(handle))
+    rooms = [room.value] * size
+    if all(handles):
+        try:
+            rooms = [room.value if other == rank else opened(held) for other, held in enumerate(handles)]
+        except UnsupportedError as error:
+            why = str(error)
+    if not all(handles) or not all(told(store, "opened", rank, size, b"" if why else b"1")):
+        if room.value:
+            driver().cuMemFree_v2(room)
+        raise UnsupportedError(why or "another rank cannot")
+    return Near(rank, rooms, device)
+
+
+def told(store: Any, what: str, rank: int, size: int, mine: bytes) -> list[bytes]:
+    """What each rank says of it. Nothing is a space, for a store keeps no empty words."""
+    store.set(f"near-{what}-{rank}", mine.hex() or " ")
+    return [bytes.fromhex(store.get(f"near-{what}-{other}").decode().strip()) for other in range(size)]
+
+
+def opened(handle: bytes) -> int:
+    there = ctypes.c_uint64()
+    run = driver().cuIpcOpenMemHandle_v2
+    checked(run(ctypes.byref(there), Handle.from_buffer_copy(handle), ctypes.c_uint(LAZY)))
+    return there.value
+
+
+def lacking(size: int, device: torch.device) -> str | None:
+    """Why a rank cannot be near the others."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return "runs on NVIDIA GPUs"
+    if size > LARGEST:
+        return f"takes up to {LARGEST} ranks"
+    if (found := torch.cuda.get_device_capability(device)) < few.LEAST:
+        return f"needs compute capability {few.LEAST[0]}.{few.LEAST[1]}, found {found[0]}.{found[1]}"
+    far = [n for n in range(size) if n != device.index and not torch.cuda.can_device_access_peer(device, n)]
+    if far:
+        return f"GPU {device.index} cannot read the memory of GPU {far[0]}"
+    torch.zeros(1, device=device)  # so that this thread has torch's context
+    return None
