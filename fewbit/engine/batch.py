@@ -50,7 +50,7 @@ class Batch:
         self.ids += stream.tokens[start:stop]
         self.positions += range(start, stop)
         self.sources += [-1] * (stop - start)
-        if self.ids[-1] == PENDING:
+        if work.pending:
             assert flight is not None, "a token is in flight, and the flight was not given"
             self.sources[-1] = flight.rows[stream]
         rows = [begin + row for row in wanted(work)]

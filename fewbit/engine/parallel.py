@@ -1,7 +1,8 @@
 """Tensor parallel: one process per rank. Rank 0 is the engine; the others run the forwards it tells them to.
 
 Every rank loads the checkpoint and keeps its part. The others are told of a step by numbers over a socket pair, so that
-an idle engine costs nothing, and end when that pair is closed. A rank that dies ends the engine.
+an idle engine costs nothing, and end when that pair is closed. Tokens that rank 0's host does not know yet go from its
+device to theirs before the forward. A rank that dies ends the engine.
 """
 
 import hashlib
@@ -139,10 +140,13 @@ class Team:
             self.command("forget")
             raise UnsupportedError(next(filter(None, said)))
 
-    def step(self, works: Sequence[Work], run: Callable[[Sequence[Work]], Logits]) -> Logits:
-        data = self._sender.pack(works)
+    def step(self, works: Sequence[Work], flight: Flight | None, run: Callable[..., Logits]) -> Logits:
+        flight = flight if any(work.pending for work in works) else None
+        data = self._sender.pack(works, flight)
         self._each(lambda rank: rank.wire.send(STEP, data))
-        found: Logits = self.guarded(lambda: run(works))
+        if flight is not None:
+            self.guarded(partial(self.group.broadcast, flight.tokens))
+        found: Logits = self.guarded(partial(run, works, flight))
         self.check()  # on a GPU nothing has waited for the others yet
         return found
 
@@ -196,8 +200,7 @@ class Lockstep:
     """A runner whose steps all ranks take."""
 
     def __init__(self, inner: Any, team: Team):
-        self.inner, self.team, self.paged = inner, team, inner.paged
-        self.ahead = False  # the others are told tokens by number
+        self.inner, self.team, self.paged, self.ahead = inner, team, inner.paged, inner.ahead
 
     @property
     def graphs(self) -> Graphs | None:
@@ -210,8 +213,7 @@ class Lockstep:
         self.inner.forget()
 
     def run(self, works: Sequence[Work], flight: Flight | None = None) -> Logits:
-        assert flight is None
-        return self.team.step(works, self.inner.run)
+        return self.team.step(works, flight, self.inner.run)
 
     def free(self) -> None:
         self.inner.free()

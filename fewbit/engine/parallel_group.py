@@ -41,13 +41,12 @@ class Group:
         """Meet the other ranks."""
         store = dist.FileStore(f"/proc/self/fd/{self.file}", self.size)  # type: ignore[attr-defined]
         store.set_timeout(MEETING)
-        if self.device == "cpu":
-            self._backend = gloo(store, self.rank, self.size)
-            self.reduce(torch.ones(1))
+        cpu = self.device == "cpu"
+        device = torch.device("cpu") if cpu else torch.device(self.device, self.rank)
+        self._backend = (gloo if cpu else nccl)(store, self.rank, self.size)
+        self.broadcast(self.reduce(torch.ones(1, device=device)))  # what nccl sets up at first use is there from now on
+        if cpu:
             return
-        device = torch.device(self.device, self.rank)
-        self._backend = nccl(store, self.rank, self.size)
-        self.reduce(torch.ones(1, device=device))
         try:
             self._near = near.meet(self.rank, self.size, device, store)
         except UnsupportedError as error:
@@ -74,6 +73,13 @@ class Group:
         found = [torch.empty_like(wire) for _ in sizes]
         self._backend.allgather([found], [wire]).wait()
         return torch.cat([each.view(x.dtype)[..., :n] for each, n in zip(found, sizes, strict=True)], -1)
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Rank 0's, which the others get in place of their own. On GPUs no host waits."""
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        self._backend.broadcast([x], options).wait()
+        return x
 
     def abort(self) -> None:
         """End what waits for a rank that is gone; nothing is summed or joined after."""

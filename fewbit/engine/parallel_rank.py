@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fewbit.engine.batch import Flight
 from fewbit.engine.config import EngineConfig
 from fewbit.engine.limits import Limits, measured
 from fewbit.engine.parallel import digest
@@ -75,7 +76,9 @@ def serve(wire: Wire, told: dict[str, Any]) -> None:
     while True:
         kind, data = wire.receive()
         if kind == STEP:
-            runner.run(receiver.unpack(data))
+            works, count, rows = receiver.unpack(data)
+            tokens = torch.empty(count, dtype=torch.int64, device=loaded.device)
+            runner.run(works, Flight(group.broadcast(tokens), rows) if count else None)
             continue
         command = json.loads(data)
         if command["command"] == "connect":

@@ -1,4 +1,8 @@
-"""What travels from rank 0 to the others over a socket pair: commands as JSON, steps as numbers."""
+"""What travels from rank 0 to the others over a socket pair: commands as JSON, steps as numbers.
+
+A token that is still PENDING goes as PENDING less its row in the flight. Each step is told all of its own tokens, so
+nobody beside rank 0 ever needs what became of one.
+"""
 
 import json
 import socket
@@ -7,8 +11,9 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
+from fewbit.engine.batch import Flight
 from fewbit.engine.params import SamplingParams
-from fewbit.engine.request import Request, Stream
+from fewbit.engine.request import PENDING, Request, Stream
 from fewbit.engine.scheduler import Work
 
 HEAD = struct.Struct("<cQ")
@@ -56,15 +61,17 @@ class Sender:
         self._known: dict[Stream, tuple[int, list[int]]] = {}  # with its number and the pages the others know of
         self._next = 0
 
-    def pack(self, works: Sequence[Work]) -> bytes:
+    def pack(self, works: Sequence[Work], flight: Flight | None = None) -> bytes:
+        """flight: of a step some of whose tokens are pending."""
         now = {work.stream for work in works}
         gone = [stream for stream in self._known if stream not in now and not stream.pages]
-        out = array("q", [len(gone), *(self._known.pop(stream)[0] for stream in gone), len(works)])
+        out = array("q", [len(gone), *(self._known.pop(stream)[0] for stream in gone)])
+        out.extend([0 if flight is None else len(flight.tokens), len(works)])
         for work in works:
-            self._work(work, out)
+            self._work(work, out, flight)
         return out.tobytes()
 
-    def _work(self, work: Work, out: "array[int]") -> None:
+    def _work(self, work: Work, out: "array[int]", flight: Flight | None) -> None:
         stream = work.stream
         if stream not in self._known:
             self._known[stream] = self._next, []
@@ -72,6 +79,9 @@ class Sender:
         number, sent = self._known[stream]
         keep = len(sent) if stream.pages[: len(sent)] == sent else 0
         new, tokens = stream.pages[keep:], stream.tokens[work.start : work.stop]
+        if work.pending:
+            assert flight is not None
+            tokens[-1] = PENDING - flight.rows[stream]
         every = stream.request.params.prompt_logprobs is not None
         flags = work.samples | every << 1 | (stream.state is None) << 2
         out.extend([number, work.start, flags, stream.prompt_length, len(tokens), keep, len(new)])
@@ -86,20 +96,24 @@ class Receiver:
     def __init__(self) -> None:
         self._known: dict[int, Stream] = {}
 
-    def unpack(self, data: bytes) -> list[Work]:
+    def unpack(self, data: bytes) -> tuple[list[Work], int, dict[Stream, int]]:
+        """-> works; how many tokens are in flight, where one of them is needed, else 0; in which row whose is"""
         numbers = array("q")
         numbers.frombytes(data)
         held = numbers.tolist()
         gone = held[1 : 1 + held[0]]
         for number in gone:
             self._known.pop(number).pages = []  # as rank 0's have none: Tables gives its row to another
-        at, works = 2 + len(gone), []
-        for _ in range(held[at - 1]):
-            work, at = self._work(held, at)
+        at = 3 + len(gone)
+        count, left = held[at - 2 : at]
+        works: list[Work] = []
+        rows: dict[Stream, int] = {}
+        for _ in range(left):
+            work, at = self._work(held, at, rows)
             works.append(work)
-        return works
+        return works, count, rows
 
-    def _work(self, held: list[int], at: int) -> tuple[Work, int]:
+    def _work(self, held: list[int], at: int, rows: dict[Stream, int]) -> tuple[Work, int]:
         number, start, flags, prompt, count, keep, new = held[at : at + 7]
         tokens = held[at + 7 : at + 7 + count]
         end = at + 7 + count + new
@@ -113,6 +127,9 @@ class Receiver:
         else:  # begun again: a list of its own, by which Tables knows
             stream.pages = stream.pages[:keep] + added
         stream.state = None if flags & 4 else stream.state
+        if tokens[-1] <= PENDING:
+            rows[stream] = PENDING - tokens[-1]
+            tokens[-1] = PENDING
         stream.tokens += [0] * (start - len(stream.tokens))
         stream.tokens[start:] = tokens if flags & 1 else [*tokens, 0]  # one more, where no token follows
         return Work(stream, start, start + count), end

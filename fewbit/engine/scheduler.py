@@ -8,7 +8,7 @@ from bisect import insort
 from dataclasses import dataclass
 
 from fewbit.engine.pages import PagePool
-from fewbit.engine.request import Stream
+from fewbit.engine.request import PENDING, Stream
 from fewbit.errors import CapacityError
 
 
@@ -24,6 +24,11 @@ class Work:
     def samples(self) -> bool:
         """Whether a new token follows from it."""
         return self.stop == len(self.stream.tokens)
+
+    @property
+    def pending(self) -> bool:
+        """Whether its last token is in flight."""
+        return self.stream.tokens[self.stop - 1] == PENDING
 
 
 class Scheduler:

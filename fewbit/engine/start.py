@@ -113,7 +113,7 @@ class Loaded:
             return  # a graph does not call who watches
         if isinstance(runner, Paged) and not runner.apart and self.device.type == "cpu":
             runner.tape()
-        if not (runner.inner.ahead if isinstance(runner, Lockstep) else runner.ahead):
+        if not runner.ahead:
             return
         if any(hasattr(module, INSIDE) for module in self.model.modules()):
             LOG.warning("attention computes in plain torch, and steps without CUDA graphs: %s; blocking the types "

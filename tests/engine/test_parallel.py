@@ -15,16 +15,19 @@ import pytest
 import torch
 
 import fewbit
-from fewbit.engine.batch import wanted
+from fewbit.engine.batch import Flight, wanted
 from fewbit.engine.config import EngineConfig
 from fewbit.engine.engine import Engine
+from fewbit.engine.guided_source import StructuredOutputs
 from fewbit.engine.parallel_wire import COMMAND, STEP, Receiver, Sender, Wire
 from fewbit.engine.params import SamplingParams
-from fewbit.engine.request import Delta, Request, Stream
+from fewbit.engine.request import PENDING, Delta, Request, Stream
 from fewbit.engine.scheduler import Work
 from fewbit.engine.tables import Tables
 from fewbit.errors import FewbitError
 from fewbit.models import kv_file
+from tests.engine.test_engine import AHEAD, tokens
+from tests.engine.tokenizers import byte_fallback
 from tests.models import saved
 from tests.tiny import llama
 from tests.yardstick import within
@@ -117,6 +120,71 @@ def test_two_ranks_are_one(folder: Path) -> None:
     both.shutdown()
 
 
+FREE = ("greedy", "drawn", "stops", "several", "prompt")  # kinds of rows that need not know their tokens
+KINDS = AHEAD | {"grammar": {"temperature": 1.0, "seed": 4, "structured_outputs": StructuredOutputs(regex="[ab]{3,9}")}}
+
+
+def given(of: Engine, left: frozenset[int] = frozenset()) -> dict[str, list[tuple[list[int], str | None]]]:
+    """Requests of every kind that come in while others run -> tokens of each continuation and how it ended.
+
+    left: those that are given up when they have two tokens.
+    """
+    draw = random.Random(2)
+    common, coming = [draw.randrange(3, 250) for _ in range(20)], []
+    for i, kind in enumerate([*FREE * 4, *KINDS, *KINDS, *FREE * 2]):
+        prompt = (common if i % 2 else []) + [draw.randrange(3, 250) for _ in range(draw.randrange(1, 30))]
+        params = SamplingParams(**{"max_tokens": 5 + i % 9, "ignore_eos": True, **KINDS[kind]})
+        coming.append(Request(f"{i} {kind}", prompt, params))
+    found: dict[str, list[Delta]] = {r.id: [] for r in coming}
+    while coming or of.has_work():
+        while coming and draw.random() < 0.5:
+            of.add(coming.pop(0))
+        for delta in of.step():
+            found[delta.request_id].append(delta)
+            if len(found[delta.request_id]) == 2 and int(delta.request_id.split()[0]) in left:
+                of.abort(delta.request_id)
+    ends = {(name, d.index): d.finish for name, deltas in found.items() for d in deltas}
+    return {name: [(tokens(deltas, i), ends.get((name, i))) for i in range(3)] for name, deltas in found.items()}
+
+
+@pytest.mark.parametrize("way", ["roomy", "tight"])
+def test_two_ranks_run_ahead(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs: tokens that rank 0's host does not know yet come to the others' forward all the same.
+
+    tight: chunks, preemption and prefix hits forced.
+    """
+    path = llama(tmp_path / "model", num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+                 vocab_size=320)  # fmt: skip
+    byte_fallback().save_pretrained(path)
+    options = {"kv_cache_memory_bytes": 3 * 2 * 32 * 4 * 160, "max_model_len": 80, "max_num_batched_tokens": 13}
+    alone = engine(path, 1)
+    want = given(alone)
+    alone.shutdown()
+    both = engine(path, 2, **(options if way == "tight" else {}))
+    both.ahead = True
+    assert both.loaded.team is not None and not both.runner.ahead
+    group, counts = both.loaded.team.group, []
+    broadcast = group.broadcast
+    monkeypatch.setattr(group, "broadcast", lambda x: counts.append(len(x)) or broadcast(x))
+    left = frozenset({3, 9, 14, 24, 31})
+    try:
+        found = given(both, left)
+        for name, each in want.items():
+            if int(name.split()[0]) not in left:
+                assert found[name] == each, name
+            else:
+                assert all(a[: len(b)] == b for (a, _), (b, _) in zip(each, found[name], strict=True)), name
+        stats = both.stats()
+        assert not stats.pages_used and len(set(counts)) > 3 and 10 < len(counts) < stats.steps
+        assert way == "roomy" or (stats.preemptions and stats.prefix_hits)
+        both.add(Request("last", [3, 4, 5], SamplingParams(max_tokens=9, **GREEDY)))
+        both.step()
+    finally:
+        (pid,) = pids(both)
+        both.shutdown()  # with a step in flight
+    assert gone(pid)
+
+
 @pytest.mark.parametrize("name", ["fp8 by head", "fp8", "int8", "nvfp4, turned"])
 def test_two_ranks_hold_one_cache(folder: Path, tmp_path: Path, name: str) -> None:
     """Scales are cut by heads as keys are: the values in a cache do not depend on how many ranks there are."""
@@ -177,9 +245,11 @@ def test_other_models(name: str, tmp_path: Path) -> None:
         several.shutdown()
 
 
-def test_a_dead_rank_ends_the_engine(folder: Path) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_dead_rank_ends_the_engine(folder: Path, ahead: bool) -> None:
     """In a step and between steps."""
     of = engine(folder, 2)
+    of.ahead = ahead
     (pid,) = pids(of)
     of.add(Request("a", [3, 4, 5], SamplingParams(max_tokens=400, **GREEDY)))
     of.step()
@@ -246,12 +316,37 @@ def test_numbers_on_the_wire() -> None:
         if number == 5:
             streams[0].pages = []
         works = [Work(streams[i], start, stop) for i, start, stop in step]
-        for work, there in zip(works, receiver.unpack(sender.pack(works)), strict=True):
+        theirs, count, rows = receiver.unpack(sender.pack(works))
+        assert not count and not rows
+        for work, there in zip(works, theirs, strict=True):
             assert (there.start, there.stop, there.samples) == (work.start, work.stop, work.samples)
             assert there.stream.tokens[there.start : there.stop] == work.stream.tokens[work.start : work.stop]
             assert there.stream.pages == work.stream.pages and wanted(there) == wanted(work)
             streams[0].pages += [20 + number]
     assert len(sender._known) == len(receiver._known) == 1
+
+
+def test_tokens_in_flight_on_the_wire() -> None:
+    """By row of the flight, whatever is preempted meanwhile; known ones by value, which each step is told anew."""
+    sender, receiver = Sender(), Receiver()
+    streams = [Stream(Request(str(i), [3, 4], SamplingParams()), 0, 0, [3, 4, PENDING], pages=[i]) for i in range(3)]
+    flight = Flight(torch.zeros(5, dtype=torch.int64), {s: 4 - i for i, s in enumerate(streams)})
+
+    def told(*works: Work) -> tuple[list[list[int]], int, list[int]]:
+        flying = flight if any(work.pending for work in works) else None
+        theirs, count, rows = receiver.unpack(sender.pack(works, flying))
+        assert all(a.samples == b.samples and a.pending == b.pending for a, b in zip(theirs, works, strict=True))
+        return [w.stream.tokens[w.start : w.stop] for w in theirs], count, [rows.get(w.stream, -1) for w in theirs]
+
+    assert told(*(Work(s, 0, 2) for s in streams)) == ([[3, 4]] * 3, 0, [-1] * 3)
+    assert told(*(Work(s, 2, 3) for s in streams[:2])) == ([[PENDING]] * 2, 5, [4, 3])
+    streams[0].tokens[2:] = [7, PENDING]
+    streams[1].tokens[2:], streams[1].pages = [8, PENDING], []
+    assert told(Work(streams[0], 3, 4), Work(streams[2], 2, 3)) == ([[PENDING], [PENDING]], 5, [4, 2])
+    streams[1].pages = [9]
+    assert told(Work(streams[1], 0, 4), Work(streams[2], 0, 2)) == ([[3, 4, 8, PENDING], [3, 4]], 5, [3, -1])
+    streams[1].tokens[3] = 6
+    assert told(Work(streams[1], 3, 4)) == ([[6]], 0, [-1])
 
 
 def test_rows_of_tables_come_back_on_the_other_side() -> None:
@@ -264,7 +359,7 @@ def test_rows_of_tables_come_back_on_the_other_side() -> None:
         if len(running) > 2:
             running.pop(0).pages = []
         works = [Work(stream, 0, 2) for stream in running]
-        theirs = receiver.unpack(sender.pack(works))
+        theirs, _, _ = receiver.unpack(sender.pack(works))
         for tables, held in ((here, works), (there, theirs)):
             rows = tables.rows([work.stream for work in held])
             assert tables.pages[rows, 0].tolist() == [work.stream.pages[0] for work in works]

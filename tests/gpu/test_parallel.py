@@ -51,9 +51,15 @@ def test_two_ranks_are_one(name: str, folder: Path, tmp_path: Path) -> None:
     (pid,) = pids(both)
     try:
         assert (both.runner.graphs is None) == (name == "eager")
+        assert both.ahead
         same(want, texts(both, 12, 90))
+        both.ahead = False
+        same(want, texts(both, 12, 90))
+        both.ahead = True
+        both.add(Request("last", [3, 4, 5], SamplingParams(max_tokens=9, **GREEDY)))
+        both.step()
     finally:
-        both.shutdown()
+        both.shutdown()  # with a step in flight
     assert gone(pid)
 
 
