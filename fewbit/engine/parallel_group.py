@@ -35,7 +35,7 @@ class Group:
             raise UnsupportedError(f"tensor_parallel_size={size}: this torch was built without torch.distributed")
         self.rank, self.size, self.device, self.file = rank, size, device, file
         self._backend: Any = None
-        self._near: near.Near | None = None
+        self.near: near.Near | None = None
 
     def connect(self) -> None:
         """Meet the other ranks."""
@@ -48,13 +48,13 @@ class Group:
         if cpu:
             return
         try:
-            self._near = near.meet(self.rank, self.size, device, store)
+            self.near = near.meet(self.rank, self.size, device, store)
         except UnsupportedError as error:
             LOG.info("ranks sum over nccl alone: %s", error)
 
     def reduce(self, x: Tensor) -> Tensor:
-        if self._near is not None and self._near.takes(x):
-            return self._near.sum(x)
+        if self.near is not None and self.near.takes(x):
+            return self.near.sum(x)
         y = x.float() if self.device == "cpu" and x.dtype in NARROW else x.contiguous()
         self._backend.allreduce([y]).wait()
         return y.to(x.dtype)
@@ -76,6 +76,8 @@ class Group:
 
     def broadcast(self, x: Tensor) -> Tensor:
         """Rank 0's, which the others get in place of their own. On GPUs no host waits."""
+        if self.near is not None and self.near.takes(x):
+            return x.copy_(self.near.sum(x if self.rank == 0 else x.zero_()))
         options = dist.BroadcastOptions()
         options.rootRank = 0
         self._backend.broadcast([x], options).wait()
@@ -83,8 +85,8 @@ class Group:
 
     def abort(self) -> None:
         """End what waits for a rank that is gone; nothing is summed or joined after."""
-        if self._near is not None:
-            self._near.give_up()
+        if self.near is not None:
+            self.near.give_up()
         backend, self._backend = self._backend, None
         if backend is not None and self.device == "cuda":
             backend.abort()
@@ -92,9 +94,9 @@ class Group:
     def close(self) -> None:
         """Nccl's threads read the file until they end with the backend."""
         self.abort()
-        if self._near is not None:
-            self._near.close()
-            self._near = None
+        if self.near is not None:
+            self.near.close()
+            self.near = None
         os.close(self.file)
 
 

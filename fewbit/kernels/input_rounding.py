@@ -18,7 +18,10 @@ DTYPES = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8}
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """columns: of a run that shares a scale, 0 = a whole row; given: one scale for everything is stored."""
+    """columns: of a run that shares a scale, 0 = a whole row; given: one scale for everything is stored.
+
+    ranks: who have the other parts of the rows, where a scale is of all of them.
+    """
 
     element: str
     columns: int
@@ -26,6 +29,7 @@ class Rounding:
     reach: float  # the magnitude that the scale puts the largest value on
     empty: float  # the scale where all values are 0
     powers: bool  # scales are powers of two, rounded up
+    ranks: Any = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -37,6 +41,11 @@ class Wanted:
     """How a tensor's reader rounds its rows, known to its maker from the second call on."""
 
     how: Rounding | None = None
+
+    @property
+    def alone(self) -> Rounding | None:
+        """For a maker that asks no other rank."""
+        return None if self.how is None or self.how.ranks is not None else self.how
 
 
 Codes = tuple[Tensor, Tensor]

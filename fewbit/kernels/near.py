@@ -1,28 +1,27 @@
-"""Sums over GPUs that write to one another's memory, of as few numbers as a step of few streams has: near.cu.
+"""Ranks near one another: GPUs that write to one another's memory, so that a kernel can add up over them by itself.
 
-Each rank has a room of memory that the others open by a handle. Ranks tell one another by a store whether all of them
-could, so that all take this way or none does.
+Each rank has a room of memory that the others open by a handle; kernels that exchange numbers there take a Near
+(triton_near). Ranks tell one another by a store whether all of them could, so that all take this way or none does.
 """
 
 import ctypes
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewbit.errors import UnsupportedError
-from fewbit.kernels import compiled_gpu, few
-from fewbit.kernels.compiled_gpu import Function, checked, driver
+from fewbit.kernels import few
+from fewbit.kernels.compiled_gpu import checked, driver
 
-TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-MOST = 1 << 20  # bytes of a sum: beyond it what nccl takes to begin is a small part
-WORD, ROOM = 8, 16  # bytes of data to a word, and what it takes in a room
-HALVES = 2
-THREADS, BLOCKS = 256, 64
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+TYPES = (*FLOATS, torch.int64)
+WIDTH, PLACES = 1 << 15, 256  # bytes of a sum that a program has, and programs that may have one
+ROWS = 1 << 14  # programs that may exchange one number of four bytes
 LAZY = 1  # the driver's flag: a GPU is let at another's memory when that is first opened
 LARGEST = 8  # ranks
+EMPTY = 0xFF  # all bytes of a number that has not come
 
 
 class Handle(ctypes.Structure):
@@ -36,39 +35,24 @@ class Near:
 
     def __init__(self, rank: int, rooms: Sequence[int], device: torch.device):
         self.rank, self.rooms, self.device = rank, list(rooms), device
-        self.counter = torch.zeros(2, dtype=torch.int32, device=device)
+        self.turns = torch.zeros(PLACES + ROWS, dtype=torch.int32, device=device)
         self.end = torch.zeros(1, dtype=torch.int32, pin_memory=True)  # a word of the host's that the device reads
-        self._functions: dict[torch.dtype, Function] = {}
+        self.given = tuple(self.rooms), self.rooms[rank], self.turns, self.end, rank  # triton_near's `near`
 
     def takes(self, x: Tensor) -> bool:
-        whole = x.is_contiguous() and x.nbytes % WORD == 0 and x.data_ptr() % WORD == 0
-        return whole and x.dtype in TYPES and 0 < x.nbytes <= MOST
+        """Whether `sum` does."""
+        return x.is_contiguous() and x.dtype in TYPES and 0 < x.nbytes <= WIDTH * PLACES
+
+    def takes_rows(self, x: Tensor) -> bool:
+        """Whether a program can add up a row of it."""
+        width = x.shape[-1] * x.element_size()
+        return x.is_contiguous() and x.dtype in FLOATS and width <= WIDTH and 0 < x.numel() // x.shape[-1] <= PLACES
 
     def sum(self, x: Tensor) -> Tensor:
-        """The same bits on all ranks: added up in float32, in their order."""
-        y, words = torch.empty_like(x), x.nbytes // WORD
-        function = self._functions.get(x.dtype) or self._function(x.dtype)
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        at = [ctypes.c_void_p(t.data_ptr()) for t in (x, y)]
-        function(min(BLOCKS, -(-words // THREADS)), stream, (*at, self._given, ctypes.c_int(words)))
-        return y
+        """The same bits on all ranks: added up in float32 (whole numbers as such), in their order."""
+        from fewbit.kernels.triton_near import sum_
 
-    def _function(self, dtype: torch.dtype) -> Function:
-        defines = f"TYPE={TYPES[dtype]}", f"RANKS={len(self.rooms)}"
-        self._functions[dtype] = compiled_gpu.function("near.cu", "near_sum", self.device, defines, THREADS, 0)
-        return self._functions[dtype]
-
-    @cached_property
-    def _given(self) -> ctypes.Structure:
-        """near.cu's Near."""
-        pointer, ranks = ctypes.c_void_p, len(self.rooms)
-
-        class Given(ctypes.Structure):
-            _fields_ = (("rooms", pointer * ranks), ("counter", pointer), ("end", pointer), ("most", ctypes.c_uint64),
-                        ("rank", ctypes.c_int))  # fmt: skip
-
-        rooms = (pointer * ranks)(*self.rooms)
-        return Given(rooms, self.counter.data_ptr(), self.end.data_ptr(), MOST // WORD, self.rank)
+        return sum_(x, self)
 
     def give_up(self) -> None:
         """End what waits for a rank that is gone. From any thread."""
@@ -84,7 +68,8 @@ class Near:
 
 
 def room_bytes(ranks: int) -> int:
-    return HALVES * ranks * (MOST // WORD) * ROOM
+    """Two halves, by turns: a rank can be one exchange ahead of another, never two."""
+    return 2 * ranks * (PLACES * WIDTH + ROWS * 4)
 
 
 def meet(rank: int, size: int, device: torch.device, store: Any) -> Near:
@@ -94,7 +79,7 @@ def meet(rank: int, size: int, device: torch.device, store: Any) -> Near:
     if why is None:
         try:
             checked(driver().cuMemAlloc_v2(ctypes.byref(room), ctypes.c_size_t(room_bytes(size))))
-            checked(driver().cuMemsetD8_v2(room, ctypes.c_ubyte(0), ctypes.c_size_t(room_bytes(size))))
+            checked(driver().cuMemsetD8_v2(room, ctypes.c_ubyte(EMPTY), ctypes.c_size_t(room_bytes(size))))
             checked(driver().cuIpcGetMemHandle(ctypes.byref(handle), room))
         except (UnsupportedError, OSError) as error:
             why = str(error)

@@ -26,7 +26,9 @@ from fewbit.kernels import (
     triton_experts,
     triton_linear,
 )
+from fewbit.kernels.input_rounding import Rounding
 from fewbit.kernels.scaled_linear import Unscaled
+from fewbit.quant.qtensor import Quantized
 from fewbit.quant.spec import Format
 
 Op = Literal["linear", "experts"]
@@ -51,6 +53,7 @@ class Kernel:
     gathers: bool = False  # experts: run takes one more, which row of x each row is, and x is not sorted then
     invariant: bool = False  # whether a row's result never depends on how many rows are beside it
     unscaled: Callable[..., Unscaled] | None = None  # linear: (x, packed), for a reader that applies scales itself
+    codes: Callable[[Quantized], Rounding | None] | None = None  # linear: how it rounds inputs that come without codes
 
     def refusal(self, format: Format, device: torch.device, dtype: torch.dtype) -> str | None:
         """None when it can run, else the first reason why not."""
@@ -86,7 +89,7 @@ KERNELS: tuple[Kernel, ...] = (
     ),
     Kernel(
         "scaled", "linear", ("cuda",), (torch.bfloat16,), scaled_linear.supports, scaled_linear.prepack_linear,
-        scaled_linear.run_linear, (8, 9), unscaled=scaled_linear.run_unscaled,
+        scaled_linear.run_linear, (8, 9), unscaled=scaled_linear.run_unscaled, codes=scaled_linear.codes,
         note="FP8 times FP8 through cuBLASLt, the scales of rows in a step of their own; up to 16 rows by few.cu",
     ),
     Kernel(

@@ -52,18 +52,25 @@ def supports(form: Format, device: torch.device, dtype: torch.dtype) -> str | No
     return triton_runtime.lacking(device)
 
 
-def prepack_linear(q: Quantized) -> Scaled | Rows:
-    """Nothing is moved. Sizes that cuBLASLt does not take are left to the reference."""
-    w = q.weight
-    if any(size % STEP for size in w.shape) or q.format.act is None:
-        return torch_dequant.prepack_linear(q)
+def codes(q: Quantized) -> Rounding | None:
+    """How inputs are rounded; None for what is left to the reference: sizes that cuBLASLt does not take."""
+    if any(size % STEP for size in q.weight.shape) or q.format.act is None:
+        return None
     how = rounding(q.format.act)
     assert isinstance(how, Rounding), how
+    return how
+
+
+def prepack_linear(q: Quantized) -> Scaled | Rows:
+    """Nothing is moved."""
+    w, how = q.weight, codes(q)
+    if how is None:
+        return torch_dequant.prepack_linear(q)
     scale, one = w.planes["scale0"], torch.ones(1, device=w.device)
     by_rows = scale.shape[-2] > 1
     given = q.act["scale0"].view(1) if how.given else None
-    codes = w.planes["codes"].view(torch.float8_e4m3fn).t()
-    return Scaled(q, codes, one if by_rows else scale.view(1), scale.reshape(-1) if by_rows else None, how, given, one)
+    held = w.planes["codes"].view(torch.float8_e4m3fn).t()
+    return Scaled(q, held, one if by_rows else scale.view(1), scale.reshape(-1) if by_rows else None, how, given, one)
 
 
 def run_linear(x: Tensor, held: Scaled | Rows, bias: Tensor | None = None) -> Tensor:
@@ -97,13 +104,13 @@ def _sums(x: Tensor, held: Scaled, bias: Tensor | None) -> Unscaled:
     """-> [M, N], and the scales of rows and columns that are still to be applied; the bias too, where there are any."""
     from fewbit.kernels.triton_quantize import input_codes
 
-    codes, scale = input_codes(x, held.rounding, held.given)
+    given, scale = input_codes(x, held.rounding, held.given)
     rows = held.codes.t()
-    if few.takes(codes, rows, bias, x.dtype):
-        y = few.rows(codes, rows, x.dtype, scale, held.whole if held.columns is None else held.columns, bias)
+    if few.takes(given, rows, bias, x.dtype):
+        y = few.rows(given, rows, x.dtype, scale, held.whole if held.columns is None else held.columns, bias)
         return y, None, None
     alone = scale.numel() == 1
     whole = scale.view(1) if alone else held.one
     after = not alone or held.columns is not None
-    y = torch._scaled_mm(codes, held.codes, whole, held.whole, None if after else bias, None, x.dtype, FAST)
+    y = torch._scaled_mm(given, held.codes, whole, held.whole, None if after else bias, None, x.dtype, FAST)
     return y, None if alone else scale, held.columns

@@ -1,4 +1,4 @@
-"""A residual added and the norm of the sum in one launch; what is added may be a norm's own.
+"""A residual added and the norm of the sum in one launch; what is added may be a norm's own, and a sum over ranks.
 
 Rows lie and are added up as in triton_norm, so that the bits are those of an addition and that kernel.
 """
@@ -10,7 +10,9 @@ from torch import Tensor
 
 from fewbit.kernels.fused import NormParts
 from fewbit.kernels.input_rounding import Wanted, offer
+from fewbit.kernels.near import Near
 from fewbit.kernels.triton_early import await_last, early, let_next
+from fewbit.kernels.triton_near import near_by, summed
 from fewbit.kernels.triton_norm import held, of_rows, takes, tile
 from fewbit.kernels.triton_quantize import flags, put_codes, room
 from fewbit.kernels.triton_runtime import cdiv
@@ -27,7 +29,7 @@ def _add_norm(
     BIAS0: tl.constexpr, AFTER: tl.constexpr, OFFSET1: tl.constexpr, LATE1: tl.constexpr, CENTRED1: tl.constexpr,
     WEIGHT1: tl.constexpr, BIAS1: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, codes, scales,
     ROUND: tl.constexpr, REACH: tl.constexpr, EMPTY: tl.constexpr, POWERS: tl.constexpr, INT: tl.constexpr,
-    x_rows, x_columns, EARLY: tl.constexpr,
+    x_rows, x_columns, near, RANKS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     let_next(EARLY)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -38,7 +40,11 @@ def _add_norm(
     w0, b0 = held(w0_at, at, D, BEFORE and WEIGHT0), held(b0_at, at, D, BEFORE and BIAS0)
     w1, b1 = held(w1_at, at, D, AFTER and WEIGHT1), held(b1_at, at, D, AFTER and BIAS1)
     await_last(EARLY)
-    x = scaled(tl.load(x_at + there, inside, 0.0), row, at, row < rows, at < D, x_rows, x_columns)
+    x = tl.load(x_at + there, inside, 0.0)
+    wide = x
+    if RANKS:
+        wide = summed(x, at[None, :], inside, near, RANKS)
+    x = scaled(wide, row, at, row < rows, at < D, x_rows, x_columns).to(x.dtype)
     residual = tl.load(r_at + there, inside, 0.0).to(tl.float32)
     if BEFORE:
         h = of_rows(x, inside, w0, b0, eps0, D, OFFSET0, LATE0, CENTRED0, WEIGHT0, BIAS0, out)
@@ -55,7 +61,7 @@ def _add_norm(
 
 @triton.jit
 def scaled(x, row, at, there, inside, rows, columns):
-    """[ROWS, BLOCK], times scales where there are any: rounded once, as by a launch of their own."""
+    """[ROWS, BLOCK], times scales where there are any: rounded to x's type once, as by a launch of their own."""
     if (rows is not None) | (columns is not None):
         wide = x.to(tl.float32)
         if columns is not None:
@@ -77,11 +83,12 @@ def takes_sum(x: Tensor, residual: Tensor, before: NormParts | None, after: Norm
 
 def add_norm(
     x: Tensor, residual: Tensor, before: NormParts | None, after: NormParts | None, wanted: Wanted | None = None,
-    scales: Scales = NO_SCALES,
+    scales: Scales = NO_SCALES, near: Near | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """x, residual: [..., D] -> their sum, and its norm; as modules.residual.add_norm. wanted: of who reads the norm.
 
-    scales: what x is to be times, float32: [M, 1] of its rows, [D] of its columns.
+    scales: what x is to be times, float32: [M, 1] of its rows, [D] of its columns. near: of ranks that have a part of x
+    each, which are added up first.
     """
     total, y = torch.empty_like(x), None if after is None else torch.empty_like(x)
     d, rows = x.shape[-1], x.numel() // x.shape[-1]
@@ -89,14 +96,14 @@ def add_norm(
         return total, y
     several, block, warps = tile(d, rows)
     first, second = before or NONE, after or NONE
-    how = wanted.how if wanted and y is not None else None
+    how = wanted.alone if wanted and y is not None else None
     codes = None if how is None else room(x, how)
     _add_norm[(cdiv(rows, several),)](
         x, residual, total, total if y is None else y,
         *(x if t is None else t for t in (*first[:2], *second[:2])), rows, first[2], second[2], d,
         before is not None, *_flags(first), after is not None, *_flags(second), several, block,
         *(codes or (total, total)), num_warps=warps, **flags(how), x_rows=scales[0], x_columns=scales[1],
-        **early(x.device),
+        **near_by(near), **early(x.device),
     )  # fmt: skip
     return total, y if y is None or wanted is None else offer(y, wanted, codes)
 

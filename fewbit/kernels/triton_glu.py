@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fewbit.kernels.input_rounding import Wanted, offer
 from fewbit.kernels.triton_early import begin, early
-from fewbit.kernels.triton_quantize import MANY, codes_by, codes_of, room, scale_of
+from fewbit.kernels.triton_near import largest, near_by
+from fewbit.kernels.triton_quantize import MANY, agreed, codes_by, codes_of, room, scale_of
 from fewbit.kernels.triton_runtime import cdiv, power
 
 ACTS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "sigmoid")
@@ -101,9 +102,10 @@ def _act_mul_round(
     gate_at, up_at, y_at, codes, scales, gate_row, gate_step, up_row, up_step, alpha, limit, plus, rows, gate_columns,
     up_columns, N: tl.constexpr, ACT: tl.constexpr, LIMITED: tl.constexpr, PLUS: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
-    REACH: tl.constexpr, EMPTY: tl.constexpr, POWERS: tl.constexpr, INT: tl.constexpr, EARLY: tl.constexpr,
+    REACH: tl.constexpr, EMPTY: tl.constexpr, POWERS: tl.constexpr, INT: tl.constexpr, near, RANKS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A program has a whole row."""
+    """A program has a whole row, or this rank's part of one."""
     begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
@@ -119,7 +121,10 @@ def _act_mul_round(
         y = _product(gate, up, alpha, limit, plus, ACT, LIMITED, PLUS, out)
         made = made + (y,)  # noqa: RUF005 - Triton unpacks no tuple
         top = tl.maximum(top, tl.where(at < N, tl.abs(y.to(tl.float32)), 0.0))
-    scale = scale_of(tl.max(top, 0, keep_dims=True), REACH, EMPTY, POWERS)
+    top = tl.max(top, 0, keep_dims=True)
+    if RANKS:
+        top = largest(top, near, RANKS)
+    scale = scale_of(top, REACH, EMPTY, POWERS)
     tl.store(scales + row + tl.arange(0, 1), scale)
     for i in tl.static_range(STEPS):
         at = i * BLOCK + lane
@@ -146,9 +151,10 @@ def act_mul(
         return y
     n = gate.shape[-1]
     gate, up = gate.reshape(-1, n), up.reshape(-1, n)
-    how = wanted.how if wanted and n <= LONGEST else None
+    rows, codes = gate.shape[0], None
+    how, near = agreed(wanted.how, rows) if wanted and wanted.how and n <= LONGEST else (None, None)
     by_row, *by_column = scales or (None, None, None)
-    rows, codes, of = gate.shape[0], None, (alpha, limit, plus, by_row, *by_column)
+    of = alpha, limit, plus, by_row, *by_column
     fixed: dict[str, Any] = {"ACT": act, "LIMITED": limit < inf, "PLUS": plus != 0, "ROWS": by_row is not None,
                              "COLUMNS": by_column[0] is not None, **early(gate.device)}  # fmt: skip
     if how is None:
@@ -162,7 +168,7 @@ def act_mul(
         block, steps, warps = _shape(n, rows)
         _act_mul_round[(rows,)](
             gate, up, y, *codes, *gate.stride(), *up.stride(), *of, n, BLOCK=block, STEPS=steps, num_warps=warps,
-            **codes_by(how), **fixed,
+            **codes_by(how), **near_by(near), **fixed,
         )  # fmt: skip
     return y if wanted is None else offer(y, wanted, codes)
 

@@ -127,7 +127,7 @@ def norm(
         return y
     (_, n1, n2), xs, ys = leading(x, y)
     several, block, warps = tile(d, rows)
-    how = wanted.how if wanted and y.is_contiguous() else None
+    how = wanted.alone if wanted and y.is_contiguous() else None
     codes = None if how is None else room(y, how)
     _norm[(cdiv(rows, several),)](
         x, weight if weight is not None else x, bias if bias is not None else x, y, rows, n1, n2, *xs, *ys, eps, d,

@@ -11,7 +11,9 @@ from triton.language.target_info import cuda_capability_geq
 
 from fewbit.env import triton_interpreted
 from fewbit.kernels.input_rounding import Rounding, offered
+from fewbit.kernels.near import ROWS, Near
 from fewbit.kernels.triton_early import begin, early
+from fewbit.kernels.triton_near import largest, near_by
 from fewbit.kernels.triton_runtime import cdiv, power
 
 HELD = 16384  # columns of a row that stay in registers between the search and the rounding
@@ -45,10 +47,20 @@ def codes_by(how: Rounding) -> dict[str, object]:
     return {"REACH": how.reach, "EMPTY": how.empty, "POWERS": how.powers, "INT": how.element == "int8"}
 
 
+def agreed(how: Rounding, rows: int) -> tuple[Rounding | None, Near | None]:
+    """For a kernel whose programs have a row each: how it rounds, if it can, and over whom a row's scale is."""
+    if how.ranks is None:
+        return how, None
+    near = how.ranks.near
+    return (how, near) if near is not None and rows <= ROWS else (None, None)
+
+
 def quantize_rows(x: Tensor, how: Rounding, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x: [M, K] float -> codes [M, K] and float32 scales [M, 1], [M, runs], or the one given."""
     x = x.contiguous()
     m, k = x.shape
+    able, near = agreed(how, m)
+    top = how.ranks.largest(x.abs().amax(1).float()) if able is None and m else None
     codes = torch.empty(m, k, dtype=how.dtype, device=x.device)
     if how.columns:
         return codes, _by_runs(x, codes, how)
@@ -56,8 +68,8 @@ def quantize_rows(x: Tensor, how: Rounding, scale: Tensor | None = None) -> tupl
     block = min(power(k), HELD)
     warps = max(1, min(16, block // (1024 if m >= MANY else 512)))
     if m:
-        _token[(m,)](x, codes, scales, k, how.reach, how.empty, block, block >= k, how.given, how.powers,
-                     how.element == "int8", num_warps=warps, **early(x.device))  # fmt: skip
+        _token[(m,)](x, codes, scales, top, k, how.reach, how.empty, block, block >= k, how.given, how.powers,
+                     how.element == "int8", num_warps=warps, **near_by(near), **early(x.device))  # fmt: skip
     return codes, scales
 
 
@@ -155,32 +167,35 @@ def put_codes(
 
 @triton.jit
 def _token(
-    x, codes, scales, k: tl.constexpr, REACH: tl.constexpr, EMPTY: tl.constexpr, BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr, GIVEN: tl.constexpr, POWERS: tl.constexpr, INT: tl.constexpr, EARLY: tl.constexpr,
+    x, codes, scales, top, k: tl.constexpr, REACH: tl.constexpr, EMPTY: tl.constexpr, BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr, GIVEN: tl.constexpr, POWERS: tl.constexpr, INT: tl.constexpr, near, RANKS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    """top: the largest of each row, where that is not to be found here."""
     begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     x += row * k
     codes += row * k
-    if WHOLE:
-        values = tl.load(x + at, mask=at < k, other=0.0).to(tl.float32)
-        if GIVEN:
-            scale = tl.load(scales + tl.arange(0, 1))
-        else:
-            scale = scale_of(tl.max(tl.abs(values), 0, keep_dims=True), REACH, EMPTY, POWERS)
-            tl.store(scales + row + tl.arange(0, 1), scale)
-        tl.store(codes + at, codes_of(values, scale, GIVEN, POWERS, INT), mask=at < k)
+    held = tl.load(x + at, mask=at < k, other=0.0).to(tl.float32)
+    if GIVEN:
+        scale = tl.load(scales + tl.arange(0, 1))
     else:
-        if GIVEN:
-            scale = tl.load(scales + tl.arange(0, 1))
+        if top is not None:
+            most = tl.load(top + row + tl.arange(0, 1))
         else:
-            top = tl.zeros((BLOCK,), tl.float32)
-            for start in range(0, k, BLOCK):
+            reach = tl.abs(held)
+            for start in range(BLOCK, k, BLOCK):
                 values = tl.load(x + start + at, mask=start + at < k, other=0.0).to(tl.float32)
-                top = tl.maximum(top, tl.abs(values))
-            scale = scale_of(tl.max(top, 0, keep_dims=True), REACH, EMPTY, POWERS)
-            tl.store(scales + row + tl.arange(0, 1), scale)
+                reach = tl.maximum(reach, tl.abs(values))
+            most = tl.max(reach, 0, keep_dims=True)
+            if RANKS:
+                most = largest(most, near, RANKS)
+        scale = scale_of(most, REACH, EMPTY, POWERS)
+        tl.store(scales + row + tl.arange(0, 1), scale)
+    if WHOLE:
+        tl.store(codes + at, codes_of(held, scale, GIVEN, POWERS, INT), mask=at < k)
+    else:
         for start in range(0, k, BLOCK):
             values = tl.load(x + start + at, mask=start + at < k, other=0.0).to(tl.float32)
             found = codes_of(values, scale, GIVEN, POWERS, INT)

@@ -22,12 +22,12 @@ from fewbit.models.arrival import Arrival, Online
 from fewbit.models.fill import Filler, is_stack, prepare, settle
 from fewbit.models.finding import refuse_on_errors
 from fewbit.models.shard_source import sharded
-from fewbit.models.shard_values import Ranks
 from fewbit.models.values import Watch
 from fewbit.models.verify import building, model_config, verify_source
 from fewbit.modules import attention, paged
 from fewbit.modules.attention_sides import SIDES, Sides, mapped
 from fewbit.modules.linear import Linear, Options
+from fewbit.modules.parted import Ranks
 from fewbit.quant.formats import FORMATS
 from fewbit.quant.plan import Plan, Rule
 from fewbit.quant.qtensor import Planes

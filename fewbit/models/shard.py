@@ -19,13 +19,14 @@ from fewbit.models import shard_take
 from fewbit.models.fill import Filler, assign, is_stack, owner
 from fewbit.models.placement import Placement
 from fewbit.models.shard_plan import Heads, Lookup, Share, head_cuts, plan
-from fewbit.models.shard_round import Rounding, taken_out
-from fewbit.models.shard_values import Block, Cut, Looked, Ranks, Stack
+from fewbit.models.shard_round import codes_of, taken_out
+from fewbit.models.shard_values import Block, Cut, Looked, Stack
 from fewbit.modules.attention import KV
 from fewbit.modules.attention_sides import SIDES, mapped
 from fewbit.modules.attention_sides import of as sides_of
 from fewbit.modules.experts import ATTRIBUTE, Experts
 from fewbit.modules.linear import Linear, Options, as_run
+from fewbit.modules.parted import Parted, Ranks
 from fewbit.quant.qtensor import Quantized
 
 WIDTHS = ("embed_dim", "hidden_size", "all_head_size", "inner_dim", "d_model")  # attributes that views may use
@@ -99,22 +100,18 @@ class Shards:
 
     def _reader(self, module: Linear, path: str, cut: Cut) -> None:
         """A linear that gives part of a sum; its bias is added on one rank."""
-        rounding: list[Rounding] = []
+        parted = module.parted = Parted(self.ranks, cut.sizes if cut.whole else ())
 
         def bind(parts: tuple[Quantized, ...], options: Options) -> None:
-            found, mine = taken_out(tuple(as_run(q, options) for q in self._taken(path, parts, cut)))
-            rounding.extend([found] if found is not None else [])
+            mine = tuple(as_run(q, options) for q in self._taken(path, parts, cut))
+            parted.codes = codes_of(mine, options)
+            if parted.codes is None:
+                parted.rounded, mine = taken_out(mine)
             Linear.bind(module, mine, options)
-
-        def before(_: nn.Module, args: tuple[Any, ...]) -> Any:
-            x = self.ranks.gather(args[0], cut.sizes) if cut.whole else args[0]
-            return (rounding[0](x, self.ranks) if rounding else x, *args[1:])
 
         module.bind = bind  # type: ignore[method-assign]
         module.in_features = cut.count
         self.axes |= {f"{path}.weight": (1, cut)} | ({f"{path}.bias": None} if self.ranks.rank else {})
-        module.register_forward_pre_hook(before)
-        module.register_forward_hook(lambda _m, _a, y: self.ranks.reduce(y))
 
     def _taken(self, path: str, parts: tuple[Quantized, ...], cut: Cut) -> tuple[Quantized, ...]:
         try:

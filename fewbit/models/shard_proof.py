@@ -35,7 +35,7 @@ class Simulated:
     """A rank that is a thread of this process."""
 
     def __init__(self, rank: int, size: int, meeting: Meeting):
-        self.rank, self.size, self.meeting = rank, size, meeting
+        self.rank, self.size, self.meeting, self.near = rank, size, meeting, None
 
     def _all(self, x: Tensor) -> list[Tensor]:
         self.meeting.held[self.rank] = x

@@ -1,7 +1,8 @@
 """Inputs that are rounded by scales of whole rows, where each rank has a part of the row: the scale is of all parts.
 
-Where a scale of an input spans its channels and is chosen at each call, ranks first agree on the extremes, round what
-they have, and give it to a kernel that rounds no more. Ranks then compute what one rank would.
+Where a scale of an input spans its channels and is chosen at each call, ranks first agree on the extremes. Then they
+round what they have, to codes for a kernel that takes them or, in software, for one that rounds no more. Ranks compute
+what one rank would.
 """
 
 from dataclasses import dataclass, replace
@@ -10,7 +11,10 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import UnsupportedError
-from fewbit.models.shard_values import Ranks
+from fewbit.kernels import input_rounding
+from fewbit.kernels.select import select
+from fewbit.modules.linear import Options
+from fewbit.modules.parted import Ranks
 from fewbit.quant.qtensor import Planes, Quantized, Transform
 from fewbit.quant.reference import assign, choose, decode, load_plane, transformed
 from fewbit.quant.spec import QuantSpec
@@ -45,6 +49,15 @@ def spanning(spec: QuantSpec) -> list[str]:
     """Names of the planes that are chosen at each call over all channels."""
     named = [(f"scale{i}", s) for i, s in enumerate(spec.scales)] + [(f"zero{i}", s) for i, s in enumerate(spec.zeros)]
     return [name for name, scale in named if scale.dynamic and scale.block[1] == 0]
+
+
+def codes_of(parts: tuple[Quantized, ...], options: Options) -> input_rounding.Rounding | None:
+    """How the kernel of a reader rounds its input, where one scale spans a row and it takes codes made by another."""
+    only = parts[0] if len(parts) == 1 else None
+    if only is None or only.format.act is None or not spanning(only.format.act) or only.transforms:
+        return None
+    kernel, _ = select("linear", only.format, only.weight.device, options.dtype, options.kernels)
+    return None if kernel.codes is None else kernel.codes(only)
 
 
 def taken_out(parts: tuple[Quantized, ...]) -> tuple[Rounding | None, tuple[Quantized, ...]]:

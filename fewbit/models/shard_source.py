@@ -14,8 +14,8 @@ from fewbit.models.shard import Shards
 from fewbit.models.shard_look import look
 from fewbit.models.shard_plan import Lookup, Piece, Stored
 from fewbit.models.shard_proof import proven
-from fewbit.models.shard_values import Ranks
 from fewbit.modules.linear import Linear, Options
+from fewbit.modules.parted import Ranks
 
 LOG = logging.getLogger("fewbit.models")
 SHARDS = "fewbit_shards"  # where a model holds its Shards

@@ -1,28 +1,12 @@
 """What a model is cut into for several ranks, as plain values. Rows and columns are runs: (start, stop) pairs."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 from torch import Tensor
 
 Runs = tuple[tuple[int, int], ...]
-
-
-class Ranks(Protocol):
-    """Processes (or threads) that run the same forward in lock step, each on its part of the weights."""
-
-    rank: int
-    size: int
-
-    def reduce(self, x: Tensor) -> Tensor:
-        """The sum over all ranks."""
-
-    def largest(self, x: Tensor) -> Tensor:
-        """The largest over all ranks, element by element."""
-
-    def gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
-        """All ranks' parts side by side along the last axis; sizes: of each rank's."""
 
 
 @dataclass(frozen=True, slots=True)

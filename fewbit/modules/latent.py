@@ -119,7 +119,8 @@ def expands(module: Any) -> bool:
 
 def plain(linear: Any) -> Up | None:
     """A linear's weight as it multiplies; None where it does more, or holds it in another way."""
-    if type(linear) is not Linear or linear.bias is not None or linear._forward_hooks or linear._forward_pre_hooks:
+    watched = linear._forward_hooks or linear._forward_pre_hooks
+    if type(linear) is not Linear or linear.bias is not None or linear.parted or watched:
         return None
     if not linear.parts:
         return linear.weight, None

@@ -17,6 +17,7 @@ from fewbit.kernels.capability import run_as
 from fewbit.kernels.dense import dense_linear
 from fewbit.kernels.registry import Kernel, Op, Unscaled
 from fewbit.kernels.select import select
+from fewbit.modules.parted import Parted
 from fewbit.quant.qtensor import Planes, QTensor, Quantized, Transform
 from fewbit.quant.reference import decode
 
@@ -73,7 +74,9 @@ def as_run(quantized: Quantized, options: Options) -> Quantized:
 
 
 class Linear(nn.Module):
-    """y = x W^T + bias."""
+    """y = x W^T + bias. parted: of those of which this rank has some columns."""
+
+    parted: Parted | None = None
 
     def __init__(self, in_features: int, out_features: int, weight: nn.Parameter | None, bias: nn.Parameter | None):
         super().__init__()
@@ -108,6 +111,12 @@ class Linear(nn.Module):
         return self.parts
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.parted is None:
+            return self.own(x)
+        return self.parted.ranks.reduce(self.own(self.parted.given(x)))
+
+    def own(self, x: Tensor) -> Tensor:
+        """What this rank's columns give."""
         if not self.parts:
             return dense_linear(x, self.weight, self.bias)
         if len(self.parts) == 1:
@@ -117,10 +126,11 @@ class Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def unscaled(self, x: Tensor) -> Unscaled:
-        """y, and the scales of its rows and columns that are its reader's to apply."""
+        """y of `own`, and the scales of its rows and columns that are its reader's to apply."""
         only = self.parts[0] if len(self.parts) == 1 and self.bias is None else None
+        x = x if self.parted is None else self.parted.given(x)
         if only is None or only.kernel.unscaled is None:
-            return Linear.forward(self, x), None, None
+            return self.own(x), None, None
         return only.kernel.unscaled(x, only.packed)
 
     def __getattr__(self, name: str) -> Any:

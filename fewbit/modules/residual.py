@@ -2,7 +2,7 @@
 
 A model's own code runs as it is, but on a stream that is a Later: adding to it only notes what is to be added. A norm
 of ours that is given one adds and norms in one launch; whatever else is done with it finds the tensor, added by then.
-A norm whose output is added may itself wait for that addition, and so may the scales of a product.
+A norm whose output is added may itself wait for that addition, and so may scales of a product and a sum over ranks.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from fewbit.kernels import fused
 from fewbit.kernels.rows import times
 from fewbit.modules.linear import Linear
 from fewbit.modules.norm import Norm, norm, normed
+from fewbit.modules.parted import Ranks
 
 ADDS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
 Pair = tuple[Tensor, Tensor | None]
@@ -23,27 +24,40 @@ Scales = tuple[Tensor | None, Tensor | None]  # float32: [M, 1] of rows, [D] of 
 NO_SCALES: Scales = (None, None)
 
 
-def add_norm(x: Tensor, residual: Tensor, before: Norm | None, after: Norm | None, scales: Scales = NO_SCALES) -> Pair:
-    """x, residual: [..., D] -> residual + x, or + before(x), x times scales first; and after of that; the oracle."""
-    x = times(x, *scales)
+def add_norm(
+    x: Tensor, residual: Tensor, before: Norm | None, after: Norm | None, scales: Scales = NO_SCALES,
+    ranks: Ranks | None = None,
+) -> Pair:  # fmt: skip
+    """x, residual: [..., D] -> residual + x, or + before(x); and after of that; the oracle.
+
+    First x is times scales, and ranks: those who have a part of it each.
+    """
+    x = times(whole(x, ranks), *scales)
     total = residual + (x if before is None else norm(x, before.weight, before.bias, before.form))
     return total, None if after is None else norm(total, after.weight, after.bias, after.form)
 
 
 def add_normed(
-    x: Tensor, residual: Tensor, before: Norm | None, after: Norm | None, scales: Scales = NO_SCALES
-) -> Pair:
+    x: Tensor, residual: Tensor, before: Norm | None, after: Norm | None, scales: Scales = NO_SCALES,
+    ranks: Ranks | None = None,
+) -> Pair:  # fmt: skip
     """The same by the kernel that takes it, to the bit what an addition and the norm's own kernel give."""
     if before is not None or after is not None:
         run: Any = kernel() if x.is_cuda else fused
-        given = x, residual, before and before.norm_parts, after and after.norm_parts
-        if run.takes_sum(*given):
-            more = (after and after.wanted, scales) if x.is_cuda else ()
-            found: Pair = run.add_norm(x if more else times(x, *scales), *given[1:], *more)
+        given = residual, before and before.norm_parts, after and after.norm_parts
+        if run.takes_sum(x, *given):
+            near = None if ranks is None or ranks.near is None or not ranks.near.takes_rows(x) else ranks.near
+            x = x if near is not None else whole(x, ranks)
+            more = (after and after.wanted, scales, near) if x.is_cuda else ()
+            found: Pair = run.add_norm(x if more else times(x, *scales), *given, *more)
             return found
-    x = times(x, *scales)
+    x = times(whole(x, ranks), *scales)
     total = residual + (x if before is None else by(before, x))
     return total, None if after is None else by(after, total)
+
+
+def whole(x: Tensor, ranks: Ranks | None) -> Tensor:
+    return x if ranks is None else ranks.reduce(x)
 
 
 def by(norm: Norm, x: Tensor) -> Tensor:
@@ -51,9 +65,12 @@ def by(norm: Norm, x: Tensor) -> Tensor:
 
 
 class Later:
-    """[residual +] [norm of] x [times scales], computed when it is first asked for; or x alone, a stream's begin."""
+    """[residual +] [norm of] x [times scales], computed when it is first asked for; or x alone, a stream's begin.
 
-    __slots__ = ("norm", "residual", "scales", "x")
+    ranks: who have a part of x each, which are added up.
+    """
+
+    __slots__ = ("norm", "ranks", "residual", "scales", "x")
 
     def __init__(
         self,
@@ -61,13 +78,15 @@ class Later:
         residual: "Tensor | Later | None" = None,
         norm: Norm | None = None,
         scales: Scales = NO_SCALES,
+        ranks: Ranks | None = None,
     ):
-        self.x, self.residual, self.norm, self.scales = x, residual, norm, scales
+        self.x, self.residual, self.norm, self.scales, self.ranks = x, residual, norm, scales, ranks
 
     @property
     def waits(self) -> bool:
         """For an addition, as it is no stream yet."""
-        return self.residual is None and (self.norm is not None or any(part is not None for part in self.scales))
+        left = self.norm is not None or self.ranks is not None or any(part is not None for part in self.scales)
+        return self.residual is None and left
 
     @property
     def tensor(self) -> Tensor:
@@ -82,11 +101,11 @@ class Later:
     def _settle(self, after: Norm | None) -> Tensor | None:
         y = None
         if self.residual is not None:
-            self.x, y = add_normed(self.x, plain(self.residual), self.norm, after, self.scales)
+            self.x, y = add_normed(self.x, plain(self.residual), self.norm, after, self.scales, self.ranks)
         else:
-            x = times(self.x, *self.scales)
+            x = times(whole(self.x, self.ranks), *self.scales)
             self.x = x if self.norm is None else by(self.norm, x)
-        self.residual, self.norm, self.scales = None, None, NO_SCALES
+        self.residual, self.norm, self.scales, self.ranks = None, None, NO_SCALES, None
         return y
 
     def __add__(self, other: Any) -> Any:
@@ -137,9 +156,9 @@ def added(a: Any, b: Any) -> Any:
         a, b = b, a
     if isinstance(b, Later) and not streams(b):
         if streams(a):
-            return Later(b.x, a, b.norm, b.scales)
+            return Later(b.x, a, b.norm, b.scales, b.ranks)
         if isinstance(a, Tensor):
-            return add_normed(b.x, a, b.norm, None, b.scales)[0]
+            return add_normed(b.x, a, b.norm, None, b.scales, b.ranks)[0]
     if streams(a) and isinstance(b, Tensor):
         return Later(b, a)
     return plain(a) + plain(b)
@@ -160,7 +179,7 @@ def stream(hidden: Any) -> Any:
 def later(norm: Norm, x: Any) -> Later:
     """A norm's forward where what it gives is added to the stream."""
     if isinstance(x, Later) and x.waits and x.norm is None:
-        return Later(x.x, norm=norm, scales=x.scales)
+        return Later(x.x, norm=norm, scales=x.scales, ranks=x.ranks)
     return Later(plain(x), norm=norm)
 
 
@@ -170,7 +189,9 @@ def product(linear: Linear, x: Any) -> Any:
     if linear._forward_hooks or linear._forward_pre_hooks:  # who watches is not to see what is no output yet
         return Linear.forward(linear, x)
     y, rows, columns = linear.unscaled(x)
-    return y if rows is None and columns is None else Later(y, scales=(rows, columns))
+    ranks = linear.parted.ranks if linear.parted is not None else None
+    left = rows is not None or columns is not None or ranks is not None
+    return Later(y, scales=(rows, columns), ranks=ranks) if left else y
 
 
 @cache

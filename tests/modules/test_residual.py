@@ -13,6 +13,7 @@ from fewbit.kernels.compiled import left_to_torch
 from fewbit.modules import residual
 from fewbit.modules.linear import Linear
 from fewbit.modules.norm import Norm, NormForm
+from fewbit.modules.parted import Parted
 from fewbit.modules.residual import Later
 
 X, Y, Z = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0)).unbind()
@@ -109,6 +110,30 @@ def test_uses(name: str) -> None:
 
 ROWS, COLUMNS = torch.tensor([[0.5], [3.0]]), torch.linspace(0.1, 2.0, 8)
 SCALES = [(ROWS, None), (None, COLUMNS), (ROWS, COLUMNS)]
+
+
+SECOND: Any = SimpleNamespace(reduce=lambda x: x + Z, near=None)  # whose other rank has Z
+
+
+@pytest.mark.parametrize("norms", [(), (AFTER,)], ids=["added", "normed"])
+def test_a_sum_over_ranks_waits_too(calls: list[str], norms: tuple[Norm, ...]) -> None:
+    s = residual.stream(Y)
+    part = Later(X, ranks=SECOND)
+    assert part.waits
+    s = s + (residual.later(norms[0], part) if norms else part)
+    x = X + Z if not norms else residual.by(norms[0], X + Z)
+    assert torch.equal(NORM(s), NORM(Y + x)) and torch.equal(s.tensor, Y + x)
+    assert calls.count("add") == 1
+    assert torch.equal(torch.tanh(Later(X, ranks=SECOND)), torch.tanh(X + Z))  # whoever else reads it finds it whole
+    assert torch.equal(Y + Later(X, ranks=SECOND), Y + (X + Z))
+
+
+def test_a_linear_of_columns() -> None:
+    linear = Linear(8, 8, nn.Parameter(torch.eye(8), requires_grad=False), None)
+    linear.parted = Parted(SECOND)
+    assert torch.equal(linear(X), X + Z)
+    later = residual.product(linear, X)
+    assert isinstance(later, Later) and later.ranks is SECOND and torch.equal(later.tensor, X + Z)
 
 
 @pytest.mark.parametrize("scales", SCALES)
