@@ -7,6 +7,7 @@ import ctypes
 import logging
 from dataclasses import dataclass
 from functools import cache
+from math import inf
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float8_e4m3fn: 2, torch.int8
 HALVES = (torch.bfloat16, torch.float16)
 CHUNK = 64  # bytes of a row that a warp takes at a time
 ROWS, TALL = 16, 64  # columns of y that a program makes: from rows of W, from humming's layout
+LAID = ((0.5, (12, 2)), (1, (12, 1)), (inf, (4, 2)))  # up to so many tiles to a processor: warps, blocks to a sum
 INTEGERS, NVFP4, MXFP4 = range(3)  # few.cu's CODES
 GROUPS = {INTEGERS: (32, 64, 128, 256, 512), NVFP4: (16,), MXFP4: (32,)}  # columns to a scale
 
@@ -113,7 +115,7 @@ def _by_rows(device: torch.device, kind: torch.dtype, out: torch.dtype, tiles: i
 @cache
 def _by_layout(device: torch.device, kind: torch.dtype, tiles: int, how: Laid, zeros: bool, n: int) -> Function:
     high, processors = n // TALL, _processors(device)
-    warps, split = (4, 8) if 2 * high <= processors else (8, 2) if high <= 2 * processors else (4, 2)
+    warps, split = next(shape for most, shape in LAID if high <= most * processors)
     defines = {"TYPE": TYPES[kind], "OUT": TYPES[kind], "TILES": tiles, "WARPS": warps, "DEPTH": 8, "GROUP": how.group,
                "CODES": how.codes, "ZEROS": int(zeros), "SPLIT": split}  # fmt: skip
     return _function("few_laid", device, defines, warps * (4096 + tiles * 4352), split)

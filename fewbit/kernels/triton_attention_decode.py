@@ -1,8 +1,9 @@
 """One query per request: a program takes one key head with the queries on it, and a part of the text.
 
-A text is cut into as many parts as the device has room for, so that one long text fills it; a second kernel joins what
-the parts found. The number of parts is a matter of the step's size alone, the length of a part of its own text: a
-request has the same bits beside any others as long as that number stays. Requests of none or many rows are left alone.
+A text is cut into as many parts as the device has room for and as are worth it, so that one long text fills it; a second
+kernel joins what the parts found. How many there may be and how short is a matter of the step's size alone, how many
+there are of the text itself: a request has the same bits beside any others as long as that size stays. Requests of none
+or many rows are left alone.
 """
 
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from fewbit.kernels.triton_early import await_last, early, let_next
 
 PROGRAMS = 4  # that are aimed at, per multiprocessor
 FEW_PARTS, MOST_PARTS = 8, 64
+SPLITS = ((32, 32), (8, 256), (4, 768))  # parts there is room for, and tokens of one that are worth it; below, no parts
 MOST_HEADS = 64  # queries of a program
 MOST_TOKENS = 64
 TILE = {True: 4096, False: 8192}  # numbers of a tile of keys, where texts are cut into parts and where not
@@ -49,7 +51,8 @@ class Shape:
     heads: int  # queries of a program, with padding
     blocks: int  # programs that share the queries of one key head
     tokens: int  # of a tile
-    parts: int  # of a text
+    parts: int  # of a text, at most
+    least: int  # tokens that a part is to have
     warps: int
     stages: int
 
@@ -69,10 +72,11 @@ def shape(query: Tensor, cache: Cache, table: Table, window: int | None) -> Shap
         stages = STAGES[wanted > 1]
         stages = stages if (stages - 1) * tokens * tiled(cache) * cache.key.element_size() <= ROOM else 2
     reach = table.reach if window is None else min(table.reach, window)
-    parts = max(1, min(-(-reach // tokens), wanted, MOST_PARTS))
+    least = tokens if cache.shared else next((least for room, least in SPLITS if wanted >= room), reach)
+    parts = max(1, min(-(-reach // least), wanted, MOST_PARTS))
     parts = 1 << parts.bit_length() - 1  # few values: each is compiled for
     warps = WARPS if heads * padded(cache.value.shape[2]) <= GATHERED else 2 * WARPS
-    return Shape(heads, blocks, tokens, parts, warps, stages)
+    return Shape(heads, blocks, tokens, parts, least, warps, stages)
 
 
 def together(query: Tensor, cache: Cache) -> tuple[int, int, int, int]:
@@ -105,33 +109,36 @@ def run(
         query, cache.key, cache.value, cache.key_scale, cache.value_scale, cache.key_measured, cache.value_measured,
         out, found, weights, table.pages, table.lengths, table.starts, sinks, scaling, window, softcap, heads,
         query.stride(2), query.stride(1), *cache.key.stride()[:2], *cache.value.stride()[:2], *out.stride()[:2],
-        table.pages.stride(0), key_heads, cut.parts, SPLIT=cut.parts > 1, TOKENS=cut.tokens, GROUP=heads // key_heads,
+        table.pages.stride(0), key_heads, cut.parts, cut.least, SPLIT=cut.parts > 1, TOKENS=cut.tokens, GROUP=heads // key_heads,
         BLOCKS=cut.blocks, HEADS=cut.heads, SIZE=table.size, PRECISION=precision(query.dtype), P=p,
         num_warps=cut.warps, num_stages=cut.stages, **dims, **early(query.device),
     )  # fmt: skip
     if cut.parts > 1:
         many = FEW_PARTS if cut.parts <= FEW_PARTS else MOST_PARTS
         _join[(table.ones, heads)](
-            found, weights, out, table.lengths, table.starts, window, heads, *out.stride()[:2], cut.parts, MANY=many,
-            TOKENS=cut.tokens, DV=dims["DV"], DVP=dims["DVP"], num_warps=4 if many * dims["DVP"] <= 8192 else 8,
+            found, weights, out, table.lengths, table.starts, window, heads, *out.stride()[:2], cut.parts, cut.least,
+            MANY=many, TOKENS=cut.tokens, DV=dims["DV"], DVP=dims["DVP"], num_warps=4 if many * dims["DVP"] <= 8192 else 8,
         **early(query.device),
         )  # fmt: skip
 
 
 @triton.jit
-def _stretch(length, window, parts, TOKENS: tl.constexpr):
+def _stretch(length, window, parts, least, TOKENS: tl.constexpr):
     """-> the tile of the first token that is seen, and how many tokens each part takes: whole tiles."""
     first = 0
     if window is not None:
         first = tl.maximum(length - window, 0) // TOKENS * TOKENS
-    return first, tl.cdiv(tl.cdiv(length - first, parts), TOKENS) * TOKENS
+    several = tl.minimum(parts, tl.maximum(tl.cdiv(length - first, least), 1))
+    return first, tl.cdiv(tl.cdiv(length - first, several), TOKENS) * TOKENS
 
 
-@triton.jit(do_not_specialize=["parts", "p_row"], do_not_specialize_on_alignment=["pages", "lengths", "starts"])
+@triton.jit(
+    do_not_specialize=["parts", "least", "p_row"], do_not_specialize_on_alignment=["pages", "lengths", "starts"]
+)
 def _part(
     query, key, value, key_scale, value_scale, key_measured, value_measured, out, found, weights, pages, lengths,
     starts, sinks, scaling, window, softcap, heads, q_row, q_head, k_slot: tl.constexpr, k_head, v_slot: tl.constexpr,
-    v_head, o_row, o_head, p_row, key_heads, parts,
+    v_head, o_row, o_head, p_row, key_heads, parts, least,
     GROUP: tl.constexpr, BLOCKS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr,
     SPLIT: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DR: tl.constexpr, DP: tl.constexpr,
     DVP: tl.constexpr, DRP: tl.constexpr, SHARED: tl.constexpr, P: tl.constexpr, EARLY: tl.constexpr,
@@ -143,7 +150,8 @@ def _part(
     row = tl.load(starts + request).to(tl.int64)
     one = tl.load(starts + request + 1) == row + 1
     length = tl.load(lengths + request)
-    first, step = _stretch(length, window, parts, TOKENS)
+    first, step = _stretch(length, window, parts, least, TOKENS)
+    whole = first + step >= length
     first += part * step
     last = tl.minimum(first + step, length)
     if SPLIT:
@@ -180,7 +188,7 @@ def _part(
         acc = acc / P
     acc = scaled(acc, value_measured, kin)
     wanted = inside[:, None] & (e < DV)[None, :]
-    if not SPLIT:
+    if not SPLIT or whole:
         acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
         tl.store(out + row * o_row + head[:, None] * o_head + e[None, :], acc.to(out.dtype.element_ty), mask=wanted)
     else:
@@ -190,9 +198,9 @@ def _part(
         tl.store(weights + at * 2 + 1, total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["parts"], do_not_specialize_on_alignment=["lengths", "starts"])
+@triton.jit(do_not_specialize=["parts", "least"], do_not_specialize_on_alignment=["lengths", "starts"])
 def _join(
-    found, weights, out, lengths, starts, window, heads, o_row, o_head, parts, MANY: tl.constexpr,
+    found, weights, out, lengths, starts, window, heads, o_row, o_head, parts, least, MANY: tl.constexpr,
     TOKENS: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     let_next(EARLY)
@@ -201,10 +209,10 @@ def _join(
     row = tl.load(starts + request).to(tl.int64)
     one = tl.load(starts + request + 1) == row + 1
     length = tl.load(lengths + request)
+    first, step = _stretch(length, window, parts, least, TOKENS)
     await_last(EARLY)
-    if not one:
+    if not one or (length > 0 and first + step >= length):  # it is there
         return
-    first, step = _stretch(length, window, parts, TOKENS)
     part = tl.arange(0, MANY)
     there = part * step < length - first
     at = (request.to(tl.int64) * heads + head) * parts + part
