@@ -75,9 +75,9 @@ class Group:
         return torch.cat([each.view(x.dtype)[..., :n] for each, n in zip(found, sizes, strict=True)], -1)
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """Rank 0's, which the others get in place of their own. On GPUs no host waits."""
+        """Rank 0's; the others' own are lost. On GPUs no host waits."""
         if self.near is not None and self.near.takes(x):
-            return x.copy_(self.near.sum(x if self.rank == 0 else x.zero_()))
+            return self.near.sum(x if self.rank == 0 else torch.zeros_like(x))
         options = dist.BroadcastOptions()
         options.rootRank = 0
         self._backend.broadcast([x], options).wait()

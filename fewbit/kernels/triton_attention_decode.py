@@ -1,9 +1,9 @@
 """One query per request: a program takes one key head with the queries on it, and a part of the text.
 
 A text is cut into as many parts as the device has room for and as are worth it, so that one long text fills it; a
-second kernel joins what the parts found. How many there may be, and how short, is a matter of the step's size alone, how
-many there are of the text itself: a request has the same bits beside any others as long as that size stays. Requests of
-none or many rows are left alone.
+second kernel joins what the parts found. How many there may be, and how short, is a matter of the step's size alone,
+how many there are of the text itself: a request has the same bits beside any others as long as that size stays.
+Requests of none or many rows are left alone.
 """
 
 from dataclasses import dataclass
@@ -110,8 +110,8 @@ def run(
         out, found, weights, table.pages, table.lengths, table.starts, sinks, scaling, window, softcap, heads,
         query.stride(2), query.stride(1), *cache.key.stride()[:2], *cache.value.stride()[:2], *out.stride()[:2],
         table.pages.stride(0), key_heads, cut.parts, cut.least, SPLIT=cut.parts > 1, TOKENS=cut.tokens,
-        GROUP=heads // key_heads, BLOCKS=cut.blocks, HEADS=cut.heads, SIZE=table.size, PRECISION=precision(query.dtype), P=p,
-        num_warps=cut.warps, num_stages=cut.stages, **dims, **early(query.device),
+        GROUP=heads // key_heads, BLOCKS=cut.blocks, HEADS=cut.heads, SIZE=table.size, PRECISION=precision(query.dtype),
+        P=p, num_warps=cut.warps, num_stages=cut.stages, **dims, **early(query.device),
     )  # fmt: skip
     if cut.parts > 1:
         many = FEW_PARTS if cut.parts <= FEW_PARTS else MOST_PARTS
