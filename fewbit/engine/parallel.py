@@ -48,7 +48,7 @@ class Team:
         self._threads = torch.get_num_threads()
         self._failed, self._closing = threading.Event(), False
         self._sender = Sender()
-        self._share_threads(device)
+        torch.set_num_threads(max(1, self._threads // self.size))  # ranks share the cores
         self.ranks: list[Rank] = []
         try:
             for number in range(1, self.size):
@@ -56,10 +56,6 @@ class Team:
         except BaseException:
             self.close()
             raise
-
-    def _share_threads(self, device: str) -> None:
-        if device == "cpu":
-            torch.set_num_threads(max(1, self._threads // self.size))
 
     def _died(self, rank: "Rank", code: int) -> None:
         if self._closing:

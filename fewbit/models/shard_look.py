@@ -175,15 +175,15 @@ class Tried:
         self.names = list(leaves)
         self.matrices = {name for name, leaf in leaves.items() if isinstance(leaf, nn.Parameter) and leaf.dim() > 1}
         self.leaves = list(leaves.values())
-        first = self.touched(0, self.k)
+        first = self.touched(slice(None))
         known = [i for i, name in enumerate(self.names) if name in first]
         self.names, self.leaves = [self.names[i] for i in known], [self.leaves[i] for i in known]
 
-    def touched(self, start: int, stop: int) -> dict[str, Tensor]:
+    def touched(self, channels: slice | Tensor) -> dict[str, Tensor]:
         """-> leaf -> [n] bool."""
         if not self.leaves:
             return {}
-        z = (self.x[..., start:stop] * self.weights[..., start:stop]).sum()
+        z = (self.x[..., channels] * self.weights[..., channels]).sum()
         grads = torch.autograd.grad(z, self.leaves, retain_graph=True, allow_unused=True)
         found = zip(self.names, grads, strict=True)
         return {name: self.elements(name, g != 0) for name, g in found if g is not None}
@@ -194,10 +194,10 @@ class Tried:
 
     def sizes(self, linears: Sequence[str] | Mapping[str, Tensor]) -> list[int]:
         """Lengths that units of channels may have, by where the rows of the first channel stop to matter."""
-        first = self.touched(0, 1)
+        first = self.touched(slice(1))
         found: dict[str, int] = {}
         for d in (d for d in range(1, self.k // 2 + 1) if self.k % d == 0):
-            here, before = self.touched(d, d + 1), self.touched(d - 1, d)
+            here, before = self.touched(slice(d, d + 1)), self.touched(slice(d - 1, d))
             for name in set(first) - set(found):
                 apart = not bool((first[name] & here[name]).any())
                 if apart and bool(first[name].any()) and bool((first[name] & before[name]).any()):
@@ -212,9 +212,28 @@ class Tried:
             return [unit]
         return sorted(sizes - {1})
 
+    def one_by_one(self, unit: int) -> list[dict[str, Tensor]]:
+        """What each unit touches."""
+        return [self.touched(slice(start, start + unit)) for start in range(0, self.k, unit)]
+
+    def apart(self, unit: int) -> list[dict[str, Tensor]]:
+        """The same by the digits of units' numbers, if no two touch the same; else nothing."""
+        units = torch.arange(self.k) // unit
+        if (count := int(units[-1]) + 1) < 2:
+            return []
+        owner = {name: torch.zeros(len(seen), dtype=torch.int64) for name, seen in self.touched(slice(1)).items()}
+        for digit in range((count - 1).bit_length()):
+            ones, others = (self.touched((units >> digit & 1) == value) for value in (1, 0))
+            if any(bool((ones[name] & others[name]).any()) for name in owner):
+                return []
+            for name, held in owner.items():
+                held[ones[name]] |= 1 << digit
+                held[~ones[name] & ~others[name]] = -1
+        return [{name: held == u for name, held in owner.items()} for u in range(count)]
+
     def classes(self, unit: int) -> dict[str, tuple[Runs, ...]] | None:
         """Leaf -> the runs each unit needs, for leaves that not all units need whole; None: they overlap in part."""
-        each = [self.touched(start, min(start + unit, self.k)) for start in range(0, self.k, unit)]
+        each = self.apart(unit) or self.one_by_one(unit)
         out: dict[str, tuple[Runs, ...]] = {}
         for name in self.names:
             masks = [found[name] for found in each]

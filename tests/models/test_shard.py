@@ -11,7 +11,7 @@ from fewbit.errors import UnsupportedError
 from fewbit.models import hf, twin
 from fewbit.models.build import load
 from fewbit.models.shard import cache_scale
-from fewbit.models.shard_look import look
+from fewbit.models.shard_look import Tried, look
 from fewbit.models.shard_plan import Piece, even, nearest, plan, rows_of
 from fewbit.models.shard_proof import Meeting, Simulated, proven, together
 from fewbit.models.shard_source import SHARDS
@@ -74,6 +74,24 @@ def test_what_makes_what_is_seen(model_type: str) -> None:
     assert told == SEEN[model_type]
     sinks = [runs for b in blocks.values() for runs in b.params.values()]
     assert sinks == ([tuple(((h, h + 1),) for h in range(4))] if model_type == "gpt_oss" else [])
+
+
+@pytest.mark.parametrize("units", [2, 3, 5, 16])
+def test_digits_of_units_tell_what_one_by_one_does(units: int) -> None:
+    """Where nothing is shared; else they say that something is."""
+    a, b, shared = (torch.randn(4, units * 6, requires_grad=True) for _ in range(3))
+    every = torch.randn(6, requires_grad=True)
+    x = (a * b).unflatten(-1, (units, 6)).flip(1).flatten(1)[..., : units * 6 - 2]
+    tried = Tried(x, {"a": a, "b": b})
+    told = tried.apart(6)
+    assert len(told) == units
+    for one, other in zip(told, tried.one_by_one(6), strict=True):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    half = shared.unflatten(-1, (units, 6))[:, : -(-units // 2)].repeat_interleave(2, 1)[:, :units].flatten(1)
+    for more in (half, every.repeat(units)):
+        leaves = {"a": a, "shared": shared} if more is half else {"a": a, "every": every}
+        both = Tried(a * more, leaves)
+        assert both.apart(6) == [] and len(both.one_by_one(6)) == units
 
 
 def test_real_sizes_are_seen_without_weights() -> None:
