@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -124,14 +125,32 @@ class Team:
         return found + [tuple(self.answer(rank)["measured"]) for rank in self.ranks]
 
     def capture(self, mine: Callable[[], None], prompts: bool) -> None:
-        """All record what they do together, or none does: a graph has rows that a step without it has not."""
+        """All record what they do together, or none does: a graph has rows that a step without it has not.
+
+        Whoever fails alone leaves the others waiting for what it no longer does: that ends the engine.
+        """
         self.command("capture", prompts=prompts)
-        why = ""
+        said, over = [""], threading.Event()
+
+        def hear() -> None:
+            with suppress(FewbitError):  # `check` raises it
+                said.extend(self.answer(rank)["captured"] for rank in self.ranks)
+            if any(said) and not over.wait(NOTICE):
+                self.group.abort()
+
+        hearing = threading.Thread(target=hear, daemon=True)
+        hearing.start()
         try:
             self.guarded(mine)
         except (RuntimeError, UnsupportedError) as error:
-            why = first_line(error)
-        said = [why, *(self.answer(rank)["captured"] for rank in self.ranks)]
+            said[0] = first_line(error)
+        over.set()
+        hearing.join(NOTICE if said[0] else None)
+        self.check()
+        if hearing.is_alive() or self.group.aborted:
+            why = next(filter(None, said))
+            raise FewbitError(f"tensor parallel: one rank alone could not record CUDA graphs: {why}; --enforce-eager "
+                              "does without")  # fmt: skip
         if any(said):
             self.command("forget")
             raise UnsupportedError(next(filter(None, said)))

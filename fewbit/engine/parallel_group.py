@@ -36,6 +36,7 @@ class Group:
         self.rank, self.size, self.device, self.file = rank, size, device, file
         self._backend: Any = None
         self.near: near.Near | None = None
+        self.aborted = False
 
     def connect(self) -> None:
         """Meet the other ranks."""
@@ -85,6 +86,7 @@ class Group:
 
     def abort(self) -> None:
         """End what waits for a rank that is gone; nothing is summed or joined after."""
+        self.aborted = True
         if self.near is not None:
             self.near.give_up()
         backend, self._backend = self._backend, None

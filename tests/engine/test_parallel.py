@@ -1,30 +1,36 @@
 """Tensor parallel with processes: the same texts as one rank gives, and an end when a rank ends."""
 
+import json
 import os
 import random
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import fewbit
+from fewbit.engine import parallel
 from fewbit.engine.batch import Flight, wanted
 from fewbit.engine.config import EngineConfig
 from fewbit.engine.engine import Engine
 from fewbit.engine.guided_source import StructuredOutputs
+from fewbit.engine.parallel import Team
 from fewbit.engine.parallel_wire import COMMAND, STEP, Receiver, Sender, Wire
 from fewbit.engine.params import SamplingParams
 from fewbit.engine.request import PENDING, Delta, Request, Stream
 from fewbit.engine.scheduler import Work
 from fewbit.engine.tables import Tables
-from fewbit.errors import FewbitError
+from fewbit.errors import FewbitError, UnsupportedError
 from fewbit.models import kv_file
 from tests.engine.test_engine import AHEAD, tokens
 from tests.engine.tokenizers import byte_fallback
@@ -51,6 +57,69 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def engine(path: Path, size: int, **options: Any) -> Engine:
     return Engine(EngineConfig.of(model=str(path), dtype="float32", tensor_parallel_size=size, **options))
+
+
+class Recording:
+    """A Team of one other rank, which says `said` of its graphs after `wait` seconds."""
+
+    def __init__(self, said: str, wait: float = 0.1):
+        self.team, self.group, self.aborted = Team.__new__(Team), SimpleNamespace(aborted=False), threading.Event()
+        self.group.abort = self.abort
+        self.wires = [Wire(end) for end in socket.socketpair()]
+        one: Any = SimpleNamespace(number=1, wire=self.wires[0], last_words=lambda: "")
+        self.team.ranks, self.team.group, self.team.size = [one], self.group, 2  # type: ignore[assignment]
+        self.team.first, self.team._failed = None, threading.Event()
+        self.told: list[str] = []
+        self.free = threading.Event()
+        self.other = threading.Thread(target=self.rank, args=(said, wait))
+
+    def __enter__(self) -> "Recording":
+        self.other.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.free.set()
+        self.wires[0].end.shutdown(socket.SHUT_RDWR)
+        self.other.join()
+        for wire in self.wires:
+            wire.close()
+
+    def abort(self) -> None:
+        self.group.aborted = True
+        self.aborted.set()
+
+    def rank(self, said: str, wait: float) -> None:
+        wire = self.wires[1]
+        with suppress(EOFError, OSError):
+            self.told.append(json.loads(wire.receive()[1])["command"])
+            self.free.wait(wait)
+            wire.tell(captured=said)
+            self.told.append(json.loads(wire.receive()[1])["command"])
+
+
+def fails() -> None:
+    raise RuntimeError("out of memory\nand more")
+
+
+def test_all_record_graphs_or_none() -> None:
+    with Recording("") as recording:
+        recording.team.capture(lambda: None, True)
+    for said, mine, why in (("no room", lambda: None, "no room"), ("", fails, "out of memory"), ("x", fails, "out of")):
+        with Recording(said) as recording:
+            with pytest.raises(UnsupportedError, match=why):
+                recording.team.capture(mine, True)
+            recording.other.join()
+        assert recording.told == ["capture", "forget"] and not recording.group.aborted
+
+
+def test_who_fails_to_record_alone_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait within a kernel for what it no longer sends: rank 0, or another."""
+    monkeypatch.setattr(parallel, "NOTICE", 0.2)
+    with Recording("no room") as recording, pytest.raises(FewbitError, match=r"one rank alone .*: no room; --enforce"):
+        recording.team.capture(lambda: recording.aborted.wait(20) and None, True)
+    assert recording.aborted.is_set()
+    with Recording("", 20) as recording, pytest.raises(FewbitError, match=r"one rank alone .*: out of memory; --enf"):
+        recording.team.capture(fails, True)
 
 
 def pids(of: Engine) -> list[int]:
