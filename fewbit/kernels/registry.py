@@ -20,7 +20,6 @@ from fewbit.kernels import (
     humming_linear,
     packed,
     scaled_linear,
-    torch_decoded,
     torch_dequant,
     torch_emulated,
     triton_experts,
@@ -113,21 +112,22 @@ KERNELS: tuple[Kernel, ...] = (
         note="all experts in one launch, whose rows only the device need know",
     ),
     Kernel(
-        DECODED, "linear", (), FLOATS, _anything, torch_decoded.prepack_linear, torch_decoded.run_linear, asked=True,
-        note="the reference with weights decoded once: quantize, evaluate and diff run a layer on it and let it go",
-    ),
-    Kernel(
-        DECODED, "experts", (), FLOATS, _anything, torch_decoded.prepack_experts, torch_decoded.run_experts, asked=True,
-        note="the same, one expert at a time",
-    ),
-    Kernel(
         EMULATED, "linear", (), FLOATS, _anything, torch_emulated.prepack, torch_emulated.run_linear, asked=True,
         owns=True,
-        note="weights rounded once and kept as floats, inputs rounded at each call: fakequant, and latent attention",
+        note="weights decoded once and kept as floats, inputs rounded at each call: fakequant, and latent attention",
     ),
     Kernel(
         EMULATED, "experts", (), FLOATS, _anything, torch_emulated.prepack_experts, torch_emulated.run_experts,
         asked=True, owns=True, note="the same, for inputs alike in one launch on a GPU",
+    ),
+    Kernel(
+        DECODED, "linear", (), FLOATS, _anything, partial(torch_emulated.prepack, keep=True), torch_emulated.run_linear,
+        asked=True, owns=True,
+        note="the same beside what they were decoded from: quantize, evaluate and diff run a layer on it and let it go",
+    ),
+    Kernel(
+        DECODED, "experts", (), FLOATS, _anything, partial(torch_emulated.prepack_experts, keep=True),
+        torch_emulated.run_experts, asked=True, owns=True, note="the same, for inputs alike in one launch on a GPU",
     ),
     Kernel(
         REFERENCE, "linear", (), FLOATS, _anything, torch_dequant.prepack_linear, torch_dequant.run_linear,

@@ -1,7 +1,7 @@
 """Weights decoded once and kept so, inputs rounded at each call: any format on any device, at the size of floats.
 
-For emulation: nothing but the decoded weight stays, and nothing in a call waits for the device but for inputs that are
-scaled by what all rows of an expert bring.
+Nothing in a call waits for the device but for inputs that are scaled by what all rows of an expert bring. keep: what
+was decoded stays beside it, for who looks at that too.
 """
 
 from collections.abc import Sequence
@@ -21,12 +21,12 @@ from fewbit.quant.reference import decode, transformed
 
 @dataclass(frozen=True, slots=True)
 class Emulated:
-    source: Quantized  # without its planes
+    source: Quantized
     weight: Tensor  # [N, K]
 
 
-def prepack(q: Quantized, dtype: torch.dtype) -> Emulated:
-    return Emulated(emptied(q), decode(q.weight).to(dtype))
+def prepack(q: Quantized, dtype: torch.dtype, keep: bool = False) -> Emulated:
+    return Emulated(q if keep else emptied(q), decode(q.weight).to(dtype))
 
 
 def seen(x: Tensor, q: Quantized) -> Tensor:
@@ -54,13 +54,13 @@ class EmulatedExperts:
     shared: Quantized | None
 
 
-def prepack_experts(q: Quantized, dtype: torch.dtype) -> EmulatedExperts:
-    weight, empty = decode(q.weight).to(dtype), emptied(q)
-    each = tuple(Emulated(expert(empty, e), weight[e]) for e in range(len(weight)))
+def prepack_experts(q: Quantized, dtype: torch.dtype, keep: bool = False) -> EmulatedExperts:
+    weight, source = decode(q.weight).to(dtype), q if keep else emptied(q)
+    each = tuple(Emulated(expert(source, e), weight[e]) for e in range(len(weight)))
     act = q.format.act
     by_row = act is None or all(not s.dynamic or s.block[0] == 1 for s in (*act.scales, *act.zeros))
     alike = by_row and not q.transforms and all(bool((plane == plane[:1]).all()) for plane in q.act.values())
-    return EmulatedExperts(empty, weight, each, each[0].source if alike else None)
+    return EmulatedExperts(source, weight, each, each[0].source if alike else None)
 
 
 def run_experts(x: Tensor, packed: EmulatedExperts, rows: Sequence[int] | Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.errors import CheckpointError
+from fewbit.kernels.registry import DECODED
 from fewbit.models import hf, kv, twin
 from fewbit.models.account import matches
 from fewbit.models.build import resolve_dtype
@@ -86,7 +87,7 @@ class Layers:
         """plain: linears stay transformers' own."""
         self.source, self.device = source, present(device)
         self.config = model_config(source) if config is None else config
-        self.options = Options("decoded", activations, resolve_dtype(dtype, self.config))
+        self.options = Options(DECODED, activations, resolve_dtype(dtype, self.config))
         self.model = hf.build(self.config, self.options.dtype, attention or twin.require(self.config))
         if not plain:
             prepare(self.model)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fewbit import codecs
 from fewbit.errors import RequestError
+from fewbit.kernels.registry import DECODED
 from fewbit.models.finding import refuse_on_errors
 from fewbit.models.hidden import Hidden
 from fewbit.models.layers import WHOLE, Layers, State, Unit
@@ -91,7 +92,7 @@ def diff(
     tokens: int = 2048,
     context: int = 512,
     format: str | Format | Plan | None = None,
-    kernels: tuple[str, str] = ("decoded", "decoded"),
+    kernels: tuple[str, str] = (DECODED, DECODED),
     activations: tuple[str, str] = ("declared", "declared"),
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str | None = None,

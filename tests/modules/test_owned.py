@@ -7,24 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.errors import UnsupportedError
-from fewbit.kernels import registry, torch_decoded
-from fewbit.kernels.humming_linear import emptied
+from fewbit.kernels import registry, torch_emulated
 from fewbit.kernels.registry import FLOATS, Kernel
-from fewbit.kernels.torch_decoded import Decoded
 from fewbit.modules.linear import Linear, Options
 from fewbit.quant.formats import FORMATS
 from fewbit.quant.qtensor import Quantized
 from fewbit.quant.reference import decode, encode
 
 
-def takes(q: Quantized, dtype: torch.dtype) -> Decoded:
-    return Decoded(emptied(q), decode(q.weight).to(dtype))
-
-
 @pytest.fixture
 def taker(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The first kernel of all is one that takes planes over, until the test ends."""
-    taker = Kernel("taker", "linear", (), FLOATS, lambda *_: None, takes, torch_decoded.run_linear, owns=True)
+    taker = Kernel(
+        "taker", "linear", (), FLOATS, lambda *_: None, torch_emulated.prepack, torch_emulated.run_linear, owns=True
+    )
     monkeypatch.setattr(registry, "KERNELS", (taker, *registry.KERNELS))
     registry.kernels.cache_clear()
     yield
