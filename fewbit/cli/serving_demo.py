@@ -68,7 +68,8 @@ def _answer(url: str, body: dict[str, Any]) -> str:
                                      {"content-type": "application/json"})  # fmt: skip
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is on this machine
     with opener.open(request, timeout=300) as response:
-        return json.load(response)["choices"][0]["message"]["content"]
+        text: str = json.load(response)["choices"][0]["message"]["content"]
+        return text
 
 
 VERBS = (demo,)

@@ -27,7 +27,6 @@ from fewbit.compat.insert import (
     as_linear,
     check_attention,
     disk_modules,
-    is_attention,
     projections,
     quantizers,
     route_attention,
@@ -37,6 +36,7 @@ from fewbit.compat.quantizer import Quantizer
 from fewbit.errors import RequestError, UnsupportedError
 from fewbit.models import hf
 from fewbit.models.fill import is_stack
+from fewbit.modules.attention import is_attention
 from fewbit.quant.formats import TENSOR_FP8
 from fewbit.workflows.export import export
 from fewbit.workflows.small_files import COPIED, SMALL

@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from fewbit.codecs.codec import Codec
-from fewbit.compat.insert import CACHE, OTHERS, QuantLinear, is_attention, matrix, weights
+from fewbit.compat.insert import CACHE, OTHERS, QuantLinear, matrix, weights
 from fewbit.compat.quantizer import Quantizer
 from fewbit.errors import UnsupportedError
 from fewbit.models import hf
 from fewbit.models.placement import Placement
+from fewbit.modules.attention import is_attention
 from fewbit.quant import qtensor
 from fewbit.quant.qtensor import QTensor, Quantized, Transform
 from fewbit.quant.recast import recast

@@ -60,8 +60,9 @@ def run(layers: Layers, wish: Wish, batches: Sequence[Tensor], tell: Tell = lamb
         tell(number, total)
         with layers.loaded(unit) as module, torch.no_grad():
             outputs = one(layers, unit, module, within(wish.found, unit), wish.algorithm, state, out)
-        for i, hidden in enumerate(outputs if unit.name != WHOLE and state is not None else ()):
-            state[i] = hidden
+        if unit.name != WHOLE and state is not None:
+            for i, hidden in enumerate(outputs):
+                state[i] = hidden
     if head:
         tell(total - 1, total)
         with outside(layers, head) as model, torch.no_grad():

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewbit.compat.insert import CACHE, OTHERS, is_attention, weights
+from fewbit.compat.insert import CACHE, OTHERS, weights
 from fewbit.compat.quantizer import Quantizer, by_rule
 from fewbit.errors import CheckpointError
+from fewbit.modules.attention import is_attention
 from fewbit.quant import elements
 from fewbit.quant.blocks import over
 from fewbit.quant.qtensor import Planes, grid

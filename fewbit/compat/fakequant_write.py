@@ -88,7 +88,7 @@ class Weights:
         self.filler._offsets(layers.places, source)
 
     def read(self, name: str) -> Tensor:
-        tensor: Tensor = self.source.read(name)
+        tensor: Tensor = self.source.read(name)  # type: ignore[assignment]
         place = self.layers.places.get(name)
         found = [self.arrival(target) for target in place.targets] if place is not None else []
         if place is None or all(a is None or not ("codes" in a.weight or a.transforms) for a in found):

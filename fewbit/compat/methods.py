@@ -77,7 +77,7 @@ def smooth(group: Group, active: Group, stats: Stats, method: str, told: Mapping
     specs = [w.quantizer.spec for w in active for _ in w.members]
     act = group[0].input.spec if group[0].input.enabled else None
     assert algo.scale is not None
-    s = algo.scale(members, specs, act, stats, options(algo, given))  # type: ignore[arg-type]
+    s = algo.scale(members, specs, act, stats, options(algo, given), None)  # type: ignore[arg-type]
     pre = (1 / s).to(matrix(group[0].module, group[0].name).dtype)
     for w in group:
         w.input._pre_quant_scale = pre

@@ -6,7 +6,7 @@ is served as it was trained. From Megatron's side a state dict of a whole GPT is
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,8 @@ def export_mcore_gpt_to_hf_vllm_fq(state: Mapping[str, Any], config: Mapping[str
     quant_cfg: what the quantizers do, where that is to be in the file too; else whoever serves it says so.
     """
     flat = normalized({name: t for name, t in state.items() if isinstance(t, Tensor)})
-    weights, kept = {}, {}
+    weights: dict[str, Tensor] = {}
+    kept: dict[str, Tensor] = {}
     for name, tensor in flat.items():
         (kept if "quantizer." in name else weights).update(mapped(name, tensor, config))
     files = {"config.json": (json.dumps(dict(config), indent=2) + "\n").encode()}
@@ -111,7 +112,7 @@ def mapped(name: str, tensor: Tensor, config: Mapping[str, Any]) -> dict[str, Te
         if re.fullmatch(pattern, rest):
             return {f"{prefix}.{re.sub(pattern, to, rest)}": tensor}
     if found := HEADS.fullmatch(rest):
-        pieces = heads(name, tensor, config) if per_row(found[1], tensor) else (tensor,) * 3
+        pieces: Sequence[Tensor] = heads(name, tensor, config) if per_row(found[1], tensor) else (tensor,) * 3
         return {f"{prefix}.self_attn.{leaf}_proj.{found[1]}": t for leaf, t in zip("qkv", pieces, strict=True)}
     if found := HALVES.fullmatch(rest):
         host = f"{prefix}.mlp.experts.{found[2]}" if found[2] else f"{prefix}.mlp"

@@ -59,7 +59,7 @@ class Quantizer(nn.Module):
             return x
         if self.watch and x.numel():
             self.look(x.detach())
-            if self.watch == "rounded":
+            if self.watch == "rounded" and self.amax is not None:
                 self.hold(self.amax)
         return x if self.watch == "plain" else _Straight.apply(x, self)  # type: ignore[no-untyped-call]
 
@@ -103,7 +103,7 @@ class Quantizer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Scales follow the model to its device, and keep their type where it changes its own."""
         held = {name: getattr(self, name) for name in PLANES}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, plane in held.items():
             if plane is not None:
                 setattr(self, name, plane.to(getattr(self, name).device))

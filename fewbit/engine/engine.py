@@ -234,7 +234,7 @@ class Engine:
         if (found := sampled.logprobs[i]) is not None:
             delta.logprobs = [self._spelt(found)]
         finish, reason = self._finish(stream, token, place + 1 - stream.prompt_length)
-        ending = token in self.loaded.ends or token in stream.request.params.stop_token_ids
+        ending = token in self.loaded.ends or token in (stream.request.params.stop_token_ids or ())
         if finish != "stop" or not ending:  # the token that ends a text is not part of it
             delta.text = stream.detokenizer.push([token])
             if stream.detokenizer.stopped is not None:
@@ -246,13 +246,13 @@ class Engine:
         if made > params.min_tokens:
             if token in self.loaded.ends and not params.ignore_eos:
                 return "stop", None
-            if token in params.stop_token_ids:
+            if token in (params.stop_token_ids or ()):
                 return "stop", token
         if stream.matcher is not None:
             stream.matcher.accept(token)
             if stream.matcher.finished:
                 return ("error", stream.matcher.error) if stream.matcher.error else ("stop", None)
-        return ("length", None) if made >= params.max_tokens else (None, None)
+        return ("length", None) if params.max_tokens is not None and made >= params.max_tokens else (None, None)
 
     def _spelt(self, found: dict[int, Logprob]) -> dict[int, Logprob]:
         if self.tokenizer is None:

@@ -54,7 +54,7 @@ def _parts(module: nn.Module) -> Iterable[Part]:
     return chain.from_iterable(held.values()) if isinstance(held, dict) else held
 
 
-def _cache(model: nn.Module, cache: torch.dtype | None) -> dict[str, str]:
+def _cache(model: Any, cache: torch.dtype | None) -> dict[str, str]:
     """kv: to what keys and values are rounded; kv_scales: where its scales come from; kv_held: what is in memory."""
     specs = Counter(kv[0] for module in model.modules() if (kv := getattr(module, KV, None)) is not None)
     sides = [of(module) for module in model.modules() if hasattr(module, SIDES)]

@@ -6,7 +6,7 @@ made is bounded by the compiler's own limits, and ends that one answer.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ KEPT = 64
 class Grammars:
     """The compiled grammars of one tokenizer; safe to call from any thread."""
 
-    def __init__(self, tokenizer: Any, vocab: int, ends: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Any, vocab: int, ends: Iterable[int] = ()) -> None:
         """vocab: how many logits there are; ends: the ids that end an answer, the tokenizer's own unless given."""
         self._tokenizer, self._vocab, self._ends = tokenizer, vocab, sorted(ends)
         self._lock = threading.Lock()

@@ -127,8 +127,9 @@ class Paged:
         if self.graphs is not None and (size := self.graphs.size(batch)) is not None:
             return Logits(self.graphs.run(size, batch, flight), batch.counts)
         plainly = partial(self._eager, batch, flight)
-        taped = self.tapes is not None and not self.exact and self.tapes.takes(batch)
-        return Logits(self.tapes.run(batch, plainly) if taped else plainly(), batch.counts)
+        if self.tapes is not None and not self.exact and self.tapes.takes(batch):
+            return Logits(self.tapes.run(batch, plainly), batch.counts)
+        return Logits(plainly(), batch.counts)
 
     def _eager(self, batch: Batch, flight: Flight | None) -> Tensor:
         """Rows beyond the last text make the count a rounder one; what they write goes to a slot that nobody reads."""
@@ -220,7 +221,8 @@ class Alone:
         with torch.inference_mode():
             out = self.model(input_ids=ids, **asked)
         stream.state = (work.stop, getattr(out, self.cache)) if self.cache else None
-        return out.logits[0][[work.start - start + row for row in rows]]
+        logits: Tensor = out.logits[0][[work.start - start + row for row in rows]]
+        return logits
 
     def free(self) -> None:
         pass

@@ -76,7 +76,8 @@ class Scheduler:
     def _begin(self, stream: Stream, budget: int) -> Work | None:
         if stream.full or self._sibling_computes(stream):
             return None
-        found, digests = [], []
+        found: list[int] = []
+        digests: list[bytes] = []
         if stream.request.params.prompt_logprobs is None:
             found, digests = self.pool.match(stream.tokens[:-1])
         start = len(found) * self.pool.size

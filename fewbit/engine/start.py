@@ -102,8 +102,9 @@ class Loaded:
         if self.team is not None:
             self.team.command("finish")
         self.session.finish()
-        for rank in self.team.ranks if self.team is not None else ():
-            self.team.answer(rank)
+        if self.team is not None:
+            for rank in self.team.ranks:
+                self.team.answer(rank)
 
     def record(self, runner: Any, eager: bool) -> None:
         """CUDA graphs of steps, where they can be had. What cannot be recorded is said, and runs without."""

@@ -28,7 +28,7 @@ class Tape(TorchDispatchMode):
     """Records within `recording`; `replay` does it again."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._calls: list[Again] = []
         self._held: list[Any] = []  # what operations gave, and took: calls have its addresses
 
@@ -68,7 +68,7 @@ def repeated(func: Any, args: Any, kwargs: dict[str, Any], given: Any) -> Again 
         return None
     if name in ZEROS:
         return partial(given.zero_)
-    if func is torch.ops.aten.add.Tensor and not kwargs and (ours := fused.adding(*args, given)) is not None:
+    if func is torch.ops.aten.add.Tensor and not kwargs and (ours := fused.adding(args[0], args[1], given)) is not None:
         return ours
     if name in ("_to_copy", "to"):
         return partial(given.copy_, args[0])

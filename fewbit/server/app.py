@@ -94,10 +94,10 @@ def answered(handler: Handler) -> Handler:
         except ClientDisconnect:
             return Response(status_code=400)
         except Exception as error:
-            status, *said = of(error)
-            if status == 500:
+            found = of(error)
+            if found[0] == 500:
                 LOG.exception("%s %s", http.method, http.url.path)
-            return answer(status, *said)
+            return answer(*found)
 
     return answering
 

@@ -55,14 +55,14 @@ async def prompts_of(state: State, body: CompletionBody) -> list[tuple[str | Non
     if not given:
         raise Refusal(400, "prompt is empty: at least one token is needed", "prompt")
     if isinstance(given[0], int):
-        return [(None, given)]  # type: ignore[list-item]
+        return [(None, given)]
     if len(given) > MOST_PROMPTS:
         raise Refusal(400, f"{len(given)} prompts in one request: at most {MOST_PROMPTS} are taken", "prompt")
     if isinstance(given[0], list):
-        return [(None, ids) for ids in given]  # type: ignore[misc]
+        return [(None, ids) for ids in given]
     special = body.add_special_tokens is not False
-    ids = await state.text.encode_all(given, special)  # type: ignore[arg-type]
-    return list(zip(given, ids, strict=True))  # type: ignore[arg-type]
+    ids = await state.text.encode_all(given, special)
+    return list(zip(given, ids, strict=True))
 
 
 class Shape:

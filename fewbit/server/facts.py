@@ -62,7 +62,8 @@ async def info(http: HttpRequest) -> Response:
 async def stats(http: HttpRequest) -> Response:
     """The engine's counters now; two readings give the tokens per second."""
     state: State = http.app.state.fewbit
-    found = asdict(state.loop.stats) if is_dataclass(state.loop.stats) else {}
+    counted = state.loop.stats
+    found = asdict(counted) if is_dataclass(counted) and not isinstance(counted, type) else {}
     return _json({"time": time.time(), "places": state.loop.room, "taken": state.loop.rows, **found})
 
 

@@ -11,7 +11,7 @@ import fewbit
 from fewbit.server import protocol
 from fewbit.server.failures import encoded
 
-BODIES = {
+BODIES: dict[str, Any] = {
     "/v1/completions": protocol.CompletionBody, "/v1/chat/completions": protocol.ChatBody,
     "/v1/responses": protocol.ResponsesBody, "/tokenize": protocol.TokenizeBody,
     "/detokenize": protocol.DetokenizeBody,

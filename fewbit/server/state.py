@@ -37,11 +37,11 @@ class State:
 
     @property
     def max_len(self) -> int:
-        return self.loop.engine.limits.max_len
+        return int(self.loop.engine.limits.max_len)
 
     @property
     def vocab(self) -> int:
-        return self.loop.engine.vocab
+        return int(self.loop.engine.vocab)
 
     async def read(self, http: HttpRequest, kind: type[B]) -> B:
         """The body as one of the protocol's, for a model that is served."""

@@ -68,10 +68,10 @@ async def with_errors(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         async for piece in pieces:
             yield piece
     except Exception as error:  # the status is sent already: this is the only place left to say it
-        status, *said = failures.of(error)
-        if status == 500:
+        found = failures.of(error)
+        if found[0] == 500:
             LOG.exception("while streaming")
-        yield event(failures.encoded(failures.body(status, *said))) + DONE
+        yield event(failures.encoded(failures.body(*found))) + DONE
 
 
 def event(data: bytes, name: str | None = None) -> bytes:

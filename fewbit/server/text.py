@@ -67,7 +67,8 @@ class Text:
             self._widest = max(map(len, tokenizer.get_vocab()), default=1)
         if len(text) > self.longest * self._widest:
             raise RequestError(f"the prompt has {len(text)} characters, which cannot be {self.longest} tokens or fewer")
-        return tokenizer.encode(text, add_special_tokens=special, verbose=False)
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=special, verbose=False)
+        return ids
 
     def _render(self, context: dict[str, Any]) -> str:
         if not self.template:
