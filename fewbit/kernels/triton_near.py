@@ -35,12 +35,12 @@ def summed(x, at, inside, near, RANKS: tl.constexpr):
     whole: tl.constexpr = _wide(x.dtype)
     turn = tl.load(near[2] + pid)
     start = ((turn & 1) * RANKS * PLACES_ + pid).to(tl.int64) * WIDTH_
-    _send(x, start + near[4] * (PLACES_ * WIDTH_), at, inside, near, RANKS)
+    _send(x, start + near[4] * (PLACES_ * WIDTH_), at, inside, near, RANKS, 16)
     total = tl.zeros(x.shape, whole)
     for r in tl.static_range(RANKS):
         part = x
         if r != near[4]:
-            part = _await(start + r * (PLACES_ * WIDTH_), at, inside, near, x.dtype)
+            part = _await(start + r * (PLACES_ * WIDTH_), at, inside, near, x.dtype, 16)
         total += part.to(whole)
     tl.store(near[2] + pid, turn + 1)
     return total
@@ -54,17 +54,17 @@ def largest(x, near, RANKS: tl.constexpr):
     inside = at < 1
     turn = tl.load(near[2] + PLACES_ + pid)
     start = 2 * RANKS * PLACES_ * WIDTH_ + ((turn & 1) * RANKS * ROWS_ + pid).to(tl.int64) * 4
-    _send(x, start + near[4] * (ROWS_ * 4), at, inside, near, RANKS)
+    _send(x, start + near[4] * (ROWS_ * 4), at, inside, near, RANKS, 4)
     top = x
     for r in tl.static_range(RANKS):
         if r != near[4]:
-            top = tl.maximum(top, _await(start + r * (ROWS_ * 4), at, inside, near, x.dtype))
+            top = tl.maximum(top, _await(start + r * (ROWS_ * 4), at, inside, near, x.dtype, 4))
     tl.store(near[2] + PLACES_ + pid, turn + 1)
     return top
 
 
 @triton.jit
-def _send(x, start, at, inside, near, RANKS: tl.constexpr, ALIGNED: tl.constexpr = 16):
+def _send(x, start, at, inside, near, RANKS: tl.constexpr, ALIGNED: tl.constexpr):
     """To the same place in every other rank's room."""
     kind: tl.constexpr = _bits(x.dtype)
     bits = x.to(kind, bitcast=True)
@@ -75,7 +75,7 @@ def _send(x, start, at, inside, near, RANKS: tl.constexpr, ALIGNED: tl.constexpr
 
 
 @triton.jit
-def _await(start, at, inside, near, DTYPE: tl.constexpr, ALIGNED: tl.constexpr = 16):
+def _await(start, at, inside, near, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """What a rank has sent there."""
     kind: tl.constexpr = _bits(DTYPE)
     there = tl.multiple_of((near[1] + start).to(tl.pointer_type(kind)), ALIGNED) + at

@@ -38,8 +38,11 @@ class Ranks(Protocol):
 
 @dataclass(slots=True)
 class Parted:
-    """gathers: what each rank has of an input that this one needs whole. codes: as the kernel rounds it, if it takes
-    codes; else rounded: it rounded, in software."""
+    """What is done before a linear and after.
+
+    gathers: how much each rank has of an input that all need whole. codes: how the kernel rounds its input, where it
+    takes codes that others made; rounded: else, what rounds it in software.
+    """
 
     ranks: Ranks
     gathers: Sequence[int] = ()

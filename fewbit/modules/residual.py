@@ -30,7 +30,7 @@ def add_norm(
 ) -> Pair:  # fmt: skip
     """x, residual: [..., D] -> residual + x, or + before(x); and after of that; the oracle.
 
-    First x is times scales, and ranks: those who have a part of it each.
+    x is added up over ranks first, who have a part of it each, and multiplied by scales.
     """
     x = times(whole(x, ranks), *scales)
     total = residual + (x if before is None else norm(x, before.weight, before.bias, before.form))
