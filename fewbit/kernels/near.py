@@ -34,7 +34,7 @@ class Near:
     """A rank among others. rooms: where each rank's is, as this one sees it."""
 
     def __init__(self, rank: int, rooms: Sequence[int], device: torch.device):
-        self.rank, self.rooms, self.device = rank, list(rooms), device
+        self.rank, self.rooms = rank, list(rooms)
         self.turns = torch.zeros(PLACES + ROWS, dtype=torch.int32, device=device)
         self.end = torch.zeros(1, dtype=torch.int32, pin_memory=True)  # a word of the host's that the device reads
         self.given = tuple(self.rooms), self.rooms[rank], self.turns, self.end, rank  # triton_near's `near`
@@ -50,9 +50,9 @@ class Near:
 
     def sum(self, x: Tensor) -> Tensor:
         """The same bits on all ranks: added up in float32 (whole numbers as such), in their order."""
-        from fewbit.kernels.triton_near import sum_
+        from fewbit.kernels.triton_near import over_ranks
 
-        return sum_(x, self)
+        return over_ranks(x, self)
 
     def give_up(self) -> None:
         """End what waits for a rank that is gone. From any thread."""

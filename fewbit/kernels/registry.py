@@ -52,7 +52,7 @@ class Kernel:
     gathers: bool = False  # experts: run takes one more, which row of x each row is, and x is not sorted then
     invariant: bool = False  # whether a row's result never depends on how many rows are beside it
     unscaled: Callable[..., Unscaled] | None = None  # linear: (x, packed), for a reader that applies scales itself
-    codes: Callable[[Quantized], Rounding | None] | None = None  # linear: how it rounds inputs that come without codes
+    rounds: Callable[[Quantized], Rounding | None] | None = None  # linear: inputs, unless they come with their codes
 
     def refusal(self, format: Format, device: torch.device, dtype: torch.dtype) -> str | None:
         """None when it can run, else the first reason why not."""
@@ -88,7 +88,7 @@ KERNELS: tuple[Kernel, ...] = (
     ),
     Kernel(
         "scaled", "linear", ("cuda",), (torch.bfloat16,), scaled_linear.supports, scaled_linear.prepack_linear,
-        scaled_linear.run_linear, (8, 9), unscaled=scaled_linear.run_unscaled, codes=scaled_linear.codes,
+        scaled_linear.run_linear, (8, 9), unscaled=scaled_linear.run_unscaled, rounds=scaled_linear.rounds,
         note="FP8 times FP8 through cuBLASLt, the scales of rows in a step of their own; up to 16 rows by few.cu",
     ),
     Kernel(

@@ -52,7 +52,7 @@ def supports(form: Format, device: torch.device, dtype: torch.dtype) -> str | No
     return triton_runtime.lacking(device)
 
 
-def codes(q: Quantized) -> Rounding | None:
+def rounds(q: Quantized) -> Rounding | None:
     """How inputs are rounded; None for what is left to the reference: sizes that cuBLASLt does not take."""
     if any(size % STEP for size in q.weight.shape) or q.format.act is None:
         return None
@@ -63,7 +63,7 @@ def codes(q: Quantized) -> Rounding | None:
 
 def prepack_linear(q: Quantized) -> Scaled | Rows:
     """Nothing is moved."""
-    w, how = q.weight, codes(q)
+    w, how = q.weight, rounds(q)
     if how is None:
         return torch_dequant.prepack_linear(q)
     scale, one = w.planes["scale0"], torch.ones(1, device=w.device)

@@ -5,6 +5,8 @@ whoever has read one puts that back. The two halves of a place are used by turns
 by the time a rank sends to a half again it has what the other sent after it had read that. Ranks run the same programs,
 begun in their order, so that of all that wait the first waits for one that has begun. Whoever waits looks now and then
 at a word of the host's, by which it is told to give up.
+
+near, in kernels: addresses of all ranks' rooms, of the own one, turns, the host's word, the rank (Near.given).
 """
 
 from typing import Any
@@ -113,7 +115,7 @@ def _sum(x_at, y_at, count, near, RANKS: tl.constexpr, BLOCK: tl.constexpr, EARL
     tl.store(y_at + there, total.to(x.dtype), there < count)
 
 
-def sum_(x: Tensor, near: Near) -> Tensor:
+def over_ranks(x: Tensor, near: Near) -> Tensor:
     """x: what `near` takes."""
     y, count = torch.empty_like(x), x.numel()
     block = min(max(power(cdiv(count, SPREAD)), 256), WIDTH // x.element_size())

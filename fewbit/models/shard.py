@@ -19,7 +19,7 @@ from fewbit.models import shard_take
 from fewbit.models.fill import Filler, assign, is_stack, owner
 from fewbit.models.placement import Placement
 from fewbit.models.shard_plan import Heads, Lookup, Share, head_cuts, plan
-from fewbit.models.shard_round import codes_of, taken_out
+from fewbit.models.shard_round import by_kernel, taken_out
 from fewbit.models.shard_values import Block, Cut, Looked, Stack
 from fewbit.modules.attention import KV
 from fewbit.modules.attention_sides import SIDES, mapped
@@ -104,8 +104,8 @@ class Shards:
 
         def bind(parts: tuple[Quantized, ...], options: Options) -> None:
             mine = tuple(as_run(q, options) for q in self._taken(path, parts, cut))
-            parted.codes = codes_of(mine, options)
-            if parted.codes is None:
+            parted.how = by_kernel(mine, options)
+            if parted.how is None:
                 parted.rounded, mine = taken_out(mine)
             Linear.bind(module, mine, options)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import UnsupportedError
-from fewbit.kernels import input_rounding
+from fewbit.kernels.input_rounding import Rounding
 from fewbit.kernels.select import select
 from fewbit.modules.linear import Options
 from fewbit.modules.parted import Ranks
@@ -21,8 +21,8 @@ from fewbit.quant.spec import QuantSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Rounding:
-    """What is done to an input before the kernel."""
+class Agreed:
+    """How an input is rounded before the kernel, in software."""
 
     spec: QuantSpec
     planes: Planes
@@ -51,16 +51,16 @@ def spanning(spec: QuantSpec) -> list[str]:
     return [name for name, scale in named if scale.dynamic and scale.block[1] == 0]
 
 
-def codes_of(parts: tuple[Quantized, ...], options: Options) -> input_rounding.Rounding | None:
+def by_kernel(parts: tuple[Quantized, ...], options: Options) -> Rounding | None:
     """How the kernel of a reader rounds its input, where one scale spans a row and it takes codes made by another."""
     only = parts[0] if len(parts) == 1 else None
     if only is None or only.format.act is None or not spanning(only.format.act) or only.transforms:
         return None
     kernel, _ = select("linear", only.format, only.weight.device, options.dtype, options.kernels)
-    return None if kernel.codes is None else kernel.codes(only)
+    return None if kernel.rounds is None else kernel.rounds(only)
 
 
-def taken_out(parts: tuple[Quantized, ...]) -> tuple[Rounding | None, tuple[Quantized, ...]]:
+def taken_out(parts: tuple[Quantized, ...]) -> tuple[Agreed | None, tuple[Quantized, ...]]:
     """The rounding of a reader's input that must be agreed on, and its parts without it."""
     acts = {q.format.act for q in parts}
     if not any(act is not None and spanning(act) for act in acts):
@@ -70,4 +70,4 @@ def taken_out(parts: tuple[Quantized, ...]) -> tuple[Rounding | None, tuple[Quan
         raise UnsupportedError("its parts round their input in several ways: it cannot be cut by columns")
     assert first.format.act is not None
     bare = tuple(replace(q, format=replace(q.format, act=None, transforms=()), act={}, transforms=()) for q in parts)
-    return Rounding(first.format.act, first.act, first.transforms), bare
+    return Agreed(first.format.act, first.act, first.transforms), bare

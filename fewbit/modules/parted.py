@@ -40,21 +40,21 @@ class Ranks(Protocol):
 class Parted:
     """What is done before a linear and after.
 
-    gathers: how much each rank has of an input that all need whole. codes: how the kernel rounds its input, where it
+    gathers: how much each rank has of an input that all need whole. how: the kernel rounds its input, where it
     takes codes that others made; rounded: else, what rounds it in software.
     """
 
     ranks: Ranks
     gathers: Sequence[int] = ()
-    codes: Rounding | None = None
+    how: Rounding | None = None
     rounded: Callable[[Tensor, Ranks], Tensor] | None = None
 
     def given(self, x: Tensor) -> Tensor:
         """What the linear is given in place of x: [..., K]."""
         if self.gathers:
             x = self.ranks.gather(x, self.gathers)
-        if self.codes is not None:
-            return self.coded(x, self.codes)
+        if self.how is not None:
+            return self.coded(x, self.how)
         return x if self.rounded is None else self.rounded(x, self.ranks)
 
     def coded(self, x: Tensor, how: Rounding) -> Tensor:
