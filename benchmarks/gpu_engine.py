@@ -41,7 +41,7 @@ ROWS = {  # name: (options of LLM, vLLM's tokens a second by column)
     "q4_k": ({"quantization": "q4_k"}, None),
 }
 COMMON = {"max_model_len": 4096, "gpu_memory_utilization": 0.85, "enable_prefix_caching": False,
-          "max_num_batched_tokens": 16384, "max_num_seqs": 256}  # fmt: skip
+          "max_num_batched_tokens": 16384, "max_num_seqs": 1024}  # fmt: skip
 VOCAB = 128000
 
 

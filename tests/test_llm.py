@@ -1,5 +1,7 @@
 """LLM: vLLM's names, and what they mean, on a tiny model with a tokenizer."""
 
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -126,6 +128,17 @@ def test_shutdown_has_vllms_path(folder: Path) -> None:
     llm = LLM(folder)
     llm.llm_engine.model_executor.shutdown()
     assert llm.llm_engine.loaded.model is None
+
+
+def test_what_was_loaded_is_let_go(folder: Path) -> None:
+    """While it serves, Python's garbage collector passes it by; after that nothing of it is left."""
+    llm = LLM(folder)
+    model = weakref.ref(llm.llm_engine.loaded.model)
+    assert gc.get_freeze_count() > 0
+    llm.llm_engine.shutdown()
+    del llm
+    gc.collect()
+    assert gc.get_freeze_count() == 0 and model() is None
 
 
 def test_an_architecture_that_cannot_be_paged(tmp_path: Path) -> None:

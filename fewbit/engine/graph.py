@@ -19,7 +19,7 @@ from fewbit.engine.batch import Batch, Flight
 from fewbit.engine.tables import Tables
 from fewbit.kernels.table import BLOCK, Table
 
-MOST = 256  # streams of the largest graph
+STREAMS = (1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, 513, 32), *range(576, 1025, 64))
 ROWS = (16, 32, 64, *range(128, 1281, 128), 1536, 1792, 2048)  # of graphs with prompts; beyond, launching is hidden
 PROMPTS = 16  # blocks of rows that a graph has room for beyond those that are full: about so many prompts
 NUMPY = {torch.int16: "<i2", torch.int32: "<i4"}
@@ -27,8 +27,7 @@ NUMPY = {torch.int16: "<i2", torch.int32: "<i4"}
 
 def sizes(most: int) -> list[int]:
     """Counts of streams that have a graph of single tokens."""
-    found = [n for n in (1, 2, 4, *range(8, MOST + 1, 8)) if n < most]
-    return [*found, min(most, MOST)]
+    return [*(n for n in STREAMS if n < most), min(most, STREAMS[-1])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +70,7 @@ class Graphs:
         streams = sizes(len(tables.pages))
         self.sizes = [Size(n, n) for n in streams]
         rows = ROWS[: bisect_left(ROWS, budget) + 1] if budget else ()
-        self.sizes += [Size(n, streams[-1], n // BLOCK + PROMPTS) for n in rows]
+        self.sizes += [Size(n, min(n, streams[-1]), n // BLOCK + PROMPTS) for n in rows]
         most = max(sum(size.counts.values()) for size in self.sizes)
         self._held = torch.zeros(len(tables.pages) + most, dtype=torch.int32, device=self.device)
         self._last, self._numbers = self._held.split([len(tables.pages), most])

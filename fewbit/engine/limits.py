@@ -18,6 +18,7 @@ from fewbit.errors import CapacityError, RequestError
 
 CPU_CACHE = 1 << 30  # bytes of KV cache on a CPU, of which only used pages are ever touched
 GRAPHS = 3 << 30  # bytes left on a GPU for CUDA graphs and for what a sampler needs
+LARGE = 70 << 30  # bytes of a GPU that four times as many requests share, as under vLLM
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +30,23 @@ class Limits:
     token: int = 0  # bytes of KV cache that one takes on this rank; 0: no pages are kept
 
 
-def running(config: EngineConfig, device: torch.device) -> int:
-    return config.max_num_seqs or (64 if device.type == "cpu" else 256)
+def running(config: EngineConfig, loaded: Loaded) -> int:
+    """Most requests at once. Those of a runner without pages have caches that nothing bounds."""
+    if config.max_num_seqs or loaded.device.type == "cpu":
+        return config.max_num_seqs or 64
+    _, total = torch.cuda.mem_get_info(loaded.device)
+    return 1024 if loaded.paged and total >= LARGE else 256
 
 
-def budget(config: EngineConfig, device: torch.device) -> int:
+def budget(config: EngineConfig, loaded: Loaded) -> int:
     """Tokens of a step."""
-    asked = config.max_num_batched_tokens or (512 if device.type == "cpu" else 8192)
-    return max(asked, running(config, device))
+    asked = config.max_num_batched_tokens or (512 if loaded.device.type == "cpu" else 8192)
+    return max(asked, running(config, loaded))
 
 
 def limits_of(config: EngineConfig, loaded: Loaded) -> Limits:
     """How long a text may be, how many pages there are, how many requests run."""
-    size, most_running, most = config.block_size, running(config, loaded.device), budget(config, loaded.device)
+    size, most_running, most = config.block_size, running(config, loaded), budget(config, loaded)
     asked = config.max_model_len or loaded.longest
     if config.max_model_len and config.max_model_len > loaded.longest:
         raise RequestError(f"max_model_len={config.max_model_len}: the model's positions reach {loaded.longest}")
@@ -67,7 +72,7 @@ def measured(config: EngineConfig, loaded: Loaded) -> tuple[int, int]:
     if loaded.device.type != "cuda":
         return token, min(CPU_CACHE, available() // 2 // config.tensor_parallel_size)
     torch.cuda.empty_cache()
-    held, most = torch.cuda.memory_allocated(loaded.device), budget(config, loaded.device)
+    held, most = torch.cuda.memory_allocated(loaded.device), budget(config, loaded)
     torch.cuda.reset_peak_memory_stats(loaded.device)
     tried(loaded, most, min(most, config.max_model_len or loaded.longest))
     working = torch.cuda.max_memory_allocated(loaded.device) - held - token * most

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SCALE = float(1 << 40)  # times 2**19 tokens still fits int64
 CACHED = 8192  # logits of a row beyond which a CPU is twice as fast row by row
+HELD = 1 << 24  # logits of several rows, which take up to 50 bytes each on the way
 
 
 def uniform(seed: int, step: int) -> float:
@@ -29,9 +30,8 @@ def uniform(seed: int, step: int) -> float:
 
 def draw(logits: Tensor, rows: Sequence["Row"]) -> Tensor:
     """logits: [R, V] f32 -> [R] int64."""
-    if logits.device.type == "cpu" and logits.shape[1] > CACHED:
-        return torch.cat([_draw(logits[i : i + 1], rows[i : i + 1]) for i in range(len(rows))])
-    return _draw(logits, rows)
+    each = 1 if logits.device.type == "cpu" and logits.shape[1] > CACHED else max(1, HELD // logits.shape[1])
+    return torch.cat([_draw(logits[i : i + each], rows[i : i + each]) for i in range(0, len(rows), each)])
 
 
 def _draw(logits: Tensor, rows: Sequence["Row"]) -> Tensor:

@@ -75,7 +75,9 @@ class Loaded:
         return Lockstep(self.own_runner(limits), self.team)
 
     def own_runner(self, limits: "Limits") -> Runner:
-        """Of this rank."""
+        """Of this rank. What was loaded stays, so that Python need not look through it for garbage between steps."""
+        gc.collect()
+        gc.freeze()
         if not self.paged:
             self.watch()
             return Alone(self.model, proof.cache_of(self.model.config))
@@ -140,6 +142,7 @@ class Loaded:
         if self.team is not None:
             self.team.close()
         self.model = None
+        gc.unfreeze()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -80,7 +80,7 @@ def test_sizes() -> None:
     """Each step gets the smallest that has room; what asks for more than a graph has runs without one."""
     graphs = Graphs(Tables(20, 16, CPU), PAGE, REACH, 0, lambda **_: None, lambda *_: torch.zeros(1), 100)
     assert [(size.rows, size.streams) for size in graphs.sizes] == [
-        (1, 1), (2, 2), (4, 4), (8, 8), (16, 16), (20, 20), (16, 20), (32, 20), (64, 20), (128, 20)]  # fmt: skip
+        (1, 1), (2, 2), (4, 4), (8, 8), (16, 16), (20, 20), (16, 16), (32, 20), (64, 20), (128, 20)]  # fmt: skip
     ones = [Work(stream(0), 0, 1) for _ in range(3)]
     for held in ones:
         held.stream.tokens = held.stream.tokens[:1]
@@ -89,7 +89,7 @@ def test_sizes() -> None:
         (ones, Size(4, 4)),
         ([*ones, unfinished], Size(64, 20, 16)),
         ([unfinished], Size(32, 20, 16)),
-        ([Work(stream(1), 0, 1)], Size(16, 20, 16)),  # no logits are wanted of it
+        ([Work(stream(1), 0, 1)], Size(16, 16, 16)),  # no logits are wanted of it
         ([prompt], None),
         ([*ones, *ones, *ones, *ones, *ones, *ones, *ones], None),
     ):
