@@ -140,11 +140,12 @@ def sweep(heads: tuple[int, int, int]) -> None:
     decode, prefill = triton_attention_decode, triton_attention_prefill
     texts = [Texts(heads, count, length, 1, held) for count, length in ((1, 2000), (8, 2000), (64, 2000), (256, 200))
              for held in CACHES.values()]  # fmt: skip
+    splits = decode.SPLITS
     print("decode us: 1, 8, 64 x 2000, 256 x 200, each bf16, fp8, int8; (tokens, stages, warps, programs)")
     for cut in CUTS:
         tokens, stages, decode.WARPS, decode.PROGRAMS = cut
-        decode.MOST_TOKENS, decode.STAGES = tokens, dict.fromkeys((True, False), stages)
-        decode.TILE = dict.fromkeys((True, False), tokens * heads[2])
+        tile = decode.Tile(tokens * heads[2], tokens, stages)
+        decode.SPLITS = tuple((room, least, tile) for room, least, _ in splits)
         print(f"{cut!s:>20}", attempt(lambda: "".join(f"{t.attend():8.1f}" for t in texts)), flush=True)
     whole = [Texts(heads, 16, 2048, 2048, held) for held in (None, torch.float8_e4m3fn, torch.int8)]
     print("prefill us: 16 x 2048, bf16, fp8, int8")

@@ -113,22 +113,21 @@ struct Finish {
 extern __shared__ __align__(16) char memory[];
 
 #if SPLIT == 0
-// w: [n, bytes], x: [m, bytes]; a block makes 16 columns of y.
+// w: [n, bytes], x: [m, bytes]; a block makes 16 HIGH columns of y.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 few_rows(const char *w, const char *x, Finish finish, int bytes) {
-    constexpr int STEP = WARPS * 64, STAGE = (2 + TILES) * 512;
+    constexpr int STEP = WARPS * 64, STAGE = (2 * HIGH + TILES) * 512;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const u64 eight = 8ull * bytes;
-    const char *from = w + blockIdx.x * 2 * eight + (u64)g * bytes + warp * 64 + t * 16;
+    const char *from = w + blockIdx.x * 2 * HIGH * eight + (u64)g * bytes + warp * 64 + t * 16;
     char *ring = memory + warp * (DEPTH * STAGE) + lane * 16;
     int left = bytes - warp * 64;
     let_next();
 #pragma unroll
     for (int s = 0; s < DEPTH; s++) {
-        if (left > s * STEP) {
-            copy(ring + s * STAGE, from + s * STEP);
-            copy(ring + s * STAGE + 512, from + eight + s * STEP);
-        }
+        if (left > s * STEP)
+#pragma unroll
+            for (int h = 0; h < 2 * HIGH; h++) copy(ring + s * STAGE + h * 512, from + h * eight + s * STEP);
         close_group();
     }
     const char *own = x + (u64)g * bytes + warp * 64 + t * 16;
@@ -141,45 +140,54 @@ few_rows(const char *w, const char *x, Finish finish, int bytes) {
         for (int s = 0; s < DEPTH; s++) {
             Four v = {0, 0, 0, 0};
             if (there[j] && left > s * STEP) v = four(own + j * eight + s * STEP);
-            *(Four *)(ring + s * STAGE + (2 + j) * 512) = v;
+            *(Four *)(ring + s * STAGE + (2 * HIGH + j) * 512) = v;
         }
     }
-    Sum sum[TILES][4] = {};
+    Sum sum[HIGH][TILES][4] = {};
     from += DEPTH * STEP, own += DEPTH * STEP;
     for (char *here = ring; left > 0; left -= STEP, from += STEP, own += STEP) {
         await_group();
-        const Four up = *(const Four *)here, low = *(const Four *)(here + 512);
+        Four b[TILES];
 #pragma unroll
-        for (int j = 0; j < TILES; j++) {
-            const Four b = *(const Four *)(here + (2 + j) * 512);
-            Sum part[4] = {};  // units add e4m3 with few bits: 64 columns at a time
-            mma(part, up.x, low.x, up.y, low.y, b.x, b.y);
-            mma(part, up.z, low.z, up.w, low.w, b.z, b.w);
+        for (int j = 0; j < TILES; j++) b[j] = *(const Four *)(here + (2 * HIGH + j) * 512);
 #pragma unroll
-            for (int i = 0; i < 4; i++) sum[j][i] += part[i];
+        for (int h = 0; h < HIGH; h++) {
+            const Four up = *(const Four *)(here + h * 1024), low = *(const Four *)(here + h * 1024 + 512);
+#pragma unroll
+            for (int j = 0; j < TILES; j++) {
+                Sum part[4] = {};  // units add e4m3 with few bits: 64 columns at a time
+                mma(part, up.x, low.x, up.y, low.y, b[j].x, b[j].y);
+                mma(part, up.z, low.z, up.w, low.w, b[j].z, b[j].w);
+#pragma unroll
+                for (int i = 0; i < 4; i++) sum[h][j][i] += part[i];
+            }
         }
         if (left > DEPTH * STEP) {
-            copy(here, from), copy(here + 512, from + eight);
+#pragma unroll
+            for (int h = 0; h < 2 * HIGH; h++) copy(here + h * 512, from + h * eight);
 #pragma unroll
             for (int j = 0; j < TILES; j++)
-                if (there[j]) copy_shared(here + (2 + j) * 512, own + j * eight);
+                if (there[j]) copy_shared(here + (2 * HIGH + j) * 512, own + j * eight);
         }
         close_group();
         here = here + STAGE < ring + DEPTH * STAGE ? here + STAGE : ring;
     }
     __syncthreads();  // of the ring, which gives way to the sums
-    Sum *parts = (Sum *)memory;  // [WARPS][TILES * 8][17]
+    constexpr int WIDE = 16 * HIGH, APART = WIDE + 1;
+    Sum *parts = (Sum *)memory;  // [WARPS][TILES * 8][APART]
 #pragma unroll
-    for (int j = 0; j < TILES; j++)
+    for (int h = 0; h < HIGH; h++)
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            parts[(warp * TILES * 8 + j * 8 + 2 * t + i % 2) * 17 + g + i / 2 * 8] = sum[j][i];
+        for (int j = 0; j < TILES; j++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                parts[(warp * TILES * 8 + j * 8 + 2 * t + i % 2) * APART + h * 16 + g + i / 2 * 8] = sum[h][j][i];
     __syncthreads();
-    for (int i = threadIdx.x; i < TILES * 128; i += WARPS * 32) {
+    for (int i = threadIdx.x; i < TILES * 8 * WIDE; i += WARPS * 32) {
         Sum total = 0;
 #pragma unroll
-        for (int k = 0; k < WARPS; k++) total += parts[(k * TILES * 8 + i / 16) * 17 + i % 16];
-        finish((float)total, i / 16, blockIdx.x * 16 + i % 16);
+        for (int k = 0; k < WARPS; k++) total += parts[(k * TILES * 8 + i / WIDE) * APART + i % WIDE];
+        finish((float)total, i / WIDE, blockIdx.x * WIDE + i % WIDE);
     }
 }
 #else
@@ -188,12 +196,20 @@ static_assert(DEPTH == 8, "x of the next run must have come with this one's code
 #define MAGIC 0x43004300u  // 128 in bfloat16, whose last bit is worth 1
 #define MIDDLE 0x43084308u
 #define LESS "sub.rn.bf16x2"
-#define TIMES_TWO "mul.rn.bf16x2"
 #else
 #define MAGIC 0x64006400u  // 1024 in float16
 #define MIDDLE 0x64086408u
 #define LESS "sub.rn.f16x2"
-#define TIMES_TWO "mul.rn.f16x2"
+#endif
+
+// e2m1 has its bits put where bfloat16 (float16) has such, which is too small by 2^126 (2^14) and costs no arithmetic:
+// subnormals are numbers to the matrix units. So that bfloat16's products stay in float32's range, x comes with 2^64.
+#if CODES == 0
+#define UNIT 1.0f
+#elif TYPE == 0
+#define UNIT 0x1p62f
+#else
+#define UNIT 0x1p14f
 #endif
 
 // Codes p and p + 4 of 8 as two numbers; integers less their zero.
@@ -202,13 +218,24 @@ template <int p> __device__ __forceinline__ u32 pair(u32 codes, u32 zero) {
 #if CODES == 0
     asm("lop3.b32 %0, %1, 0x000f000f, %2, 0xEA;" : "=r"(v) : "r"(codes >> 4 * p), "r"(MAGIC));
     asm(LESS " %0, %0, %1;" : "+r"(v) : "r"(zero));
-#else  // sign, and two bits of exponent with one of mantissa: too small by 2^126 (2^14)
-    constexpr int far = TYPE == 0 ? 6 - 4 * p : 9 - 4 * p;
+#elif TYPE == 0  // one product puts the sign and the rest in their places, and more beside them
+    constexpr int at = p % 2 * 4;
+    v = (p < 2 ? codes : codes >> 8) & 0x000f000fu << at;
+    v = v * ((1 << (12 - at)) + (1 << (6 - at))) & 0x81c081c0u;
+#else
+    constexpr int far = 9 - 4 * p;
     const u32 size = far < 0 ? codes >> -far : codes << (far < 0 ? 0 : far), sign = codes << (12 - 4 * p) & 0x80008000u;
-    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(v) : "r"(size), "r"(TYPE == 0 ? 0x01c001c0u : 0x0e000e00u), "r"(sign));
-    asm(TIMES_TWO " %0, %0, %1;" : "+r"(v) : "r"(TYPE == 0 ? 0x7e807e80u : 0x74007400u));
+    v = size & 0x0e000e00u | sign;
 #endif
     return v;
+}
+
+// Two numbers of x as the product wants them.
+__device__ __forceinline__ u32 raised(u32 x) {
+#if CODES != 0 && TYPE == 0
+    asm("mul.rn.bf16x2 %0, %0, %1;" : "+r"(x) : "r"(0x5f805f80u));
+#endif
+    return x;
 }
 
 // Scales of 8 rows.
@@ -234,20 +261,19 @@ __device__ __forceinline__ void two_of(const Scales &v, int r, float &above, flo
     const u32 both = r == 0 ? v.x : r == 1 ? v.y : r == 2 ? v.z : v.w;
     above = widened(both & 0xffff), below = widened(both >> 16);
 #else
-    const u32 both = (r < 2 ? v.x : v.y) >> r % 2 * 16;
-#if CODES == 1
-    u32 halves;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"((u16)both));
-    asm("cvt.f32.f16 %0, %1;" : "=f"(above) : "h"((u16)halves));
-    asm("cvt.f32.f16 %0, %1;" : "=f"(below) : "h"((u16)(halves >> 16)));
+    const u32 word = r < 2 ? v.x : v.y;
+#if CODES == 1  // as bfloat16 too small by 2^120
+    u32 two = __byte_perm(word, 0, r % 2 ? 0x4342 : 0x4140) << 4;
+    asm("mul.rn.bf16x2 %0, %0, %1;" : "+r"(two) : "r"(0x7b807b80u));
+    above = __uint_as_float(two << 16), below = __uint_as_float(two & 0xffff0000u);
 #else
-    const u32 one = both & 255, two = both >> 8 & 255;  // 2^-127 is subnormal, 255 no number
-    above = __uint_as_float(one == 0 ? 1u << 22 : one == 255 ? 0x7fc00000u : one << 23);
-    below = __uint_as_float(two == 0 ? 1u << 22 : two == 255 ? 0x7fc00000u : two << 23);
+    const u32 both = word >> r % 2 * 16;
+    above = __uint_as_float(both << 23 & 0x7f800000u), below = __uint_as_float(both << 15 & 0x7f800000u);
 #endif
 #endif
 }
 
+// Scales of floats are above 0 and numbers.
 // w: [k / 16, n / 64, 32 lanes, 4 words]; scales: [k / GROUP, n / 64, 8, 8], of row g + 8 j at [g, j], and so zeros of 4
 // bits. A block makes 64 columns of y over its share of K; the SPLIT blocks of a cluster add up in one another's memory.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
@@ -325,7 +351,7 @@ few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, cons
                 for (int j = 0; j < TILES; j++)
 #pragma unroll
                     for (int h = 0; h < 2; h++)
-                        b[j][h] = *(const u32 *)(rows + half + (j * 8 + g) * ROW + i * 32 + h * 16 + t * 4);
+                        b[j][h] = raised(*(const u32 *)(rows + half + (j * 8 + g) * ROW + i * 32 + h * 16 + t * 4));
 #pragma unroll
                 for (int r = 0; r < 4; r++) {
 #if ZEROS
@@ -369,7 +395,7 @@ few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, cons
         float total = 0;
 #pragma unroll
         for (int q = 0; q < WARPS; q++) total += parts[(q * TILES * 8 + i / 64) * 65 + i % 64];
-        finish(total, i / 64, tile * 64 + i % 64);
+        finish(total * UNIT, i / 64, tile * 64 + i % 64);
     }
 #else
     __shared__ float block[TILES * 512];
@@ -391,7 +417,7 @@ few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, cons
             asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(at));
             total += v;
         }
-        finish(total, i / 64, tile * 64 + i % 64);
+        finish(total * UNIT, i / 64, tile * 64 + i % 64);
     }
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");  // memory stays
 #endif

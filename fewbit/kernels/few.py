@@ -23,9 +23,10 @@ LEAST = (9, 0)
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float8_e4m3fn: 2, torch.int8: 3}
 HALVES = (torch.bfloat16, torch.float16)
 CHUNK = 64  # bytes of a row that a warp takes at a time
-ROWS, TALL = 16, 64  # columns of y that a program makes: from rows of W, from humming's layout
-LAID = ((0.5, (12, 2)), (1, (12, 1)), (inf, (4, 2)))  # up to so many tiles to a processor: warps, blocks to a sum
+ROWS, TALL = 16, 64  # columns of y: that a warp makes from rows of W, that a program makes from humming's layout
 INTEGERS, NVFP4, MXFP4 = range(3)  # few.cu's CODES
+LAID = ((0.5, (12, 2)), (1, (12, 1)), (inf, (4, 2)))  # up to so many tiles to a processor: warps, blocks to a sum
+LARGEST = {NVFP4: 0x7E, MXFP4: 0xFE}  # codes of scales that are numbers above 0
 GROUPS = {INTEGERS: (32, 64, 128, 256, 512), NVFP4: (16,), MXFP4: (32,)}  # columns to a scale
 
 
@@ -86,30 +87,42 @@ def rows(
 ) -> Tensor:  # fmt: skip
     """x: [M, K], w: [N, K] of one type -> [M, N] of dtype. rows: [M] or [1], columns: [N] or [1] float32 scales."""
     y = x.new_empty(len(x), len(w), dtype=dtype)
-    run = _by_rows(x.device, x.dtype, dtype, _tiles(len(x)), len(w))
     size = ctypes.c_int(w.shape[1] * w.element_size())
-    run(len(w) // ROWS, _stream(x), (_at(w), _at(x), _finish(y, rows, columns, bias), size))
+    run, wide = _by_rows(x.device, x.dtype, dtype, _tiles(len(x)), len(w))
+    run(len(w) // wide, _stream(x), (_at(w), _at(x), _finish(y, rows, columns, bias), size))
     return y
 
 
 def laid(
     x: Tensor, w: Tensor, n: int, how: Laid, scales: Tensor, zeros: Tensor | None, outer: Tensor | None,
-    bias: Tensor | None = None,
+    columns: Tensor | None = None, bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """x: [M, K]; w, scales, zeros: codes of 4 bits [n, K] as humming holds them; outer: [1] float32 -> [M, n]."""
+    """x: [M, K]; w, scales, zeros: codes of 4 bits [n, K] as humming holds them -> [M, n].
+
+    outer: [1], columns: [n] float32, which the sums are times.
+    """
     y = x.new_empty(len(x), n)
     run = _by_layout(x.device, x.dtype, _tiles(len(x)), how, zeros is not None, n)
-    finish, k = _finish(y, None, outer, bias), ctypes.c_int(x.shape[1])
+    finish, k = _finish(y, outer, columns, bias), ctypes.c_int(x.shape[1])
     run(n // TALL * run.cluster, _stream(x), (_at(w), _at(x), finish, _at(scales), _at(zeros), k))
     return y
 
 
 @cache
-def _by_rows(device: torch.device, kind: torch.dtype, out: torch.dtype, tiles: int, n: int) -> Function:
-    """Few rows of W leave processors idle unless more warps share each: measured (benchmarks/gpu_kernels.py)."""
-    warps, depth = (16, 3) if n <= 2 * ROWS * _processors(device) else (8, 4 if tiles == 1 else 3)
-    defines = {"TYPE": TYPES[kind], "OUT": TYPES[out], "TILES": tiles, "WARPS": warps, "DEPTH": depth, "SPLIT": 0}
-    return _function("few_rows", device, defines, warps * depth * (2 + tiles) * 512)
+def _by_rows(device: torch.device, kind: torch.dtype, out: torch.dtype, tiles: int, n: int) -> tuple[Function, int]:
+    """-> and how many columns of y a program makes. Measured: benchmarks/gpu_kernels.py.
+
+    Few rows of W leave processors idle unless more warps share each. Two tiles of W to a warp read x half as often, and
+    leave the kernel after this one less room.
+    """
+    each = n / ROWS / _processors(device)
+    warps, depth, high = (16, 3, 2) if each <= 2 else (8, 4 if tiles == 1 else 3, 1)
+    if each > 8 and kind in HALVES:
+        depth, high = 3, 2
+    high = 1 if n % (2 * ROWS) else high
+    defines = {"TYPE": TYPES[kind], "OUT": TYPES[out], "TILES": tiles, "WARPS": warps, "DEPTH": depth, "HIGH": high,
+               "SPLIT": 0}  # fmt: skip
+    return _function("few_rows", device, defines, warps * depth * (2 * high + tiles) * 512), ROWS * high
 
 
 @cache

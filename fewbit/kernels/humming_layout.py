@@ -33,7 +33,7 @@ class Layout:
     kind: Kind
     group: int  # columns of a group or block, 0 = all
     scale: str  # number type of scales of groups and blocks
-    outer: bool  # one float32 scale of the whole tensor beside those of groups
+    outer: bool  # float32 scales of the whole tensor or of rows, beside those of groups
     zeros: bool
     input: Rounding | None
 
@@ -70,8 +70,8 @@ def _codes(element: Element) -> str | None:
 def _placed(spec: QuantSpec) -> tuple[Kind, int] | str:
     """-> where scales are applied and how many columns share one."""
     inner, *outer = spec.scales or (None,)
-    if inner is None or inner.op != "mul" or len(outer) > 1 or not all(map(_of_tensor, outer)):
-        return "takes one plane of scales that multiply, or two where the second is one float32 of the whole tensor"
+    if inner is None or inner.op != "mul" or len(outer) > 1 or not all(map(_is_outer, outer)):
+        return "takes one plane of scales that multiply, or two where the second is float32, of rows or of the tensor"
     rows, columns = inner.block
     kinds: dict[tuple[int, int], Kind] = {(0, 0): "tensor", (1, 0): "channel", BLOCK: "block"}
     kind = kinds.get(inner.block) or ("group" if rows == 1 and columns in (16, 32, 64, 128, 256, 512) else None)
@@ -80,8 +80,8 @@ def _placed(spec: QuantSpec) -> tuple[Kind, int] | str:
     return kind, columns
 
 
-def _of_tensor(scale: Scale) -> bool:
-    return scale.block == (0, 0) and scale.element is F32 and scale.op in ("mul", "div")
+def _is_outer(scale: Scale) -> bool:
+    return scale.block in ((0, 0), (1, 0)) and scale.element is F32 and scale.op in ("mul", "div")
 
 
 def _scale(element: Element, kind: Kind, dtype: torch.dtype, narrow_input: bool, rounded: bool) -> str:

@@ -19,9 +19,9 @@ from torch import Tensor
 from fewbit.kernels import few, humming_weight, torch_dequant, triton_runtime
 from fewbit.kernels.capability import LEAST
 from fewbit.kernels.humming_layout import PLAIN, Layout, layout
-from fewbit.kernels.input_rounding import Rounding
+from fewbit.kernels.input_rounding import Rounding, Unscaled
 from fewbit.kernels.torch_dequant import Rows, low_rank
-from fewbit.quant.qtensor import QTensor, Quantized
+from fewbit.quant.qtensor import QTensor, Quantized, scale_codes
 from fewbit.quant.reference import transformed
 from fewbit.quant.spec import Format
 
@@ -78,23 +78,25 @@ def prepack_linear(q: Quantized, dtype: torch.dtype, rounded: bool = False) -> H
     given = q.act["scale0"].float().view(1) if how.input and how.input.given else None
     locks = torch.zeros(LOCKS, dtype=torch.int32, device=device)
     held = tuple(map(tensors.get, names))
-    laid = _laid(config, how, columns, dtype)
+    laid = _laid(q.weight, config, how, dtype)
     _compiling(config, device, laid is not None)
     return Held(emptied(q), config, dtype, held, columns, how.input, given, locks, laid)
 
 
-def _laid(config: Any, how: Layout, columns: Tensor | None, dtype: torch.dtype) -> few.Laid | None:
+def _laid(w: QTensor, config: Any, how: Layout, dtype: torch.dtype) -> few.Laid | None:
     """Codes of 4 bits in whole tiles of the layout that sm_90 has for inputs of 16 bits."""
     kinds = {("uint4", PLAIN[dtype]): few.INTEGERS, ("float4e2m1", "float8e4m3"): few.NVFP4}
     if dtype == torch.bfloat16:  # humming holds e8m0 otherwise beside float16
         kinds["float4e2m1", "float8e8m0"] = few.MXFP4
     codes = kinds.get((how.codes, how.scale))
-    if codes is None or how.kind != "group" or how.input or columns is not None or config.sm_version // 10 != 9:
+    if codes is None or how.kind != "group" or how.input or config.sm_version // 10 != 9:
         return None
     others = ("use_raw_weight", "use_flat_weight", "use_packed_k_layout", "use_native_dequant", "use_ldmatrix_dequant")
     other = any(getattr(config, name, False) for name in others)
     whole = config.pad_shape_n == config.pad_shape_k == 0 and how.group in few.GROUPS[codes]
-    return few.Laid(codes, how.group) if whole and not other else None
+    if not whole or other or (codes in few.LARGEST and int(scale_codes(w, "scale0").max()) > few.LARGEST[codes]):
+        return None
+    return few.Laid(codes, how.group)
 
 
 def emptied(q: Quantized) -> Quantized:
@@ -114,8 +116,24 @@ def run_linear(x: Tensor, held: Held | Rows, bias: Tensor | None = None) -> Tens
     return low_rank(x, q.transforms, y.view(*x.shape[:-1], n))
 
 
+def run_unscaled(x: Tensor, held: Held | Rows) -> Unscaled:
+    """The same, but for scales that would take a launch of their own."""
+    if isinstance(held, Rows) or held.columns is None or held.source.transforms or not x.numel():
+        return run_linear(x, held), None, None
+    y, columns = _sums(x, held, None)
+    return y.view(*x.shape[:-1], -1), None, columns
+
+
 def _product(x: Tensor, held: Held, bias: Tensor | None) -> Tensor:
     """x: [..., K] -> [M, N]."""
+    from fewbit.kernels.triton_scale import scale_
+
+    y, columns = _sums(x, held, bias)
+    return y if columns is None else scale_(y, None, columns, bias)
+
+
+def _sums(x: Tensor, held: Held, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """-> [M, N], and what its columns are still to be times; the bias is added after that, where there is any."""
     scale = None
     if held.rounding is not None:
         from fewbit.kernels.triton_quantize import input_codes
@@ -125,18 +143,15 @@ def _product(x: Tensor, held: Held, bias: Tensor | None) -> Tensor:
         x = x.reshape(-1, x.shape[-1])
     weight, weight_scale, outer, zero = held.tensors
     if held.laid and weight is not None and weight_scale is not None and few.takes_laid(x, bias):
-        return few.laid(x, weight, held.source.weight.shape[-2], held.laid, weight_scale, zero, outer, bias)
+        n = held.source.weight.shape[-2]
+        return few.laid(x, weight, n, held.laid, weight_scale, zero, outer, held.columns, bias), None
     inside = bias if held.columns is None else None
     configs, ordered = _biased(held, inside) if inside is not None else (_plain(held), None)
     y: Tensor = torch.ops.humming.launch_kernel.default(
         configs, x, weight, weight_scale, outer, scale, None, zero, ordered, None, None, None, None, None, held.locks,
         1, 0,
     )  # fmt: skip
-    if held.columns is None:
-        return y
-    from fewbit.kernels.triton_scale import scale_
-
-    return scale_(y, None, held.columns, bias)
+    return y, held.columns
 
 
 def _plain(held: Held) -> Tensor:

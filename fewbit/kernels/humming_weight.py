@@ -67,16 +67,23 @@ def scales(w: QTensor, how: Layout, dtype: torch.dtype) -> Scales | None:
     if how.kind in ("tensor", "channel"):
         return _of_rows(w, how, dtype)
     n, k = w.shape
-    outer = None
-    if how.outer:
-        value = elements.decode(scale_codes(w, "scale1"), w.spec.scales[1].element).view(1)
-        outer = 1 / value if w.spec.scales[1].op == "div" else value
+    outer, columns = _outer(w) if how.outer else (None, None)
     stored = scale_codes(w, "scale0")
     plane = stored.view(STORED[how.scale]) if stored.dtype == torch.uint8 else _cast(stored.float(), STORED[how.scale])
     if plane is None or (how.scale == "float8e8m0" and dtype == torch.float16 and _range(stored) > 29):
         return None  # float16 holds powers of two from -14 to 15
     rows = padded(n) // TILE if how.kind == "block" else padded(n)
-    return Scales(how.kind, _room(plane, rows, padded(k, how.group) // how.group), outer)
+    return Scales(how.kind, _room(plane, rows, padded(k, how.group) // how.group), outer, columns)
+
+
+def _outer(w: QTensor) -> tuple[Tensor, Tensor | None]:
+    """-> the largest of the outer scales, and what those of rows are of it."""
+    value = elements.decode(scale_codes(w, "scale1"), w.spec.scales[1].element).view(-1)
+    value = 1 / value if w.spec.scales[1].op == "div" else value
+    if len(value) == 1:
+        return value, None
+    outer = value.abs().max().view(1)
+    return outer, torch.where(outer > 0, value / outer, 0.0)
 
 
 def _cast(values: Tensor, dtype: torch.dtype) -> Tensor | None:

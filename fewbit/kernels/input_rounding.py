@@ -49,6 +49,7 @@ class Wanted:
 
 
 Codes = tuple[Tensor, Tensor]
+Unscaled = tuple[Tensor, Tensor | None, Tensor | None]  # [..., N], and float32 [M, 1] and [N] that it is to be times
 
 
 def offer(made: Tensor, wanted: Wanted, codes: Codes | None) -> Tensor:

@@ -25,8 +25,7 @@ from fewbit.kernels import (
     triton_experts,
     triton_linear,
 )
-from fewbit.kernels.input_rounding import Rounding
-from fewbit.kernels.scaled_linear import Unscaled
+from fewbit.kernels.input_rounding import Rounding, Unscaled
 from fewbit.quant.qtensor import Quantized
 from fewbit.quant.spec import Format
 
@@ -93,13 +92,14 @@ KERNELS: tuple[Kernel, ...] = (
     ),
     Kernel(
         "humming", "linear", ("cuda",), HALVES, humming_linear.supports, humming_linear.prepack_linear,
-        humming_linear.run_linear, (7, 5), owns=True,
+        humming_linear.run_linear, (7, 5), owns=True, unscaled=humming_linear.run_unscaled,
         note="humming-kernels: weights of 2 to 8 bits in its own layout, compiled for each shape when first met; "
         "up to 8 rows of 4 bits by few.cu",
     ),
     Kernel(
         "humming-rounded", "linear", ("cuda",), HALVES, partial(humming_linear.supports, rounded=True),
-        partial(humming_linear.prepack_linear, rounded=True), humming_linear.run_linear, (7, 5), owns=True,
+        partial(humming_linear.prepack_linear, rounded=True), humming_linear.run_linear, (7, 5),
+        owns=True, unscaled=humming_linear.run_unscaled,
         note="the same, with group scales rounded to the 16-bit type of the inputs, by at most 2**-8 of each",
     ),
     Kernel(

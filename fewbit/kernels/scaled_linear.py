@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fewbit.kernels import few, torch_dequant, triton_runtime
-from fewbit.kernels.input_rounding import Rounding, rounding
+from fewbit.kernels.input_rounding import Rounding, Unscaled, rounding
 from fewbit.kernels.torch_dequant import Rows, low_rank
 from fewbit.quant.elements import E4M3, F32
 from fewbit.quant.qtensor import Quantized
@@ -21,9 +21,6 @@ from fewbit.quant.spec import Format
 
 STEP = 16  # rows and columns come in as many: cuBLASLt reads 16 bytes at a time
 FAST = False  # sums of fewer bits: no faster here within the noise of measuring (8192**3: 1329 against 1349 TFLOP/s)
-
-
-Unscaled = tuple[Tensor, Tensor | None, Tensor | None]  # [..., N], and float32 [M, 1] and [N] that it is to be times
 
 
 @dataclass(frozen=True, slots=True)

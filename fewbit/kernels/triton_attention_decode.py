@@ -7,6 +7,7 @@ Requests of none or many rows are left alone.
 """
 
 from dataclasses import dataclass
+from math import inf
 
 import torch
 import triton
@@ -30,18 +31,30 @@ from fewbit.kernels.triton_attention_parts import (
 )
 from fewbit.kernels.triton_early import await_last, early, let_next
 
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Of keys."""
+
+    numbers: int
+    tokens: int  # at most
+    stages: int  # tiles on their way are one less
+
+
 PROGRAMS = 4  # that are aimed at, per multiprocessor
 FEW_PARTS, MOST_PARTS = 8, 64
-SPLITS = ((32, 32), (8, 256), (4, 768))  # parts there is room for, and tokens of one that are worth it; below, no parts
 MOST_HEADS = 64  # queries of a program
-MOST_TOKENS = 64
-TILE = {True: 4096, False: 8192}  # numbers of a tile of keys, where texts are cut into parts and where not
-WARPS, STAGES = 4, {True: 4, False: 2}  # tiles on their way are one less than stages
+SMALL, DEEP, PLAIN = Tile(4096, 64, 4), Tile(16384, 128, 3), Tile(8192, 64, 2)
+# Parts there is room for, tokens of one that are worth it, tile. Where a text is alone on its multiprocessor, all of it
+# had better be on its way at once.
+SPLITS = ((32, 32, SMALL), (16, 256, DEEP), (4, 1024, DEEP), (2, inf, SMALL), (0, inf, PLAIN))
+WARPS = 4
 GATHERED = 16384  # numbers that so many warps gather in registers; more take twice the warps
 # Where keys hold their values: heads, tokens, stages. From 64 queries on a GPU of compute capability 9.0 multiplies out
 # of shared memory, where a tile that is read both ways can be loaded ahead of its turn.
 SHARED = ((64, 32, 3), (64, 32, 2), (16, 32, 2), (16, 16, 2))
 ROOM = 48 << 10  # bytes for them, so that PROGRAMS share a multiprocessor
+SPARE = 16 << 10  # bytes that a program takes beside tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +79,27 @@ def shape(query: Tensor, cache: Cache, table: Table, window: int | None) -> Shap
         heads, programs = min(MOST_HEADS, padded(group)), PROGRAMS
     blocks = -(-group // heads)
     wanted = programs * processors(query.device) // (table.ones * key_heads * blocks)
-    if not cache.shared:
-        tokens = min(MOST_TOKENS, max(16, TILE[wanted > 1] // padded(cache.key.shape[2])))
-        tokens = 16 if query.dtype == torch.float32 else tokens  # without matrix units larger tiles spill
-        stages = STAGES[wanted > 1]
-        stages = stages if (stages - 1) * tokens * tiled(cache) * cache.key.element_size() <= ROOM else 2
     reach = table.reach if window is None else min(table.reach, window)
-    least = tokens if cache.shared else next((least for room, least in SPLITS if wanted >= room), reach)
+    if cache.shared:
+        least = tokens
+    else:
+        asked, tile = next((least, tile) for room, least, tile in SPLITS if wanted >= room)
+        least, (tokens, stages) = int(min(asked, reach)), cut(query, cache, tile)
     parts = max(1, min(-(-reach // least), wanted, MOST_PARTS))
     parts = 1 << parts.bit_length() - 1  # few values: each is compiled for
     warps = WARPS if heads * padded(cache.value.shape[2]) <= GATHERED else 2 * WARPS
     return Shape(heads, blocks, tokens, parts, least, warps, stages)
+
+
+def cut(query: Tensor, cache: Cache, tile: Tile) -> tuple[int, int]:
+    """-> tokens and stages of a tile: of this one, or as far as there is room for it."""
+    tokens = min(tile.tokens, max(16, tile.numbers // padded(cache.key.shape[2])))
+    tokens = 16 if query.dtype == torch.float32 else tokens  # without matrix units larger tiles spill
+    held = (tile.stages - 1) * tokens * tiled(cache) * cache.key.element_size()
+    if tile is DEEP:
+        fits = held <= shared_bytes(query.device) - SPARE
+        return (tokens, tile.stages) if fits else cut(query, cache, SMALL)
+    return tokens, tile.stages if held <= ROOM else 2
 
 
 def together(query: Tensor, cache: Cache) -> tuple[int, int, int, int]:
@@ -100,24 +123,24 @@ def run(
     p: float = 0.0,
 ) -> None:
     """The first table.ones requests; see triton_attention.attend."""
-    cut, (heads, key_heads) = shape(query, cache, table, window), (query.shape[1], cache.key.shape[1])
-    split = (table.ones, heads, cut.parts) if cut.parts > 1 else (0, 0, 0)
+    how, (heads, key_heads) = shape(query, cache, table, window), (query.shape[1], cache.key.shape[1])
+    split = (table.ones, heads, how.parts) if how.parts > 1 else (0, 0, 0)
     found = torch.empty(*split, out.shape[2], dtype=torch.float32, device=query.device)
     weights = torch.empty(*split, 2, dtype=torch.float32, device=query.device)
     dims = sizes(cache)
-    _part[(table.ones, key_heads * cut.blocks, cut.parts)](
+    _part[(table.ones, key_heads * how.blocks, how.parts)](
         query, cache.key, cache.value, cache.key_scale, cache.value_scale, cache.key_measured, cache.value_measured,
         out, found, weights, table.pages, table.lengths, table.starts, sinks, scaling, window, softcap, heads,
         query.stride(2), query.stride(1), *cache.key.stride()[:2], *cache.value.stride()[:2], *out.stride()[:2],
-        table.pages.stride(0), key_heads, cut.parts, cut.least, SPLIT=cut.parts > 1, TOKENS=cut.tokens,
-        GROUP=heads // key_heads, BLOCKS=cut.blocks, HEADS=cut.heads, SIZE=table.size, PRECISION=precision(query.dtype),
-        P=p, num_warps=cut.warps, num_stages=cut.stages, **dims, **early(query.device),
+        table.pages.stride(0), key_heads, how.parts, how.least, SPLIT=how.parts > 1, TOKENS=how.tokens,
+        GROUP=heads // key_heads, BLOCKS=how.blocks, HEADS=how.heads, SIZE=table.size, PRECISION=precision(query.dtype),
+        P=p, num_warps=how.warps, num_stages=how.stages, **dims, **early(query.device),
     )  # fmt: skip
-    if cut.parts > 1:
-        many = FEW_PARTS if cut.parts <= FEW_PARTS else MOST_PARTS
+    if how.parts > 1:
+        many = FEW_PARTS if how.parts <= FEW_PARTS else MOST_PARTS
         _join[(table.ones, heads)](
-            found, weights, out, table.lengths, table.starts, window, heads, *out.stride()[:2], cut.parts, cut.least,
-            MANY=many, TOKENS=cut.tokens, DV=dims["DV"], DVP=dims["DVP"],
+            found, weights, out, table.lengths, table.starts, window, heads, *out.stride()[:2], how.parts, how.least,
+            MANY=many, TOKENS=how.tokens, DV=dims["DV"], DVP=dims["DVP"],
             num_warps=4 if many * dims["DVP"] <= 8192 else 8, **early(query.device),
         )  # fmt: skip
 

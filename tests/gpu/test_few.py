@@ -10,6 +10,7 @@ from fewbit.kernels import few, humming_linear
 from fewbit.kernels.dense import dense_linear
 from fewbit.quant.elements import BF16, F16
 from fewbit.quant.formats import FORMATS
+from fewbit.quant.join import join
 from fewbit.quant.qtensor import Quantized
 from fewbit.quant.reference import decode, encode
 
@@ -120,3 +121,34 @@ def test_floats_of_4_bits(name: str, dtype: torch.dtype) -> None:
         want = x.double() @ values.double().T + bias.double()
         off = (humming_linear.run_linear(x, held, bias).double() - want).abs()
         assert bool((off <= 2 * UNIT[dtype] * (want.abs() + 1)).all())
+
+
+@pytest.mark.parametrize(("name", "code"), [("nvfp4-a16", 0x7F), ("nvfp4-a16", 0xB8), ("mxfp4-a16", 0xFF)])
+def test_scales_that_are_no_positive_numbers_are_left_to_humming(name: str, code: int) -> None:
+    w = encode(torch.randn(128, 512) * 0.1, FORMATS[name].weight).to(CUDA)
+    w.planes["scale0"].view(torch.uint8)[3, 2] = code
+    held = humming_linear.prepack_linear(Quantized(FORMATS[name], w), torch.bfloat16)
+    assert isinstance(held, humming_linear.Held) and held.laid is None
+
+
+@pytest.mark.parametrize("dtype", few.HALVES, ids=str)
+def test_outer_scales_of_rows(dtype: torch.dtype) -> None:
+    """Of NVFP4 weights that were joined: few rows and many, and where the reader applies them."""
+    form, k = FORMATS["nvfp4-a16"], 512
+    draw = torch.Generator().manual_seed(0)
+    parts = [
+        encode(torch.randn(n, k, generator=draw) * size, form.weight).to(CUDA) for n, size in ((256, 0.1), (128, 3))
+    ]
+    values, whole = torch.cat([decode(part) for part in parts]), join([Quantized(form, part) for part in parts])
+    held = humming_linear.prepack_linear(whole, dtype)
+    assert isinstance(held, humming_linear.Held) and held.columns is not None and held.laid is not None
+    x = torch.randn(16, k, device=CUDA).to(dtype)
+    want = x.double() @ values.double().T
+    near(humming_linear.run_linear(x[:8], held), x[:8], values, want[:8])
+    off = 2 * UNIT[dtype] * want.abs() + 2.0**-14 * (x.double().abs() @ values.double().abs().T)
+    assert bool(((humming_linear.run_linear(x, held).double() - want).abs() <= off).all())
+    for m in (8, 16):
+        y, rows, columns = humming_linear.run_unscaled(x[:m], held)
+        assert rows is None and (columns is None) == (m == 8)
+        y = y.double() if columns is None else y.double() * columns
+        assert bool(((y - want[:m]).abs() <= off[:m]).all())

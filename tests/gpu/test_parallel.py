@@ -1,6 +1,7 @@
 """Tensor parallel over nccl: two GPUs give one GPU's tokens, and a rank that dies ends the engine."""
 
 import os
+import random
 import signal
 import time
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fewbit.engine.config import EngineConfig
 from fewbit.engine.engine import Engine
@@ -30,8 +32,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def engine(path: Path, size: int, **options: Any) -> Engine:
-    return Engine(EngineConfig.of(model=str(path), dtype="float32", device="cuda", tensor_parallel_size=size,
-                                  **{"max_num_seqs": 8, "max_model_len": 96, **options}))  # fmt: skip
+    options = {"dtype": "float32", "max_num_seqs": 8, "max_model_len": 96, **options}
+    return Engine(EngineConfig.of(model=str(path), device="cuda", tensor_parallel_size=size, **options))
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,30 @@ def test_two_ranks_are_one(name: str, folder: Path, tmp_path: Path) -> None:
     finally:
         both.shutdown()  # with a step in flight
     assert gone(pid)
+
+
+def logprobs(path: Path, size: int, **options: Any) -> Tensor:
+    """Of the tokens of prompts that come one after the other."""
+    of, draw, found = engine(path, size, dtype="bfloat16", **options), random.Random(0), []
+    for count in (2, 6, 40, 80):
+        prompt = [draw.randrange(3, 250) for _ in range(count)]
+        of.add(Request(str(count), prompt, SamplingParams(max_tokens=1, prompt_logprobs=0, **GREEDY)))
+        while of.has_work():
+            for delta in of.step():
+                held = zip((delta.prompt_logprobs or [])[1:], prompt[1:], strict=False)
+                found += [each[token].logprob for each, token in held]
+    of.shutdown()
+    return torch.tensor(found)
+
+
+def test_two_ranks_round_to_fp8_as_one(tmp_path: Path) -> None:
+    """Codes of a row have one scale, of which each rank sees a part; what rounding costs is no measure of error."""
+    path = llama(tmp_path / "llama", num_attention_heads=8, num_key_value_heads=2, head_dim=64, hidden_size=256,
+                 intermediate_size=512)  # fmt: skip
+    one, two = (logprobs(path, size, quantization="fp8") for size in (1, 2))
+    cost = (one - logprobs(path, 1)).abs().mean()
+    assert len(two) == 124 and cost > 0.01
+    assert (two - one).abs().mean() < 0.3 * cost, ((two - one).abs().mean(), cost)
 
 
 def test_a_dead_rank_ends_the_engine(folder: Path) -> None:

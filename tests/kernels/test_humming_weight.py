@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from fewbit.kernels import humming_linear, scaled_linear
 from fewbit.kernels.humming_layout import Layout, layout
@@ -9,8 +10,11 @@ from fewbit.kernels.humming_weight import TILE, fits, flipped, padded, scales, w
 from fewbit.kernels.registry import kernels
 from fewbit.quant import elements
 from fewbit.quant.formats import FORMATS
+from fewbit.quant.join import join
 from fewbit.quant.pack import pack, unpack
+from fewbit.quant.qtensor import QTensor, Quantized
 from fewbit.quant.reference import decode, encode
+from fewbit.quant.spec import Format
 
 DTYPES = (torch.bfloat16, torch.float16)
 CASES = [
@@ -21,8 +25,8 @@ CASES = [
 N, COLUMNS = 136, {"64": 320, "128": 384}
 
 
-def told(name: str, dtype: torch.dtype, rounded: bool = False) -> Layout:
-    how = layout(FORMATS[name], dtype, rounded)
+def told(name: str | Format, dtype: torch.dtype, rounded: bool = False) -> Layout:
+    how = layout(FORMATS[name] if isinstance(name, str) else name, dtype, rounded)
     assert isinstance(how, Layout), how
     return how
 
@@ -33,9 +37,15 @@ def test_values_survive(name: str, dtype: torch.dtype, rounded: bool) -> None:
     how = told(name, dtype, rounded)
     values = torch.randn(n, k, generator=torch.Generator().manual_seed(len(name))) / 16
     w = encode(values * (torch.rand(n, 1) + 0.5), FORMATS[name].weight)
-    assert fits(w, how)
-    found = scales(w, how, dtype)
-    assert found is not None
+    want = decode(w)
+    bound = (2.0**-8 if rounded and how.kind != "block" else 2.0**-23) * want.abs()
+    off = (read_back(w, how, dtype) - want).abs()
+    assert bool((off <= bound).all()), float((off / want.abs().clamp(min=1e-9)).max())
+
+
+def read_back(w: QTensor, how: Layout, dtype: torch.dtype) -> Tensor:
+    (n, k), found = w.shape, scales(w, how, dtype)
+    assert fits(w, how) and found is not None
     codes = unpack(words(w, how).view(torch.uint8), how.bits, padded(k, how.group))
     assert codes.shape == (padded(n), padded(k, how.group))
     whole = w.spec.element.kind == "int"
@@ -54,10 +64,18 @@ def test_values_survive(name: str, dtype: torch.dtype, rounded: bool) -> None:
         plane = plane.repeat_interleave(how.group, 1)
     x = (x * plane)[:n, :k]
     x = x if found.outer is None else x * found.outer
-    x = x if found.columns is None else x * found.columns[:, None]
-    want = decode(w)
-    bound = (2.0**-8 if rounded and found.kind != "block" else 2.0**-23) * want.abs()
-    assert bool(((x - want).abs() <= bound).all()), float(((x - want).abs() / want.abs().clamp(min=1e-9)).max())
+    return x if found.columns is None else x * found.columns[:, None]
+
+
+@pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if len(form.weight.scales) == 2
+                                  and isinstance(layout(form, torch.bfloat16, False), Layout)])  # fmt: skip
+def test_outer_scales_of_several_tensors(name: str) -> None:
+    """Weights that were joined have an outer scale for each row, of which one may be 0."""
+    parts = [encode(torch.randn(n, 256) * size, FORMATS[name].weight) for n, size in ((128, 0.1), (8, 3.0), (64, 0.0))]
+    whole = join([Quantized(FORMATS[name], part) for part in parts])
+    assert whole.format.weight.scales[1].block == (1, 0)
+    how, want = told(whole.format, torch.bfloat16), torch.cat([decode(part) for part in parts])
+    torch.testing.assert_close(read_back(whole.weight, how, torch.bfloat16), want, rtol=2.0**-22, atol=0)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

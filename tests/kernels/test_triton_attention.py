@@ -358,7 +358,7 @@ def test_the_same_bits_beside_others(window: int | None, monkeypatch: pytest.Mon
 
     case = Case(requests=((1, 90), (1, 33), (1, 7), (1, 200)), how={"sliding_window": window})
     made = make(case)
-    monkeypatch.setattr(decode, "SPLITS", ((2, 64),))
+    monkeypatch.setattr(decode, "SPLITS", ((2, 64, decode.SMALL),))
     monkeypatch.setattr(decode, "processors", lambda _: 4)
     together, cache = by_kernels(made, case)
     parts = decode.shape(made.query, cache, made.table, window).parts
@@ -373,21 +373,20 @@ def test_the_same_bits_beside_others(window: int | None, monkeypatch: pytest.Mon
         assert torch.equal(by_kernels(one, case)[0][0], together[i])
 
 
-@pytest.mark.parametrize("room", [1, 4, 8, 32])
+@pytest.mark.parametrize("room", [1, 2, 4, 16, 32])
 @pytest.mark.parametrize("window", [None, 100])
 def test_parts_that_are_worth_it(room: int, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts that fall into as many parts as there may be, into fewer, and such as stay whole beside them."""
     from fewbit.kernels import triton_attention_decode as decode
 
-    lengths = (1, 63, 64, 65, 129, 200, 390, 900)
+    lengths = (1, 63, 64, 65, 129, 200, 390, 2100)
     case = Case(requests=tuple((1, n) for n in lengths), how={"sliding_window": window})
     made = make(case)
     key_heads = made.key.shape[1]
     monkeypatch.setattr(decode, "processors", lambda _: room * len(lengths) * key_heads // decode.PROGRAMS)
-    least = dict(decode.SPLITS).get(room, 1024)
     found, cache = by_kernels(made, case)
-    cut = decode.shape(made.query, cache, made.table, window)
-    assert cut.parts == (1 if window and least > 32 else {1: 1, 4: 2, 8: 4, 32: 4 if window else 16}[room])
+    parts = decode.shape(made.query, cache, made.table, window).parts
+    assert parts == ({32: 4}.get(room, 1) if window else {1: 1, 2: 1, 4: 2, 16: 8, 32: 32}[room])
     want, _ = plainly(made, case)
     torch.testing.assert_close(found, want, **bound(case))
 

@@ -25,6 +25,7 @@ from fewbit.modules.linear import Linear
 from fewbit.modules.merged import Slice
 from fewbit.modules.norm import Norm
 from fewbit.modules.router import Choice, Groups, RouteForm
+from fewbit.quant.formats import FORMATS
 from tests.models import saved
 from tests.tiny import llama
 
@@ -410,7 +411,8 @@ def test_loaded(format: str | None, dtype: str, tmp_path: Path) -> None:
     report = model.fewbit_fused
     assert [report.count(kind) for kind in ("merged", "norm", "glu", "rotary", "sums")] == [4, 5, 2, 2, 2]
     assert not any(m.pending for m in model.modules() if isinstance(m, Linear))
-    limit = fuse.LIMIT if dtype == "float32" else 1e-2  # inputs that are rounded may fall on the other side
+    rounds = format is not None and FORMATS[format].act is not None  # and may fall on the other side
+    limit = 4 * fuse.LIMIT if dtype == "float32" and not rounds else 1e-2  # processors add in orders of their own
     assert twin.relative(logits(model), logits(plain)) <= limit
     for path, module in plain.named_modules():
         if isinstance(module, Linear):
