@@ -1,21 +1,29 @@
-// Few rows of x in int8 against codes that are whole numbers, by dot products of four bytes (VNNI): of 4 bits as they lie,
-// of others once each has a byte (BITS 8). 16 rows of W are turned so that each is a lane; codes are multiplied unsigned, and
-// what they are too large by comes off as a multiple of x's sum. Sums of a group are whole numbers, and groups follow one
-// another with one multiplication and addition each: the bits of tiles.
+// x in int8 against codes that are whole numbers, by dot products of four bytes (VNNI): of 4 bits as they lie, of others once
+// each has a byte (BITS 8). 16 rows of W are turned so that each is a lane; codes are multiplied unsigned, and what they are
+// too large by comes off as a multiple of x's sum. Sums of a group are whole numbers, and groups follow one another with one
+// multiplication and addition each: the bits of tiles. Few rows of x meet W as it is turned; for many what has been turned
+// is held, and M rows at a time meet it.
 
 #pragma once
 #include <omp.h>
 #include "whole.h"
 
-#ifdef TILES
-static const int64_t DOTTED = 8;  // rows of x, at most
+#ifdef DOTS
+static const int64_t DOTTED = 8;  // rows of x, at most, where they are few
+static const int64_t MANY = 16;   // at a time, where they are not
 
-struct Dotted {
+struct Dotted {            // M rows of x
     const Weight w;
     const int32_t* x;      // [chunks of 64 bytes of W][M] words of four columns; of 4 bits even columns, then odd ones
     const int32_t* begin;  // [groups][M]: what sums begin with
     const float* sums;     // the same, where they multiply what a group takes off; or null
     const float* factors;  // [M]
+    int64_t words;         // of x
+
+    template <int M> Dotted from(int64_t m) const {
+        const int64_t groups = w.k / w.group;
+        return {w, x + m / M * words, begin + m * groups, sums ? sums + m * groups : nullptr, factors + m, words};
+    }
 };
 
 template <int BITS> static const int64_t CHUNK = 512 / BITS;  // columns
@@ -34,39 +42,92 @@ template <int BITS> struct Chunk {
     }
 };
 
-// PER of 16 turned words onto sums of M rows of x; lines from `next` are fetched meanwhile
-template <int BITS, int M, int PER>
-static inline void dot(const __m512i* turned, const int32_t* x, __m512i flip, const char* next, __m512i* sums) {
-    constexpr int CHAINS = M < 4 ? 4 : 8 / M;  // sums under way, so that none waits for itself
-    const __m512i low = _mm512_set1_epi8(15);
-    __m512i a[CHAINS * M];
-    for (int i = 0; i < CHAINS * M; i++) a[i] = i < M ? sums[i] : _mm512_setzero_si512();
+// Codes of a chunk of 16 rows of W from p, turned as they are met
+template <int BITS> struct Turned {
+    static const bool LINES = true;
+    const Chunk<BITS> chunk;
+    const uint8_t* p;
+    const int64_t last;
+    const __m512i flip;
+
+    Turned(const Weight& w, int64_t n) : chunk(w), p(w.codes + n * chunk.row), last(w.n - 1 - n), flip(_mm512_set1_epi8(char(flipped(w)))) {}
+    const uint8_t* line(int64_t i) const { return p + (i < last ? i : last) * chunk.row; }
+    const __m512i* load(int64_t c, __m512i* room) const {
+        for (int64_t i = 0; i < 16; i++) room[i] = chunk(line(i), c);
+        turn(room);
+        return room;
+    }
+    // PER of 16 words of chunk c from `part` onto sums of M rows of x; lines of the rows after these are fetched meanwhile
+    template <int M, int PER> void dot(const __m512i* words, int64_t c, int part, const int32_t* x, __m512i* sums) const {
+        constexpr int CHAINS = M < 4 ? 4 : M < 8 ? 8 / M : 1;  // sums under way, so that none waits for itself
+        const __m512i low = _mm512_set1_epi8(15);
+        const char* next = (const char*)p + 16 * (chunk.row + c * chunk.bytes) + part * PER * chunk.bytes;
+        __m512i a[CHAINS * M];
+        for (int i = 0; i < CHAINS * M; i++) a[i] = i < M ? sums[i] : _mm512_setzero_si512();
 #pragma GCC unroll 16
-    for (int j = 0; j < PER; j++) {
-        _mm_prefetch(next + 64 * j, _MM_HINT_T2);
-        if (BITS == 8) {
-            const __m512i codes = _mm512_xor_si512(turned[j], flip);
+        for (int j = 0; j < PER; j++) {
+            const __m512i word = words[part * PER + j];
+            _mm_prefetch(next + 64 * j, _MM_HINT_T2);
+            if (BITS == 8) {
+                const __m512i codes = _mm512_xor_si512(word, flip);
+#pragma GCC unroll 8
+                for (int m = 0; m < M; m++) {
+                    __m512i& sum = a[j % CHAINS * M + m];
+                    sum = _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(x[16 * m + j]));
+                }
+                continue;
+            }
+            const __m512i even = _mm512_ternarylogic_epi64(word, flip, low, 0x28);  // (a ^ b) & c
+            const __m512i odd = _mm512_ternarylogic_epi64(_mm512_srli_epi16(word, 4), flip, low, 0x28);
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) {
-                __m512i& sum = a[j % CHAINS * M + m];
-                sum = _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(x[16 * m + j]));
+                __m512i &one = a[2 * j % CHAINS * M + m], &two = a[(2 * j + 1) % CHAINS * M + m];
+                one = _mm512_dpbusd_epi32(one, even, _mm512_set1_epi32(x[32 * m + j]));
+                two = _mm512_dpbusd_epi32(two, odd, _mm512_set1_epi32(x[32 * m + 16 + j]));
             }
-            continue;
         }
-        const __m512i even = _mm512_ternarylogic_epi64(turned[j], flip, low, 0x28);  // (a ^ b) & c
-        const __m512i odd = _mm512_ternarylogic_epi64(_mm512_srli_epi16(turned[j], 4), flip, low, 0x28);
-#pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
-            __m512i &one = a[2 * j % CHAINS * M + m], &two = a[(2 * j + 1) % CHAINS * M + m];
-            one = _mm512_dpbusd_epi32(one, even, _mm512_set1_epi32(x[32 * m + j]));
-            two = _mm512_dpbusd_epi32(two, odd, _mm512_set1_epi32(x[32 * m + 16 + j]));
+            for (int c = 1; c < CHAINS; c++) a[m] = _mm512_add_epi32(a[m], a[c * M + m]);
+            sums[m] = a[m];
         }
     }
-    for (int m = 0; m < M; m++) {
-        for (int c = 1; c < CHAINS; c++) a[m] = _mm512_add_epi32(a[m], a[c * M + m]);
-        sums[m] = a[m];
+};
+
+// The same, turned before and a byte each: [chunks][WORDS]
+template <int BITS> struct Held {
+    static const bool LINES = false;
+    static const int WORDS = BITS == 4 ? 32 : 16;
+    const __m512i* all;
+
+    explicit Held(const __m512i* all) : all(all) {}
+    static void fill(const Weight& w, int64_t n, __m512i* out) {
+        const __m512i low = _mm512_set1_epi8(15);
+        const Turned<BITS> source(w, n);
+        __m512i turned[16];
+        for (int64_t c = 0; c * CHUNK<BITS> < w.k; c++, out += WORDS) {
+            source.load(c, turned);
+            for (int j = 0; j < 16; j++) {
+                const __m512i word = turned[j];
+                out[j] = BITS == 8 ? _mm512_xor_si512(word, source.flip) : _mm512_ternarylogic_epi64(word, source.flip, low, 0x28);
+                if (BITS == 4) out[16 + j] = _mm512_ternarylogic_epi64(_mm512_srli_epi16(word, 4), source.flip, low, 0x28);
+            }
+        }
     }
-}
+    const __m512i* load(int64_t c, __m512i*) const { return all + c * WORDS; }
+    template <int M, int PER> void dot(const __m512i* words, int64_t, int part, const int32_t* x, __m512i* sums) const {
+        const __m512i* from = words + part * PER;
+        __m512i a[M];
+        for (int m = 0; m < M; m++) a[m] = sums[m];
+#pragma GCC unroll 32
+        for (int j = 0; j < WORDS; j++) {
+            if (j % 16 >= PER) continue;
+            const __m512i codes = _mm512_load_si512(from + j);
+#pragma GCC unroll 16
+            for (int m = 0; m < M; m++) a[m] = _mm512_dpbusd_epi32(a[m], codes, _mm512_set1_epi32(x[WORDS * m + j]));
+        }
+        for (int m = 0; m < M; m++) sums[m] = a[m];
+    }
+};
 
 // One row of W, all of it a group, as it lies: found[m][0]
 template <int BITS, int M>
@@ -113,15 +174,11 @@ static void turned_units(const Weight& w, int64_t n, float* scale, float* less) 
 }
 
 // 16 rows of W from n. PER: words after which a group may end
-template <int BITS, int M, int PER>
-static void dot_block(const Dotted& d, int64_t n, int64_t count, const float* scale, const float* less, uint16_t* y) {
+template <int BITS, int M, int PER, class Source>
+static void dot_block(const Dotted& d, const Source& source, int64_t n, int64_t count, const float* scale, const float* less, uint16_t* y) {
     const Weight& w = d.w;
-    const Chunk<BITS> chunk(w);
-    const int64_t per = PER * CHUNK<BITS> / 16, pieces = w.group / per, all = w.k / per;
-    const __m512i flip = _mm512_set1_epi8(char(flipped(w)));
-    const uint8_t *p = w.codes + n * chunk.row, *next = p + 16 * chunk.row;
-    const int64_t last = w.n - 1 - n;
-    __m512i sums[M], turned[16];
+    const int64_t per = PER * CHUNK<BITS> / 16, pieces = w.group / per, all = w.k / per, last = w.n - 1 - n;
+    __m512i sums[M], room[16];
     __m512 total[M];
     for (int m = 0; m < M; m++) total[m] = _mm512_set1_ps(pieces == all ? -0.0f : 0.0f);
     const auto join = [&](int64_t g) {
@@ -131,23 +188,24 @@ static void dot_block(const Dotted& d, int64_t n, int64_t count, const float* sc
         const __m512 l = _mm512_load_ps(less + 16 * g);
         for (int m = 0; m < M; m++) total[m] = _mm512_fnmadd_ps(_mm512_set1_ps(d.sums[g * M + m]), l, total[m]);
     };
-    if (pieces == all) {
-        alignas(64) int32_t found[M][16] = {};
-        for (int64_t i = 0; i < 16 && i <= last; i++) dot_line<BITS, M>(p + i * chunk.row, chunk, d.x, flip, (int32_t(*)[16])&found[0][i]);
-        for (int m = 0; m < M; m++) sums[m] = _mm512_add_epi32(_mm512_load_si512(found[m]), _mm512_set1_epi32(d.begin[m]));
-        join(0);
-    }
-    int64_t g = 0, piece = 0, done = pieces == all ? all : 0;
+    int64_t g = 0, piece = 0, done = 0;
+    if constexpr (Source::LINES)
+        if (pieces == all) {
+            alignas(64) int32_t found[M][16] = {};
+            for (int64_t i = 0; i < 16 && i <= last; i++) dot_line<BITS, M>(source.line(i), source.chunk, d.x, source.flip, (int32_t(*)[16])&found[0][i]);
+            for (int m = 0; m < M; m++) sums[m] = _mm512_add_epi32(_mm512_load_si512(found[m]), _mm512_set1_epi32(d.begin[m]));
+            join(0);
+            done = all;
+        }
     for (int64_t c = 0; done < all; c++) {
-        for (int64_t i = 0; i < 16; i++) turned[i] = chunk(p + (i < last ? i : last) * chunk.row, c);
-        turn(turned);
+        const __m512i* words = source.load(c, room);
         const int32_t* x = d.x + c * M * CHUNK<BITS> / 4;
 #pragma GCC unroll 4
         for (int part = 0; part < 16 / PER; part++) {
             if (done == all) break;
             if (piece == 0)
                 for (int m = 0; m < M; m++) sums[m] = _mm512_set1_epi32(d.begin[g * M + m]);
-            dot<BITS, M, PER>(turned + part * PER, x + part * PER, flip, (const char*)next + (16 * c + PER * part) * chunk.bytes, sums);
+            source.template dot<M, PER>(words, c, part, x + part * PER, sums);
             done++;
             if (++piece < pieces) continue;
             join(g++);
@@ -161,25 +219,49 @@ static void dot_block(const Dotted& d, int64_t n, int64_t count, const float* sc
     }
 }
 
+// How many blocks of `bytes` a thread holds at a time: all threads have some to do, and they leave room for x in its cache
+static int64_t blocks_of(int64_t n, int64_t bytes) {
+    const int64_t each = (n + 15) / 16 / omp_get_max_threads(), most = (256 << 10) / bytes;
+    const int64_t found = each < most ? each : most;
+    return found < 1 ? 1 : found;
+}
+
 template <int BITS, int M, int PER>
 static void dot_rows(const Dotted& d, int64_t rows, uint16_t* y) {
     const Weight& w = d.w;
-    const int64_t groups = w.k / w.group, held = (groups + 15) / 16 * 256, size = groups * (w.narrow ? 2 : 4);
+    const int64_t groups = w.k / w.group, units = (groups + 15) / 16 * 256, size = groups * (w.narrow ? 2 : 4);
+    const int64_t words = (w.k + CHUNK<BITS> - 1) / CHUNK<BITS> * Held<BITS>::WORDS;
+    const int64_t run = M == MANY ? 16 * blocks_of(w.n, words * 64) : 16;
 #pragma omp parallel
     {
-        static thread_local Memory memory;
-        float *scale = (float*)memory.of(held * 8), *less = d.sums ? scale + held : nullptr;
+        static thread_local Memory memory[2];
+        float* scale = (float*)memory[0].of(run / 16 * units * 8);
+        float* less = d.sums ? scale + run / 16 * units : nullptr;
+        __m512i* held = M == MANY ? (__m512i*)memory[1].of(run / 16 * words * 64) : nullptr;
 #pragma omp for schedule(static)
-        for (int64_t n = 0; n < w.n; n += 16) {
-            fetch((const uint8_t*)w.scale + (n + 16) * size, 16 * size);
-            if (w.zeros) fetch((const uint8_t*)w.zero + (n + 16) * size, 16 * size);
-            turned_units(w, n, scale, less);
-            dot_block<BITS, M, PER>(d, n, rows, scale, less, y);
+        for (int64_t first = 0; first < w.n; first += run) {
+            const int64_t stop = first + run < w.n ? first + run : w.n;
+            for (int64_t n = first, i = 0; n < stop; n += 16, i++) {
+                fetch((const uint8_t*)w.scale + (n + 16) * size, 16 * size);
+                if (w.zeros) fetch((const uint8_t*)w.zero + (n + 16) * size, 16 * size);
+                turned_units(w, n, scale + i * units, less ? less + i * units : nullptr);
+                if constexpr (M == MANY) Held<BITS>::fill(w, n, held + i * words);
+            }
+            for (int64_t m = 0; m < rows; m += M)
+                for (int64_t n = first, i = 0; n < stop; n += 16, i++) {
+                    const float *s = scale + i * units, *l = less ? less + i * units : nullptr;
+                    const int64_t count = rows - m < M ? rows - m : M;
+                    if constexpr (M == MANY) {
+                        dot_block<BITS, M, PER>(d.from<M>(m), Held<BITS>(held + i * words), n, count, s, l, y + m * w.n);
+                    } else {
+                        dot_block<BITS, M, PER>(d, Turned<BITS>(w, n), n, count, s, l, y);
+                    }
+                }
         }
     }
 }
 
-// x: [rows, k] codes -> Dotted's x; rows that are not there are 0
+// x: [rows, k] codes -> Dotted's x of m_all rows; those that are not there are 0
 template <int BITS>
 static void dot_words(const int8_t* x, int64_t rows, int64_t k, int64_t m_all, uint8_t* out) {
     constexpr int64_t columns = CHUNK<BITS>;
@@ -203,20 +285,24 @@ static void dot_words(const int8_t* x, int64_t rows, int64_t k, int64_t m_all, u
 template <int BITS, int M>
 static void dots_of(const Weight& w, const Rounded& r, int64_t rows, uint16_t* y) {
     static thread_local Memory memory;
-    const int64_t groups = w.k / w.group, padded = int64_t(r.factors.size());
+    const int64_t groups = w.k / w.group, padded = int64_t(r.factors.size()), all = (rows + M - 1) / M * M;
     const int64_t bytes = (w.k + CHUNK<BITS> - 1) / CHUNK<BITS> * CHUNK<BITS> * M;
-    uint8_t* x = memory.of(bytes + groups * M * 8);
-    int32_t* begin = (int32_t*)(x + bytes);
-    float* sums = (float*)(begin + groups * M);
-    dot_words<BITS>(r.codes.data(), rows, w.k, M, x);
+    uint8_t* x = memory.of(all / M * bytes + groups * all * 8);
+    int32_t* begin = (int32_t*)(x + all / M * bytes);
+    float* sums = (float*)(begin + groups * all);
     const bool taken = w.zeros || w.kind == UINT8;
     const int32_t over = w.kind == UINT8 ? 128 : flipped(w);
-    for (int64_t g = 0; g < groups; g++)
-        for (int64_t m = 0; m < M; m++) {
-            sums[g * M + m] = r.sums[g * padded + m];
-            begin[g * M + m] = -over * int32_t(sums[g * M + m]);
-        }
-    const Dotted d{w, (const int32_t*)x, begin, taken ? sums : nullptr, r.factors.data()};
+#pragma omp parallel for schedule(static) if (M == MANY)
+    for (int64_t first = 0; first < all; first += M) {
+        dot_words<BITS>(r.codes.data() + first * w.k, rows - first, w.k, M, x + first / M * bytes);
+        for (int64_t g = 0; g < groups; g++)
+            for (int64_t m = 0; m < M; m++) {
+                const int64_t at = first * groups + g * M + m;
+                sums[at] = r.sums[g * padded + first + m];
+                begin[at] = -over * int32_t(sums[at]);
+            }
+    }
+    const Dotted d{w, (const int32_t*)x, begin, taken ? sums : nullptr, r.factors.data(), bytes / 4};
     if (w.group % CHUNK<BITS> == 0) dot_rows<BITS, M, 16>(d, rows, y);
     else if (w.group % (CHUNK<BITS> / 2) == 0) dot_rows<BITS, M, 8>(d, rows, y);
     else dot_rows<BITS, M, 4>(d, rows, y);
@@ -227,6 +313,7 @@ static void dots(const Weight& w, const Rounded& r, int64_t rows, uint16_t* y) {
     if (rows == 1) return dots_of<BITS, 1>(w, r, rows, y);
     if (rows == 2) return dots_of<BITS, 2>(w, r, rows, y);
     if (rows <= 4) return dots_of<BITS, 4>(w, r, rows, y);
-    dots_of<BITS, 8>(w, r, rows, y);
+    if (rows <= DOTTED) return dots_of<BITS, 8>(w, r, rows, y);
+    dots_of<BITS, MANY>(w, r, rows, y);
 }
 #endif

@@ -5,10 +5,6 @@
 #include "tiles.h"
 
 #ifdef TILES
-static inline void fetch(const uint8_t* from, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch((const char*)from + i, _MM_HINT_T1);
-}
-
 // bfloat16 as it is
 struct Dense {
     static const int64_t COLUMNS = 32;  // of a step
@@ -42,11 +38,6 @@ struct Lanes {
 // What a row's 16 times 16 columns multiply by, and what they take off
 struct Scaling {
     alignas(64) float scale[16], less[16];
-    static __m512 loaded(const void* p, int32_t narrow, int64_t i, __mmask16 mask) {
-        if (narrow == 0) return _mm512_maskz_loadu_ps(mask, (const float*)p + i);
-        const __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t*)p + i);
-        return narrow == 1 ? _mm512_cvtph_ps(half) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-    }
     // One of them in all lanes
     static __m512 each(const void* p, int32_t narrow, int64_t i) {
         if (narrow == 0) return _mm512_set1_ps(((const float*)p)[i]);

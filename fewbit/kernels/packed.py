@@ -114,7 +114,7 @@ def slow(spec: QuantSpec) -> str | None:
         return f"its groups are shorter than the {least} columns that int8 units take at once"
     if any(cols > tiles.LONGEST for cols in columns):
         return f"its groups are longer than the {tiles.LONGEST} columns whose sums int8 units hold"
-    return None if tiles.native() is not None else "this processor has no int8 matrix units (AMX) that we may use"
+    return None if tiles.vectors() is not None else "this processor has neither AMX nor AVX512-VNNI beside AVX512-BF16"
 
 
 def spread(values: Tensor, w: QTensor, block: tuple[int, int], group: int) -> Tensor:

@@ -1,8 +1,10 @@
 // y = x W^T through tiles, for few rows of x and for many: runs of rows of W become tiles in cache and meet every row of x.
-// x is bfloat16 as it is, or rounded to int8 with a scale for each row, whose sums with whole codes are exact.
+// x is bfloat16 as it is, or rounded to int8 with a scale for each row, whose sums with whole codes are exact. Where there are
+// no tiles, int8 takes the vector units for any number of rows.
 
 #include <omp.h>
 #include "dots.h"
+#include "fill.h"
 
 #ifdef TILES
 static const int64_t ROWS = 512;  // of x that meet a run of W; of more, the run is made again
@@ -233,10 +235,13 @@ static void by_kind(const Weight& w, const uint16_t* x, int64_t rows, uint16_t* 
 
 extern "C" {
 
-// Whether this processor has tiles and we may use them
+// 2 where the processor has tiles and we may use them, 1 where it has vectors for whole numbers, 0 where it has neither
 int32_t tiles_ready() {
 #ifdef TILES
-    return allowed();
+    if (allowed()) return 2;
+#endif
+#ifdef DOTS
+    return 1;
 #else
     return 0;
 #endif
@@ -268,15 +273,21 @@ void tiles_values(const Weight* w, const uint16_t* x, int64_t rows, uint16_t* y)
     }
 }
 
-// The same with each row of x rounded to int8, its largest value at `reach`; `least`: the scale of a row of zeros
+#endif
+
+#ifdef DOTS
+// x: [rows, k] bfloat16, each row rounded to int8, its largest value at `reach`; `least`: the scale of a row of zeros
 void tiles_whole(const Weight* w, const uint16_t* x, int64_t rows, float reach, float least, uint16_t* y) {
-    static thread_local Memory memory;
-    const bool few = rows <= DOTTED, summed = w->zeros || w->kind == UINT8 || few;
+    static const bool by_tiles = tiles_ready() == 2;
+    const bool dotted = rows <= DOTTED || !by_tiles, summed = w->zeros || w->kind == UINT8 || dotted;
     const Rounded r = rounded(x, rows, w->k, w->group, reach, least, summed);
-    if (few) return w->bits == 4 ? dots<4>(*w, r, rows, y) : dots<8>(*w, r, rows, y);
+    if (dotted) return w->bits == 4 ? dots<4>(*w, r, rows, y) : dots<8>(*w, r, rows, y);
+#ifdef TILES
+    static thread_local Memory memory;
     const Input in{laid(memory, r.codes.data(), rows, w->k), rows, rows < 16 ? rows : 16, w->k / 64};
     const Whole op{*w, r.factors.data(), summed ? r.sums.data() : nullptr, int64_t(r.factors.size())};
     product(Ints(*w), op, in, most(*w), y);
+#endif
 }
 #endif
 

@@ -9,21 +9,13 @@
 #include <cstring>
 #include <sys/syscall.h>
 #include <unistd.h>
-#include <vector>
-#include "codes.h"
+#include "vectors.h"
 
-#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512VNNI__) && defined(WIDE)
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(DOTS)
 #define TILES 1
 
 static const int64_t TILE = 1024;  // bytes
 static const int64_t C = 256;      // numbers of a tile C
-
-struct Memory {std::vector<uint8_t> held;
-    uint8_t* of(int64_t bytes) {
-        if (int64_t(held.size()) < bytes + 64) held.resize(bytes + 64);
-        return (uint8_t*)((uintptr_t(held.data()) + 63) & ~uintptr_t(63));
-    }
-};
 
 // Some compilers do not know what the instructions of tiles read: 8 of the configuration's 64 bytes, nothing of a tile.
 static inline void barrier() { asm volatile("" ::: "memory"); }
@@ -118,26 +110,6 @@ static inline void store_c(void* c) {
         _tile_stored(3, p + 3 * C, 64);
     }
     barrier();
-}
-
-// 16 x 16 numbers of 32 bits, rows and columns exchanged
-static inline void turn(__m512i* r) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; j++) {
-            r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
-            r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
-        }
-    for (int i = 0; i < 16; i += 8)
-        for (int j = 0; j < 4; j++) {
-            t[i + j] = _mm512_shuffle_i32x4(r[i + j], r[i + 4 + j], 0x88);
-            t[i + 4 + j] = _mm512_shuffle_i32x4(r[i + j], r[i + 4 + j], 0xdd);
-        }
-    for (int j = 0; j < 8; j++) {
-        r[j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0x88);
-        r[8 + j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0xdd);
-    }
 }
 
 // x: rows of `bytes` (whole steps) -> tiles B of up to 16 rows; rows that are not there are 0

@@ -1,8 +1,8 @@
 """Linears through the matrix units of a processor (AMX), x and y in bfloat16; the work is in tiles.cpp.
 
 Codes become bfloat16, or stay whole numbers where x is rounded to int8. Every number of y is one chain of sums along K,
-so a row of x gives the same bits alone and among others. Few rows in int8 take the vector units (dots.h): their sums of
-whole numbers are exact, and join as those of tiles do.
+so a row of x gives the same bits alone and among others. Few rows in int8 take the vector units (dots.h), and all do
+where there is nothing else: their sums of whole numbers are exact, and join as those of tiles do.
 """
 
 import ctypes
@@ -19,6 +19,7 @@ from fewbit.quant.spec import QuantSpec, Scale
 if TYPE_CHECKING:
     from fewbit.kernels.packed import Weight
 
+VECTORS, TILES = 1, 2  # what tiles.cpp says that there is
 STEP = 32  # columns
 LEAST_GROUP = 16  # columns: between groups sums leave the units; twice as many of 4 bits, which lie in pairs
 LONGEST = 512  # columns of a group that is not a whole row
@@ -42,7 +43,7 @@ def values(x: Tensor, weight: "Weight") -> Tensor:
 def codes(x: Tensor, weight: "Weight", rule: str) -> Tensor:
     """The same with x rounded to int8."""
     y = x.new_empty(len(x), weight.n)
-    call(native().tiles_whole, ctypes.byref(weight), x.data_ptr(), len(x), REACH[rule], LEAST[rule], y.data_ptr())
+    call(vectors().tiles_whole, ctypes.byref(weight), x.data_ptr(), len(x), REACH[rule], LEAST[rule], y.data_ptr())
     return y
 
 
@@ -53,15 +54,30 @@ def dense(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-@cache
 def native() -> Any:
     """The library, or None where the processor has no tiles or we may not use them."""
+    return _library() if _ready() == TILES else None
+
+
+def vectors() -> Any:
+    """The library for `codes`, or None where the processor has nothing for whole numbers."""
+    return _library() if _ready() >= VECTORS else None
+
+
+@cache
+def _ready() -> int:
     found = library("tiles")
-    if isinstance(found, str) or not found.tiles_ready():
-        return None
+    return 0 if isinstance(found, str) else int(found.tiles_ready())
+
+
+@cache
+def _library() -> Any:
+    found: Any = library("tiles")
     pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-    found.tiles_dense.argtypes = [pointer, number, number, pointer, number, pointer]
-    found.tiles_values.argtypes = [pointer, pointer, number, pointer]
-    found.tiles_whole.argtypes = [pointer, pointer, number, real, real, pointer]
-    found.tiles_dense.restype = found.tiles_values.restype = found.tiles_whole.restype = None
+    arguments = {"tiles_whole": [pointer, pointer, number, real, real, pointer]}
+    if _ready() == TILES:
+        arguments["tiles_dense"] = [pointer, number, number, pointer, number, pointer]
+        arguments["tiles_values"] = [pointer, pointer, number, pointer]
+    for name, types in arguments.items():
+        getattr(found, name).argtypes, getattr(found, name).restype = types, None
     return found

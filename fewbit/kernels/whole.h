@@ -2,9 +2,9 @@
 
 #pragma once
 #include <cmath>
-#include "fill.h"
+#include "vectors.h"
 
-#ifdef TILES
+#ifdef DOTS
 // x: [rows, k] bfloat16 -> codes int8, a factor of each row, and sums of groups of codes [groups, padded]
 struct Rounded {
     std::vector<int8_t> codes;
@@ -47,8 +47,8 @@ static Rounded rounded(const uint16_t* x, int64_t rows, int64_t k, int64_t group
 
 // What sums of whole numbers multiply by, and what they take off: of up to 16 groups from one of them
 static inline void units(const Weight& w, int64_t first, __m512 outer, __mmask16 held, __m512& scale, __m512& less) {
-    const __m512 s = Scaling::loaded(w.scale, w.narrow, first, held), shift = _mm512_set1_ps(w.kind == UINT8 ? 128 : 0);
-    const __m512 z = w.zeros ? Scaling::loaded(w.zero, w.narrow, first, held) : _mm512_setzero_ps();
+    const __m512 s = loaded(w.scale, w.narrow, first, held), shift = _mm512_set1_ps(w.kind == UINT8 ? 128 : 0);
+    const __m512 z = w.zeros ? loaded(w.zero, w.narrow, first, held) : _mm512_setzero_ps();
     scale = _mm512_mul_ps(s, outer);
     less = _mm512_mul_ps(w.zeros == 2 ? _mm512_fnmadd_ps(shift, s, z) : _mm512_mul_ps(_mm512_sub_ps(z, shift), s), outer);
 }

@@ -1,7 +1,8 @@
 """How many kernels a decoder layer launches outside attention, counted on the twin: its own code, and fused.
 
-Counted is every operation of torch that is no view, for one token in bfloat16. What is one kernel on a GPU (a norm,
-act x up, a rotary embedding, a projection of all experts) counts as one, whatever it is made of on a CPU. Experts are
+Counted is every operation of torch that is no view, for one token in bfloat16. What is one kernel on a GPU (a linear
+with its bias, a norm, act x up, a rotary embedding, a projection of all experts) counts as one, whatever it is made of
+on a CPU. Experts are
 never run one by one here, as transformers' own loop would. Fused latent attention is what it is over a paged cache.
 """
 
@@ -19,11 +20,11 @@ from fewbit.models import fuse, hf, twin
 from fewbit.models.fuse_place import place
 from fewbit.models.observe_taps import layers_path
 from fewbit.models.shrink import shrink
-from fewbit.modules import attention, experts, glu, latent, norm, paged, residual, rotary, router
+from fewbit.modules import attention, experts, glu, latent, linear, norm, paged, residual, rotary, router
 
 FREE = ("empty", "lift_fresh", "detach", "alias", "_unsafe_view")  # operations that launch nothing
-ONE = ((norm, "normed"), (norm, "normed_pair"), (glu, "act_mul"), (rotary, "rotate"), (latent, "assemble"),
-       (latent, "joined"), (residual, "normed"), (residual, "add_normed"), (router, "wide"),
+ONE = ((linear, "dense_linear"), (norm, "normed"), (norm, "normed_pair"), (glu, "act_mul"), (rotary, "rotate"),
+       (latent, "assemble"), (latent, "joined"), (residual, "normed"), (residual, "add_normed"), (router, "wide"),
        (router, "choose"))  # fmt: skip
 OTHERS = "fewbit-counted"  # our name among transformers' attention functions while counting
 

@@ -1,4 +1,6 @@
-"""Linears through matrix units: against an oracle in float64 over formats and rows, to the bit against themselves."""
+"""Linears through matrix units, or for whole numbers through vectors: against an oracle in float64 over formats and
+rows, to the bit against themselves.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +17,8 @@ from fewbit.quant.reference import decode, encode, fake_quant
 from fewbit.quant.spec import Format, Scale
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(tiles.native() is None, reason="no matrix units (AMX) here")
+pytestmark = pytest.mark.skipif(tiles.vectors() is None, reason="neither AMX nor AVX512-VNNI here")
+tiled = pytest.mark.skipif(tiles.native() is None, reason="no matrix units (AMX) here")
 TAKEN = [name for name, f in FORMATS.items() if packed.supports(f, CPU, torch.bfloat16) is None]
 WHOLE = [name for name in TAKEN if packed.slow(FORMATS[name].weight) is None]
 ROWS = (1, 3, 16, 17, 40, 70)
@@ -42,6 +45,7 @@ def near(got: Tensor, x: Tensor, w: Tensor, weights: float) -> bool:
     return bool(((got.double() - want).abs() <= 2.0**-8 * want.abs() + weights * size).all())
 
 
+@tiled
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", TAKEN)
 def test_weights_alone(name: str, shape: tuple[int, int]) -> None:
@@ -87,6 +91,7 @@ def test_rows_of_zeros_and_of_nan(rule: str) -> None:
     assert bool((y[1] == 0).all()) and bool(y[2].isnan().all()) and bool(y[[0, 3]].isfinite().all())
 
 
+@tiled
 def test_dense() -> None:
     for rows in (*ROWS, 600):
         for n, k in ((100, 96), (520, 320)):
@@ -110,8 +115,9 @@ def runs() -> list[tuple[str, Callable[[Tensor], Tensor]]]:
     w = draw(100, 512).bfloat16()
     names = [("int4-g128", False), ("int8-channel", False), ("nvfp4", False), ("q6_k", False), ("fp8-block", False),
              ("int4-g128", True), ("int8-channel", True)]  # fmt: skip
-    each = [(f"{name} {act}", held(name, 100, 512, act)) for name, act in names]
-    return [("dense", lambda x: tiles.dense(x, w)), *((n, lambda x, q=q: packed.run_linear(x, q)) for n, q in each)]
+    each = [(f"{name} {act}", held(name, 100, 512, act)) for name, act in names if act or tiles.native() is not None]
+    found = [(n, lambda x, q=q: packed.run_linear(x, q)) for n, q in each]
+    return found if tiles.native() is None else [("dense", lambda x: tiles.dense(x, w)), *found]
 
 
 def test_rows_do_not_know_of_one_another() -> None:
