@@ -203,7 +203,8 @@ static_assert(DEPTH == 8, "x of the next run must have come with this one's code
 #endif
 
 // e2m1 has its bits put where bfloat16 (float16) has such, which is too small by 2^126 (2^14) and costs no arithmetic:
-// subnormals are numbers to the matrix units. So that bfloat16's products stay in float32's range, x comes with 2^64.
+// subnormals are numbers to the matrix units. So that bfloat16's products stay in float32's range, x comes with 2^64; of
+// a sum what is below 2^-87 is lost. Scales of such codes are numbers above 0.
 #if CODES == 0
 #define UNIT 1.0f
 #elif TYPE == 0
@@ -273,7 +274,6 @@ __device__ __forceinline__ void two_of(const Scales &v, int r, float &above, flo
 #endif
 }
 
-// Scales of floats are above 0 and numbers.
 // w: [k / 16, n / 64, 32 lanes, 4 words]; scales: [k / GROUP, n / 64, 8, 8], of row g + 8 j at [g, j], and so zeros of 4
 // bits. A block makes 64 columns of y over its share of K; the SPLIT blocks of a cluster add up in one another's memory.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
