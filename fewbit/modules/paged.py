@@ -32,6 +32,7 @@ __all__ = ["NAME", "AnyCache", "Cache", "Span", "Step", "Table", "current", "for
 AnyCache = Cache | PackedCache
 NAME = "fewbit-paged"
 How = tuple[float, int | None, float | None, Tensor | None, float]  # scaling, window, softcap, sinks, p of Sides
+QUERIES = 64  # that are attended to at once where there are many: what none of them sees is left out
 PLAIN = "what attention makes on the way is rounded or watched, which no kernel does"
 
 
@@ -217,10 +218,18 @@ def _attend(
     if softcap is not None or sinks is not None or p or inside is not None:
         mask = None if plain else step.mask(count, length, window, query)
         return in_runs(query, key, value, mask, scaling, softcap, sinks, p, inside)[0].transpose(0, 1)
-    gqa = key.shape[1] != query.shape[1]
-    whole = count == length and window is None
-    mask = None if plain or whole else step.mask(count, length, window, query)
     taken = key if isinstance(cache, Cache) and cache.shared else value  # of one size with keys they are fast
-    out = scaled_dot_product_attention(query, key, taken, mask, is_causal=whole and not plain, scale=scaling,
-                                       enable_gqa=gqa)  # fmt: skip
-    return out[0, ..., : value.shape[3]].transpose(0, 1)
+    out = query.new_empty(count, query.shape[1], value.shape[3])
+    for first in range(0, count, QUERIES):
+        last = min(first + QUERIES, count)
+        rows, stop = last - first, length - count + last
+        start = 0 if window is None else max(0, stop - rows + 1 - window)  # what is before none of them sees
+        narrow = window if window is not None and stop - start > window else None
+        causal = narrow is None and rows == stop - start > 1
+        mask = None if causal or rows == 1 else step.mask(rows, stop - start, narrow, query)
+        found = scaled_dot_product_attention(
+            query[:, :, first:last], key[:, :, start:stop], taken[:, :, start:stop], mask, is_causal=causal,
+            scale=scaling, enable_gqa=key.shape[1] != query.shape[1],
+        )  # fmt: skip
+        out[first:last] = found[0, ..., : value.shape[3]].transpose(0, 1)
+    return out
