@@ -214,10 +214,10 @@ def _attend(
         length = len(slots)
     window = window if window is not None and length > window else None
     key, value = cache.read(slots, query.dtype)
-    plain = count == 1 and window is None
-    if softcap is not None or sinks is not None or p or inside is not None:
-        mask = None if plain else step.mask(count, length, window, query)
+    if p or inside is not None:  # which look at all scores together
+        mask = None if count == 1 and window is None else step.mask(count, length, window, query)
         return in_runs(query, key, value, mask, scaling, softcap, sinks, p, inside)[0].transpose(0, 1)
+    explicit = softcap is not None or sinks is not None
     taken = key if isinstance(cache, Cache) and cache.shared else value  # of one size with keys they are fast
     out = query.new_empty(count, query.shape[1], value.shape[3])
     for first in range(0, count, QUERIES):
@@ -225,11 +225,13 @@ def _attend(
         rows, stop = last - first, length - count + last
         start = 0 if window is None else max(0, stop - rows + 1 - window)  # what is before none of them sees
         narrow = window if window is not None and stop - start > window else None
-        causal = narrow is None and rows == stop - start > 1
+        causal = narrow is None and rows == stop - start > 1 and not explicit
         mask = None if causal or rows == 1 else step.mask(rows, stop - start, narrow, query)
-        found = scaled_dot_product_attention(
-            query[:, :, first:last], key[:, :, start:stop], taken[:, :, start:stop], mask, is_causal=causal,
-            scale=scaling, enable_gqa=key.shape[1] != query.shape[1],
-        )  # fmt: skip
+        q, k, v = query[:, :, first:last], key[:, :, start:stop], (value if explicit else taken)[:, :, start:stop]
+        if explicit:
+            found = in_runs(q, k, v, mask, scaling, softcap, sinks)
+        else:
+            gqa = key.shape[1] != query.shape[1]
+            found = scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scaling, enable_gqa=gqa)
         out[first:last] = found[0, ..., : value.shape[3]].transpose(0, 1)
     return out
