@@ -96,7 +96,7 @@ def guilty(text: list[int], options: dict[str, Any], kernel: str) -> str:
     theirs, seen = dict(real.named_modules()), []
 
     def look(path: str, module: Linear, x: Tensor) -> None:
-        for some in (x, x[..., -1:, :]):  # a prompt, a token: few rows may take other kernels
+        for some in () if seen else (x, x[..., -1:, :]):  # a prompt, a token: few rows may take other kernels
             y = module.forward(some).float()
             off = float((theirs[path](some).float() - y).norm() / y.norm())
             if off and not seen:

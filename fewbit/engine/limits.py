@@ -32,8 +32,10 @@ class Limits:
 
 def running(config: EngineConfig, loaded: Loaded) -> int:
     """Most requests at once. Those of a runner without pages have caches that nothing bounds."""
-    if config.max_num_seqs or loaded.device.type == "cpu":
-        return config.max_num_seqs or 64
+    if config.max_num_seqs:
+        return config.max_num_seqs
+    if loaded.device.type == "cpu":
+        return 64
     _, total = torch.cuda.mem_get_info(loaded.device)
     return 1024 if loaded.paged and total >= LARGE else 256
 

@@ -52,6 +52,11 @@ template <int BITS> struct Turned {
 
     Turned(const Weight& w, int64_t n) : chunk(w), p(w.codes + n * chunk.row), last(w.n - 1 - n), flip(_mm512_set1_epi8(char(flipped(w)))) {}
     const uint8_t* line(int64_t i) const { return p + (i < last ? i : last) * chunk.row; }
+    // What a word holds above 0: all of it, or of 4 bits the even columns and the odd ones
+    __m512i codes(__m512i word) const {
+        return BITS == 8 ? _mm512_xor_si512(word, flip) : _mm512_ternarylogic_epi64(word, flip, _mm512_set1_epi8(15), 0x28);  // (a ^ b) & c
+    }
+    __m512i odd_codes(__m512i word) const { return codes(_mm512_srli_epi16(word, 4)); }
     const __m512i* load(int64_t c, __m512i* room) const {
         for (int64_t i = 0; i < 16; i++) room[i] = chunk(line(i), c);
         turn(room);
@@ -59,26 +64,23 @@ template <int BITS> struct Turned {
     }
     // PER of 16 words of chunk c from `part` onto sums of M rows of x; lines of the rows after these are fetched meanwhile
     template <int M, int PER> void dot(const __m512i* words, int64_t c, int part, const int32_t* x, __m512i* sums) const {
-        constexpr int CHAINS = M < 4 ? 4 : M < 8 ? 8 / M : 1;  // sums under way, so that none waits for itself
-        const __m512i low = _mm512_set1_epi8(15);
+        constexpr int CHAINS = M < 4 ? 4 : 8 / M;  // sums under way, so that none waits for itself
         const char* next = (const char*)p + 16 * (chunk.row + c * chunk.bytes) + part * PER * chunk.bytes;
         __m512i a[CHAINS * M];
         for (int i = 0; i < CHAINS * M; i++) a[i] = i < M ? sums[i] : _mm512_setzero_si512();
 #pragma GCC unroll 16
         for (int j = 0; j < PER; j++) {
-            const __m512i word = words[part * PER + j];
+            const __m512i word = words[part * PER + j], even = codes(word);
             _mm_prefetch(next + 64 * j, _MM_HINT_T2);
             if (BITS == 8) {
-                const __m512i codes = _mm512_xor_si512(word, flip);
 #pragma GCC unroll 8
                 for (int m = 0; m < M; m++) {
                     __m512i& sum = a[j % CHAINS * M + m];
-                    sum = _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(x[16 * m + j]));
+                    sum = _mm512_dpbusd_epi32(sum, even, _mm512_set1_epi32(x[16 * m + j]));
                 }
                 continue;
             }
-            const __m512i even = _mm512_ternarylogic_epi64(word, flip, low, 0x28);  // (a ^ b) & c
-            const __m512i odd = _mm512_ternarylogic_epi64(_mm512_srli_epi16(word, 4), flip, low, 0x28);
+            const __m512i odd = odd_codes(word);
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) {
                 __m512i &one = a[2 * j % CHAINS * M + m], &two = a[(2 * j + 1) % CHAINS * M + m];
@@ -101,15 +103,13 @@ template <int BITS> struct Held {
 
     explicit Held(const __m512i* all) : all(all) {}
     static void fill(const Weight& w, int64_t n, __m512i* out) {
-        const __m512i low = _mm512_set1_epi8(15);
         const Turned<BITS> source(w, n);
         __m512i turned[16];
         for (int64_t c = 0; c * CHUNK<BITS> < w.k; c++, out += WORDS) {
             source.load(c, turned);
             for (int j = 0; j < 16; j++) {
-                const __m512i word = turned[j];
-                out[j] = BITS == 8 ? _mm512_xor_si512(word, source.flip) : _mm512_ternarylogic_epi64(word, source.flip, low, 0x28);
-                if (BITS == 4) out[16 + j] = _mm512_ternarylogic_epi64(_mm512_srli_epi16(word, 4), source.flip, low, 0x28);
+                out[j] = source.codes(turned[j]);
+                if (BITS == 4) out[16 + j] = source.odd_codes(turned[j]);
             }
         }
     }

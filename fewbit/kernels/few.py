@@ -119,10 +119,12 @@ def _by_rows(device: torch.device, kind: torch.dtype, out: torch.dtype, tiles: i
     warps, depth, high = (16, 3, 2) if each <= 2 else (8, 4 if tiles == 1 else 3, 1)
     if each > 8 and kind in HALVES:
         depth, high = 3, 2
-    high = 1 if n % (2 * ROWS) else high
+    shared = warps * depth * 512  # bytes, times two for each tile of W and one for each of x
+    if n % (high * ROWS) or shared * (2 * high + tiles) > _shared_bytes(device):
+        high = 1
     defines = {"TYPE": TYPES[kind], "OUT": TYPES[out], "TILES": tiles, "WARPS": warps, "DEPTH": depth, "HIGH": high,
                "SPLIT": 0}  # fmt: skip
-    return _function("few_rows", device, defines, warps * depth * (2 * high + tiles) * 512), ROWS * high
+    return _function("few_rows", device, defines, shared * (2 * high + tiles)), ROWS * high
 
 
 @cache
@@ -142,6 +144,12 @@ def _function(name: str, device: torch.device, defines: dict[str, int], shared: 
 @cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _shared_bytes(device: torch.device) -> int:
+    """That a block can have: consumer GPUs have half of it."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def _tiles(m: int) -> int:

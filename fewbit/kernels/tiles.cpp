@@ -272,7 +272,6 @@ void tiles_values(const Weight* w, const uint16_t* x, int64_t rows, uint16_t* y)
         default: return by_kind<UINT8>(*w, x, rows, y);
     }
 }
-
 #endif
 
 #ifdef DOTS

@@ -33,8 +33,8 @@ from fewbit.kernels.triton_early import await_last, early, let_next
 
 
 @dataclass(frozen=True, slots=True)
-class Tile:
-    """Of keys."""
+class KeyTile:
+    """Keys that a program reads at once."""
 
     numbers: int
     tokens: int  # at most
@@ -44,10 +44,10 @@ class Tile:
 PROGRAMS = 4  # that are aimed at, per multiprocessor
 FEW_PARTS, MOST_PARTS = 8, 64
 MOST_HEADS = 64  # queries of a program
-SMALL, DEEP, PLAIN = Tile(4096, 64, 4), Tile(16384, 128, 3), Tile(8192, 64, 2)
+SMALL, DEEP, SHALLOW = KeyTile(4096, 64, 4), KeyTile(16384, 128, 3), KeyTile(8192, 64, 2)
 # Parts there is room for, tokens of one that are worth it, tile. Where a text is alone on its multiprocessor, all of it
 # had better be on its way at once.
-SPLITS = ((32, 32, SMALL), (16, 256, DEEP), (4, 1024, DEEP), (2, inf, SMALL), (0, inf, PLAIN))
+SPLITS = ((32, 32, SMALL), (16, 256, DEEP), (4, 1024, DEEP), (2, inf, SMALL), (0, inf, SHALLOW))
 WARPS = 4
 GATHERED = 16384  # numbers that so many warps gather in registers; more take twice the warps
 # Where keys hold their values: heads, tokens, stages. From 64 queries on a GPU of compute capability 9.0 multiplies out
@@ -91,7 +91,7 @@ def shape(query: Tensor, cache: Cache, table: Table, window: int | None) -> Shap
     return Shape(heads, blocks, tokens, parts, least, warps, stages)
 
 
-def cut(query: Tensor, cache: Cache, tile: Tile) -> tuple[int, int]:
+def cut(query: Tensor, cache: Cache, tile: KeyTile) -> tuple[int, int]:
     """-> tokens and stages of a tile: of this one, or as far as there is room for it."""
     tokens = min(tile.tokens, max(16, tile.numbers // padded(cache.key.shape[2])))
     tokens = 16 if query.dtype == torch.float32 else tokens  # without matrix units larger tiles spill

@@ -2,8 +2,8 @@
 
 Counted is every operation of torch that is no view, for one token in bfloat16. What is one kernel on a GPU (a linear
 with its bias, a norm, act x up, a rotary embedding, a projection of all experts) counts as one, whatever it is made of
-on a CPU. Experts are
-never run one by one here, as transformers' own loop would. Fused latent attention is what it is over a paged cache.
+on a CPU. Experts are never run one by one here, as transformers' own loop would. Fused latent attention is what it is
+over a paged cache.
 """
 
 from collections.abc import Callable, Iterator

@@ -128,8 +128,11 @@ MIXED: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.parametrize("held", [sampler_draw.HELD, 3 * V])
 @pytest.mark.parametrize("vocab", [V, 32_001])
-def test_a_row_alone_is_the_row_in_company(vocab: int) -> None:
+def test_a_row_alone_is_the_row_in_company(vocab: int, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many rows are worked on at a time."""
+    monkeypatch.setattr(sampler_draw, "HELD", held)
     values = logits(7, seed=3, vocab=vocab)
     for step in range(12):
         rows = [row(output=[7] * step, seed=i, **given) for i, given in enumerate(MIXED)]

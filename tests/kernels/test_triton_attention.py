@@ -373,6 +373,17 @@ def test_the_same_bits_beside_others(window: int | None, monkeypatch: pytest.Mon
         assert torch.equal(by_kernels(one, case)[0][0], together[i])
 
 
+@pytest.mark.parametrize("name", ["64", "within", "window", "window of 1", "softcap", "sinks", "all", "within, odd",
+                                  "chunk behind a long text", "e4m3 of each token"])  # fmt: skip
+def test_queries_by_few_are_all_queries(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oracle attends to a prompt by runs of queries, each with the keys that it sees."""
+    case = CASES[name]
+    want, _ = plainly(made := make(case), case)
+    for queries in (1, 4, 7):
+        monkeypatch.setattr(paged, "QUERIES", queries)
+        torch.testing.assert_close(plainly(made, case)[0], want, **bound(case))
+
+
 @pytest.mark.parametrize("room", [1, 2, 4, 16, 32])
 @pytest.mark.parametrize("window", [None, 100])
 def test_parts_that_are_worth_it(room: int, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
