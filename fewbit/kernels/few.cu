@@ -16,6 +16,7 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 struct __align__(16) Four { u32 x, y, z, w; };
+struct __align__(16) Numbers { float v[4]; };
 
 #if TYPE == 3
 typedef int Sum;
@@ -36,7 +37,16 @@ __device__ __forceinline__ void copy_shared(void *to, const void *from) {
 }
 
 __device__ __forceinline__ void close_group() { asm volatile("cp.async.commit_group;"); }
-__device__ __forceinline__ void await_group() { asm volatile("cp.async.wait_group %0;" :: "n"(DEPTH - 1) : "memory"); }
+template <int later> __device__ __forceinline__ void await_group() {
+    asm volatile("cp.async.wait_group %0;" :: "n"(later) : "memory");
+}
+
+// at + many * bytes, by the unit that multiplies: the other one is what these loops wait for.
+template <typename T> __device__ __forceinline__ const T *further(const T *at, u32 many, u32 bytes) {
+    u64 found;
+    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(found) : "r"(many), "r"(bytes), "l"(at));
+    return (const T *)found;
+}
 
 __device__ __forceinline__ Four four(const void *at) {
     Four v;
@@ -146,7 +156,7 @@ few_rows(const char *w, const char *x, Finish finish, int bytes) {
     Sum sum[HIGH][TILES][4] = {};
     from += DEPTH * STEP, own += DEPTH * STEP;
     for (char *here = ring; left > 0; left -= STEP, from += STEP, own += STEP) {
-        await_group();
+        await_group<DEPTH - 1>();
         Four b[TILES];
 #pragma unroll
         for (int j = 0; j < TILES; j++) b[j] = *(const Four *)(here + (2 * HIGH + j) * 512);
@@ -191,7 +201,7 @@ few_rows(const char *w, const char *x, Finish finish, int bytes) {
     }
 }
 #else
-static_assert(DEPTH == 8, "x of the next run must have come with this one's codes");
+static_assert(DEPTH == 8, "a run");
 #if TYPE == 0
 #define MAGIC 0x43004300u  // 128 in bfloat16, whose last bit is worth 1
 #define MIDDLE 0x43084308u
@@ -280,32 +290,37 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
 few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, const u32 *zeros, int k) {
     constexpr int TIMES = GROUP < 128 ? 128 / GROUP : 1, EACH = 8 / TIMES;  // scales of 128 columns; pieces of 16 columns to each
     constexpr int STRIDE = SPLIT * WARPS, ROW = 256 + 16, HALF = TILES * 8 * ROW;  // rows of x lie in banks of their own
+    constexpr bool SHARED = TIMES > 1;  // lanes make numbers of scales for one another
+    constexpr int MADE = SHARED ? TIMES * 256 : 0, MINE = (TIMES + 3) / 4;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int tile = blockIdx.x / SPLIT, rank = blockIdx.x % SPLIT, tiles = finish.n / 64, runs = k / 128;
     int run = rank * WARPS + warp;
-    const u64 apart = (u64)tiles * 32, jump = (u64)STRIDE * 8 * apart;  // from block to block, from run to run
-    const Four *from = w + (u64)run * 8 * apart + tile * 32;
-    char *own = memory + warp * (4096 + 2 * HALF);  // codes of a run, then rows of x of two runs
+    const u32 apart = tiles * 512;  // bytes from 16 columns to the next
+    const Four *from = w + ((u64)run * 8 * tiles + tile) * 32 + lane;
+    char *own = memory + warp * (4096 + 2 * HALF + MADE);  // codes of a run, rows of x of two runs, scales of a run
     Four *ring = (Four *)own + lane;
+    Numbers *numbers = (Numbers *)(own + 4096 + 2 * HALF);  // [TIMES, 2, 8], of rows g + 8 j, j 0 to 3 and 4 to 7
     let_next();
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        if (run < runs) copy(ring + i * 32, from + i * apart + lane);
-        close_group();
+        if (run < runs) copy(ring + i * 32, further(from, i, apart));
+        if (i % 2) close_group();
     }
-    Scales scale[TIMES];
+    const int first = SHARED ? lane / 8 : 0, row = SHARED ? lane % 8 : g;  // of the scales that this lane looks up
+    const Scales *of = scales + ((u64)first * tiles + tile) * 8 + row;
+    Scales scale[MINE];
 #if ZEROS
     u32 zero[TIMES];
 #endif
     auto look_up = [&](int r) {
+        const u32 group = GROUP < 128 ? r * TIMES : r * 128 / GROUP;
 #pragma unroll
-        for (int s = 0; s < TIMES; s++) {
-            const u64 group = (u64)(GROUP < 128 ? r * TIMES + s : r * 128 / GROUP) * tiles + tile;
-            scale[s] = scales_at(scales + group * 8 + g);
+        for (int s = 0; s < MINE; s++)
+            if (first + 4 * s < TIMES) scale[s] = scales_at(further(of, group + 4 * s, tiles * 8 * sizeof(Scales)));
 #if ZEROS
-            zero[s] = word(zeros + group * 8 + g);
+#pragma unroll
+        for (int s = 0; s < TIMES; s++) zero[s] = word(further(zeros + tile * 8 + g, group + s, tiles * 32));
 #endif
-        }
     };
     if (run < runs) look_up(run);
     char *rows = own + 4096;
@@ -313,72 +328,91 @@ few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, cons
         *(Four *)(rows + i / 16 * ROW + i % 16 * 16) = *(Four *)(rows + HALF + i / 16 * ROW + i % 16 * 16) = Four{0, 0, 0, 0};
     __syncwarp();
     await_last();
-    for (int i = lane; i < finish.m * 16 && run < runs; i += 32)
-        *(Four *)(rows + i / 16 * ROW + i % 16 * 16) = four(x + ((u64)(i / 16) * k + run * 128) * 2 + i % 16 * 16);
+    const char *given_x = x + ((u64)(lane / 16) * k + run * 128) * 2 + lane % 16 * 16;  // 16 bytes of every other row
+    char *put = rows + lane / 16 * ROW + lane % 16 * 16;
+#pragma unroll
+    for (int i = 0; i < TILES * 4; i++)
+        if (lane / 16 + 2 * i < finish.m && run < runs) *(Four *)(put + i * 2 * ROW) = four(further(given_x, i, k * 4));
     __syncwarp();
     float sum[TILES][4][4] = {};
     for (int half = 0; run < runs; run += STRIDE, half ^= HALF) {
         const bool more = run + STRIDE < runs;
-        Scales given[TIMES];
+        const Scales given = scale[0];
+#pragma unroll
+        for (int s = 0; s < MINE && SHARED; s++) {
+            Numbers low, high;
+            two_of(scale[s], 0, low.v[0], low.v[1]), two_of(scale[s], 1, low.v[2], low.v[3]);
+            two_of(scale[s], 2, high.v[0], high.v[1]), two_of(scale[s], 3, high.v[2], high.v[3]);
+            if (first + 4 * s < TIMES) {
+                numbers[(first + 4 * s) * 16 + row] = low;
+                numbers[(first + 4 * s) * 16 + 8 + row] = high;
+            }
+        }
 #if ZEROS
         u32 nil[TIMES];
-#endif
 #pragma unroll
-        for (int s = 0; s < TIMES; s++) {
-            given[s] = scale[s];
-#if ZEROS
-            nil[s] = zero[s];
+        for (int s = 0; s < TIMES; s++) nil[s] = zero[s];
 #endif
-        }
-        from += jump;
+        from = further(from, STRIDE * 8, apart);
         if (more) {
             look_up(run + STRIDE);
-            for (int i = lane; i < finish.m * 16; i += 32)
-                copy_shared(rows + (half ^ HALF) + i / 16 * ROW + i % 16 * 16,
-                            x + ((u64)(i / 16) * k + (run + STRIDE) * 128) * 2 + i % 16 * 16);
+            given_x += STRIDE * 256;
+#pragma unroll
+            for (int i = 0; i < TILES * 4; i++)
+                if (lane / 16 + 2 * i < finish.m) copy_shared(put + (half ^ HALF) + i * 2 * ROW, further(given_x, i, k * 4));
         }
+        float part[TILES][4][4];
 #pragma unroll
-        for (int s = 0; s < TIMES; s++) {
-            float part[TILES][4][4] = {};
+        for (int i = 0; i < 8; i++) {
+            const int s = i / EACH;
+            if (i % 2 == 0) await_group<3>();
+            if (i == 0) __syncwarp();  // rows of x that other lanes have copied, and scales
+            const Four held = ring[i * 32];
+            const u32 codes[4] = {held.x, held.y, held.z, held.w};
+            u32 b[TILES][2];
 #pragma unroll
-            for (int i = s * EACH; i < (s + 1) * EACH; i++) {
-                await_group();
-                if (i == 0) __syncwarp();  // rows of x that other lanes have copied
-                const Four held = ring[i * 32];
-                const u32 codes[4] = {held.x, held.y, held.z, held.w};
-                u32 b[TILES][2];
+            for (int j = 0; j < TILES; j++)
 #pragma unroll
-                for (int j = 0; j < TILES; j++)
-#pragma unroll
-                    for (int h = 0; h < 2; h++)
-                        b[j][h] = raised(*(const u32 *)(rows + half + (j * 8 + g) * ROW + i * 32 + h * 16 + t * 4));
-#pragma unroll
-                for (int r = 0; r < 4; r++) {
-#if ZEROS
-                    const u32 z0 = MAGIC | ((nil[s] >> 8 * r) & 15) * 0x10001u;
-                    const u32 z1 = MAGIC | ((nil[s] >> (8 * r + 4)) & 15) * 0x10001u;
-#else
-                    const u32 z0 = MIDDLE, z1 = MIDDLE;
-#endif
-                    const u32 a0 = pair<0>(codes[r], z0), a2 = pair<1>(codes[r], z0);
-                    const u32 a1 = pair<2>(codes[r], z1), a3 = pair<3>(codes[r], z1);
-#pragma unroll
-                    for (int j = 0; j < TILES; j++) mma(part[j][r], a0, a1, a2, a3, b[j][0], b[j][1]);
-                }
-                if (more) copy(ring + i * 32, from + i * apart + lane);
-                close_group();
-            }
+                for (int h = 0; h < 2; h++)
+                    b[j][h] = raised(*(const u32 *)(rows + half + (j * 8 + g) * ROW + i * 32 + h * 16 + t * 4));
 #pragma unroll
             for (int r = 0; r < 4; r++) {
+#if ZEROS
+                const u32 z0 = MAGIC | ((nil[s] >> 8 * r) & 15) * 0x10001u;
+                const u32 z1 = MAGIC | ((nil[s] >> (8 * r + 4)) & 15) * 0x10001u;
+#else
+                const u32 z0 = MIDDLE, z1 = MIDDLE;
+#endif
+                const u32 a0 = pair<0>(codes[r], z0), a2 = pair<1>(codes[r], z0);
+                const u32 a1 = pair<2>(codes[r], z1), a3 = pair<3>(codes[r], z1);
+#pragma unroll
+                for (int j = 0; j < TILES; j++) {
+#pragma unroll
+                    for (int v = 0; v < 4; v++) part[j][r][v] = i % EACH ? part[j][r][v] : 0;
+                    mma(part[j][r], a0, a1, a2, a3, b[j][0], b[j][1]);
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < 4 && (i + 1) % EACH == 0; r++) {
                 float above, below;
-                two_of(given[s], r, above, below);
+                if (SHARED) {
+                    const Numbers made = numbers[s * 16 + r / 2 * 8 + g];
+                    above = made.v[r % 2 * 2], below = made.v[r % 2 * 2 + 1];
+                } else {
+                    two_of(given, r, above, below);
+                }
 #pragma unroll
                 for (int j = 0; j < TILES; j++)
 #pragma unroll
-                    for (int i = 0; i < 4; i++) sum[j][r][i] += part[j][r][i] * (i < 2 ? above : below);
+                    for (int v = 0; v < 4; v++) sum[j][r][v] += part[j][r][v] * (v < 2 ? above : below);
+            }
+            if (i % 2) {
+#pragma unroll
+                for (int h = i - 1; h <= i && more; h++) copy(ring + h * 32, further(from, h, apart));
+                close_group();
             }
         }
-        __syncwarp();  // of rows of x, which the run after next overwrites
+        __syncwarp();  // of scales, which the next run overwrites, and of rows of x: the one after it
     }
     __syncthreads();  // of the ring, which gives way to the sums
     float *parts = (float *)memory;  // [WARPS][TILES * 8][65]

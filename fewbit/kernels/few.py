@@ -133,7 +133,11 @@ def _by_layout(device: torch.device, kind: torch.dtype, tiles: int, how: Laid, z
     warps, split = next(shape for most, shape in LAID if high <= most * processors)
     defines = {"TYPE": TYPES[kind], "OUT": TYPES[kind], "TILES": tiles, "WARPS": warps, "DEPTH": 8, "GROUP": how.group,
                "CODES": how.codes, "ZEROS": int(zeros), "SPLIT": split}  # fmt: skip
-    return _function("few_laid", device, defines, warps * (4096 + tiles * 4352), split)
+    times = 128 // how.group  # scales of a run, which lanes share where there are several
+    shared = warps * (4096 + tiles * 4352 + (times * 256 if times > 1 else 0))
+    if high * split <= processors:  # each has a processor to itself: two on one leave another idle
+        shared = max(shared, _shared_bytes(device) // 2 + 1)
+    return _function("few_laid", device, defines, shared, split)
 
 
 def _function(name: str, device: torch.device, defines: dict[str, int], shared: int, split: int = 1) -> Function:

@@ -259,7 +259,7 @@ def _compiled(config: Any, device: torch.device, laid: bool, only: tuple[int, ..
 
     above = few.MOST["laid"] if laid and not few.lacking(device) else 0
     with torch.cuda.device(device):
-        every = shared(get_heuristics_config(config, device=device))
+        every = [_begun(span, device) for span in shared(get_heuristics_config(config, device=device))]
         asked = [tile for tile in every if not only or any(tile[0] < rows <= tile[1] for rows in only)]
         (_, *first), *others = [tile for tile in asked if tile[1] > above] or every[:1]
         tiles = [[0, *first], *others]  # humming looks for the tile of one row, whatever it runs
@@ -267,6 +267,15 @@ def _compiled(config: Any, device: torch.device, laid: bool, only: tuple[int, ..
         list(_compilers().map(compiled, sorted(_distinct(tiles), key=_tall, reverse=True)))  # these take the longest
         found: Tensor = HummingKernel.prepare_kernels(config.to_str(), None, tiles, device)
     return found
+
+
+def _begun(span: Range, device: torch.device) -> Range:
+    """The same tile, begun before the last kernel ends as triton_early's are, for humming's kernels wait in the same
+    way. Weights that one tile of rows reads once leave the L2 to what is read again."""
+    from fewbit.kernels.triton_early import early
+
+    low, high, tile = span
+    return low, high, tile | {"use_pdl": early(device)["EARLY"], "evict_weights_first": high <= _tall(tile)}
 
 
 def _tile(config: str, device: torch.device, tile: Any) -> None:

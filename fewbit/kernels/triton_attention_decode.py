@@ -39,21 +39,22 @@ class KeyTile:
     numbers: int
     tokens: int  # at most
     stages: int  # tiles on their way are one less
+    programs: int  # that share a multiprocessor
 
 
 PROGRAMS = 4  # that are aimed at, per multiprocessor
 FEW_PARTS, MOST_PARTS = 8, 64
 MOST_HEADS = 64  # queries of a program
-SMALL, DEEP, SHALLOW = KeyTile(4096, 64, 4), KeyTile(16384, 128, 3), KeyTile(8192, 64, 2)
-# Parts there is room for, tokens of one that are worth it, tile. Where a text is alone on its multiprocessor, all of it
-# had better be on its way at once.
-SPLITS = ((32, 32, SMALL), (16, 256, DEEP), (4, 1024, DEEP), (2, inf, SMALL), (0, inf, SHALLOW))
+SMALL, ALONE = KeyTile(4096, 64, 4, 3), KeyTile(16384, 128, 3, 1)
+PAIR, CROWD = KeyTile(8192, 64, 3, 2), KeyTile(8192, 64, 2, 4)
+# Parts there is room for, tokens of one that are worth it, tile. The fewer texts share a multiprocessor, the more of
+# each had better be on its way at once, unless they are codes: making numbers of them takes longer than they do.
+SPLITS = ((64, 32, SMALL), (16, 256, ALONE), (4, 1024, ALONE), (2, inf, PAIR), (0, inf, CROWD))
 WARPS = 4
 GATHERED = 16384  # numbers that so many warps gather in registers; more take twice the warps
 # Where keys hold their values: heads, tokens, stages. From 64 queries on a GPU of compute capability 9.0 multiplies out
 # of shared memory, where a tile that is read both ways can be loaded ahead of its turn.
 SHARED = ((64, 32, 3), (64, 32, 2), (16, 32, 2), (16, 16, 2))
-ROOM = 48 << 10  # bytes for them, so that PROGRAMS share a multiprocessor
 SPARE = 16 << 10  # bytes that a program takes beside tiles
 
 
@@ -84,6 +85,7 @@ def shape(query: Tensor, cache: Cache, table: Table, window: int | None) -> Shap
         least = tokens
     else:
         asked, tile = next((least, tile) for room, least, tile in SPLITS if wanted >= room)
+        tile = PAIR if tile is ALONE and cache.key.element_size() == 1 else tile
         least, (tokens, stages) = int(min(asked, reach)), cut(query, cache, tile)
     parts = max(1, min(-(-reach // least), wanted, MOST_PARTS))
     parts = 1 << parts.bit_length() - 1  # few values: each is compiled for
@@ -96,10 +98,9 @@ def cut(query: Tensor, cache: Cache, tile: KeyTile) -> tuple[int, int]:
     tokens = min(tile.tokens, max(16, tile.numbers // padded(cache.key.shape[2])))
     tokens = 16 if query.dtype == torch.float32 else tokens  # without matrix units larger tiles spill
     held = (tile.stages - 1) * tokens * tiled(cache) * cache.key.element_size()
-    if tile is DEEP:
-        fits = held <= shared_bytes(query.device) - SPARE
-        return (tokens, tile.stages) if fits else cut(query, cache, SMALL)
-    return tokens, tile.stages if held <= ROOM else 2
+    if held <= shared_bytes(query.device) // tile.programs - SPARE:
+        return tokens, tile.stages
+    return cut(query, cache, SMALL) if tile is ALONE else (tokens, 2)
 
 
 def together(query: Tensor, cache: Cache) -> tuple[int, int, int, int]:

@@ -18,6 +18,7 @@ from fewbit.kernels.triton_rotary import MANY, constants, entries, steps, turned
 from fewbit.kernels.triton_runtime import cdiv, power
 
 TILE = {True: 4096, False: 512}  # numbers of a program, of many tokens and of few
+EACH = {True: 512, False: 128}  # numbers of a warp, of a cache of numbers and of one of codes, which it divides
 EVEN = tl.constexpr(12582912.0)  # 1.5 x 2^23: what is added to it and taken away again is rounded, ties to even
 
 
@@ -38,7 +39,8 @@ def write(cache: Cache, new: New, query: Tensor) -> Tensor:
         value.stride(1), query.stride(2), query.stride(1), made.stride(2), made.stride(1), *cache.key.stride()[:2],
         *cache.value.stride()[:2], SHARED=cache.shared, D=size, HEADS=block, PAD=pad,
         LEAST=None if element is None else element.min, MOST=None if element is None else element.max,
-        WHOLE=not cache.key.is_floating_point(), num_warps=max(1, min(4, block * pad // 512)), **constants(rotary),
+        WHOLE=not cache.key.is_floating_point(), num_warps=max(1, min(4, block * pad // EACH[element is None])),
+        **constants(rotary),
         **early(key.device),
     )  # fmt: skip
     return made
@@ -96,9 +98,8 @@ def coded(x, head, there, scales, measured, cut, row, LEAST: tl.constexpr, MOST:
         if measured is not None:
             unit = tl.load(measured + head, mask=there, other=1.0)
             x = tl.math.div_rn(x, tl.broadcast_to(unit[:, None], x.shape))
-            many = tl.sum(tl.sum(((x > MOST) | (x < LEAST)).to(tl.int64), 1), 0)
-            if many > 0:
-                tl.atomic_add(cut, many)
+            many = tl.sum(((x > MOST) | (x < LEAST)).to(tl.int32), 1)
+            tl.atomic_add(cut + head * 0, many.to(tl.int64), many > 0)
         else:
             scale = tl.math.div_rn(tl.max(tl.abs(x), 1), MOST)
             scale = tl.where(tl.sum((x != x).to(tl.int32), 1) > 0, float("nan"), scale)  # which tl.max overlooks

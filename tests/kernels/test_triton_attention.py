@@ -384,7 +384,7 @@ def test_queries_by_few_are_all_queries(name: str, monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(plainly(made, case)[0], want, **bound(case))
 
 
-@pytest.mark.parametrize("room", [1, 2, 4, 16, 32])
+@pytest.mark.parametrize("room", [1, 2, 4, 16, 64])
 @pytest.mark.parametrize("window", [None, 100])
 def test_parts_that_are_worth_it(room: int, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts that fall into as many parts as there may be, into fewer, and such as stay whole beside them."""
@@ -397,7 +397,7 @@ def test_parts_that_are_worth_it(room: int, window: int | None, monkeypatch: pyt
     monkeypatch.setattr(decode, "processors", lambda _: room * len(lengths) * key_heads // decode.PROGRAMS)
     found, cache = by_kernels(made, case)
     parts = decode.shape(made.query, cache, made.table, window).parts
-    assert parts == ({32: 4}.get(room, 1) if window else {1: 1, 2: 1, 4: 2, 16: 8, 32: 32}[room])
+    assert parts == ({64: 4}.get(room, 1) if window else {1: 1, 2: 1, 4: 2, 16: 8, 64: 64}[room])
     want, _ = plainly(made, case)
     torch.testing.assert_close(found, want, **bound(case))
 
