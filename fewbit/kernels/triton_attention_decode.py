@@ -182,6 +182,7 @@ def _part(
         one = one & (first < last)
     pages += request.to(tl.int64) * p_row
     page = paged(pages, first, last, SIZE, TOKENS)
+    scaling, unit = scaled(scaling, key_measured, kin), scaled(1.0, value_measured, kin)
     await_last(EARLY)
     if not one:
         return
@@ -205,12 +206,12 @@ def _part(
     acc, total, top = walk(
         q, rest, tl.zeros([HEADS, DVP], tl.float32), total, top, first, last, last, place, window, pages, page,
         key + kin * k_head, value + kin * v_head, key_scale, value_scale, k_slot, v_slot, key_heads,
-        scaled(scaling, key_measured, kin), softcap, True, SIZE, TOKENS, D, DV, DR, DP, DVP, DRP, SHARED, PRECISION,
+        scaling, softcap, True, SIZE, TOKENS, D, DV, DR, DP, DVP, DRP, SHARED, PRECISION,
         P, True,
     )  # fmt: skip
     if P > 0.0:
         acc = acc / P
-    acc = scaled(acc, value_measured, kin)
+    acc = acc * unit
     wanted = inside[:, None] & (e < DV)[None, :]
     if not SPLIT or whole:
         acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]

@@ -64,6 +64,12 @@ def _write(
         sin += token * sin_row
     c, s = entries(cos, sin, PAD, R, WRITES, OWN)
     slot = tl.load(slots + token).to(tl.int64)
+    head = (tile % tiles) * HEADS + tl.arange(0, HEADS)
+    there = head < heads
+    unit = None
+    if key_measured is not None:
+        unit = tl.load(key_measured + head, there & (tile < tiles), 1.0)
+        unit *= tl.load(value_measured + head, there & (tile >= tiles), 1.0)
     await_last(EARLY)
     first = tiles if SHARED else 2 * tiles  # of queries
     if tile >= first:
@@ -72,31 +78,28 @@ def _write(
         x = turned(query + token * q_row, head * q_head, there, c, s, D, PAD, R, READS, WRITES, WIDE)
         tl.store(made + token * m_row + (head * m_head)[:, None] + d[None, :], x, there[:, None] & (d < D)[None, :])
         return
-    head = (tile % tiles) * HEADS + tl.arange(0, HEADS)
-    there = head < heads
     if tile < tiles:
         x = turned(key + token * k_row, head * k_head, there, c, s, D, PAD, R, READS, WRITES, WIDE)
-        x = coded(x, head, there, key_scale, key_measured, cut, slot * heads, LEAST, MOST, WHOLE)
+        x = coded(x, head, there, key_scale, unit, cut, slot * heads, LEAST, MOST, WHOLE)
         tl.store(key_plane + slot * kp_slot + (head * kp_head)[:, None] + d[None, :],
                  x.to(key_plane.dtype.element_ty), there[:, None] & (d < size)[None, :])  # fmt: skip
     else:
         inside = there[:, None] & (d < value_size)[None, :]
         x = tl.load(value + token * v_row + (head * v_head)[:, None] + d[None, :], inside, other=0.0)
-        x = coded(x, head, there, value_scale, value_measured, cut, slot * heads, LEAST, MOST, WHOLE)
+        x = coded(x, head, there, value_scale, unit, cut, slot * heads, LEAST, MOST, WHOLE)
         tl.store(value_plane + slot * vp_slot + (head * vp_head)[:, None] + d[None, :],
                  x.to(value_plane.dtype.element_ty), inside)  # fmt: skip
 
 
 @triton.jit
-def coded(x, head, there, scales, measured, cut, row, LEAST: tl.constexpr, MOST: tl.constexpr, WHOLE: tl.constexpr):
+def coded(x, head, there, scales, unit, cut, row, LEAST: tl.constexpr, MOST: tl.constexpr, WHOLE: tl.constexpr):
     """x: [heads, PAD] -> what a cast makes codes of; scales that are chosen here are written to scales + row.
 
-    cut: where values that a measured scale cuts off are counted. Without codes x stays.
+    unit: measured scales, if any. cut: where values that they cut off are counted. Without codes x stays.
     """
     if MOST is not None:
         x = x.to(tl.float32)
-        if measured is not None:
-            unit = tl.load(measured + head, mask=there, other=1.0)
+        if unit is not None:
             x = tl.math.div_rn(x, tl.broadcast_to(unit[:, None], x.shape))
             many = tl.sum(((x > MOST) | (x < LEAST)).to(tl.int32), 1)
             tl.atomic_add(cut + head * 0, many.to(tl.int64), many > 0)

@@ -84,7 +84,7 @@ def test_laid(dtype: torch.dtype, group: int, zeros: str) -> None:
         form = replace(FORMATS[f"int4-g128{zeros}"], weight=replace(base, **wider))
     scales = tuple(replace(s, element=BF16 if dtype == torch.bfloat16 else F16) for s in form.weight.scales)
     form = replace(form, weight=replace(form.weight, scales=scales))
-    for n, k in ((128, 512), (256, 1024 + 512), (9216, 512)):
+    for n, k in ((128, 512), (256, 1024 + 512), (6144, 512), (9216, 512)):
         w = encode(torch.randn(n, k, generator=torch.Generator().manual_seed(n)) * 0.1, form.weight).to(CUDA)
         values = decode(w)
         held = humming_linear.prepack_linear(Quantized(form, w), dtype)
@@ -108,7 +108,7 @@ def test_laid(dtype: torch.dtype, group: int, zeros: str) -> None:
 ])  # fmt: skip
 def test_floats_of_4_bits(name: str, dtype: torch.dtype) -> None:
     form = FORMATS[name]
-    for n, k in ((128, 512), (9216, 384)):
+    for n, k in ((128, 512), (6144, 384), (9216, 384)):
         w = encode(torch.randn(n, k, generator=torch.Generator().manual_seed(n)) * 0.1, form.weight).to(CUDA)
         values = decode(w)
         held = humming_linear.prepack_linear(Quantized(form, w), dtype)
