@@ -78,9 +78,13 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 @pytest.mark.parametrize("dtype", near.TYPES, ids=str)
 def test_sums(dtype: torch.dtype, pair: Pair) -> None:
-    """Of all sizes one after another: memory is used again and again."""
+    """Of all sizes one after another: memory is used again and again.
+
+    Both ranks must fit on this GPU at once, and the longest programs take a processor each (125 registers by 512).
+    """
+    half = torch.cuda.get_device_properties(CUDA).multi_processor_count // 2
     wide = torch.int64 if dtype == torch.int64 else torch.float32
-    for count in (1, 3, 8, 100, 1024, 4096, 8192, 64 * 8192 + 7, WIDTH * PLACES // dtype.itemsize):
+    for count in (1, 3, 8, 100, 1024, 4096, 8192, 64 * 8192 + 7, (half - 1) * WIDTH // dtype.itemsize - 7):
         x = drawn(count, dtype=dtype, seed=count)
         assert all(rank.takes(x[0]) for rank in pair.ranks)
         pair.warm(lambda rank: pair.ranks[rank].sum(x[rank]))  # noqa: B023 - called at once
