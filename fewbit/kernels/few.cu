@@ -8,8 +8,8 @@
 // memory what it reads back itself: loads that are under way need no registers, and nothing need be synchronised.
 //
 // Compiled for: TYPE of x (0 bfloat16, 1 float16, 2 e4m3, 3 int8), OUT of y (0, 1), TILES of 8 rows of x, WARPS of a
-// block, DEPTH copies under way; laid: CODES 0 integers under scales of x's type, 1 e2m1 under e4m3, 2 e2m1 under e8m0;
-// GROUP columns to a scale, ZEROS 1 where each has a zero, SPLIT blocks to a sum.
+// block, SPLIT blocks to a sum; rows (SPLIT 0): DEPTH copies under way, HIGH tiles of W to a warp; laid: CODES 0 integers
+// under scales of x's type, 1 e2m1 under e4m3, 2 e2m1 under e8m0, GROUP columns to a scale, ZEROS 1 where each has a zero.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -201,7 +201,6 @@ few_rows(const char *w, const char *x, Finish finish, int bytes) {
     }
 }
 #else
-static_assert(DEPTH == 8, "a run");
 #if TYPE == 0
 #define MAGIC 0x43004300u  // 128 in bfloat16, whose last bit is worth 1
 #define MIDDLE 0x43084308u
@@ -288,7 +287,7 @@ __device__ __forceinline__ void two_of(const Scales &v, int r, float &above, flo
 // bits. A block makes 64 columns of y over its share of K; the SPLIT blocks of a cluster add up in one another's memory.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, const u32 *zeros, int k) {
-    constexpr int TIMES = GROUP < 128 ? 128 / GROUP : 1, EACH = 8 / TIMES;  // scales of 128 columns; pieces of 16 columns to each
+    constexpr int TIMES = GROUP < 128 ? 128 / GROUP : 1, EACH = 8 / TIMES;  // scales of a run of 128 columns; pieces to each
     constexpr int STRIDE = SPLIT * WARPS, ROW = 256 + 16, HALF = TILES * 8 * ROW;  // rows of x lie in banks of their own
     constexpr bool SHARED = TIMES > 1;  // lanes make numbers of scales for one another
     constexpr int MADE = SHARED ? TIMES * 256 : 0, MINE = (TIMES + 3) / 4;

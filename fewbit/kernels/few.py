@@ -133,7 +133,7 @@ def _by_rows(device: torch.device, kind: torch.dtype, out: torch.dtype, tiles: i
 def _by_layout(device: torch.device, kind: torch.dtype, tiles: int, how: Laid, zeros: bool, n: int) -> Function:
     high, processors = n // TALL, _processors(device)
     warps, split = next(shape for most, shape in LAID[how.codes] if high <= most * processors)
-    defines = {"TYPE": TYPES[kind], "OUT": TYPES[kind], "TILES": tiles, "WARPS": warps, "DEPTH": 8, "GROUP": how.group,
+    defines = {"TYPE": TYPES[kind], "OUT": TYPES[kind], "TILES": tiles, "WARPS": warps, "GROUP": how.group,
                "CODES": how.codes, "ZEROS": int(zeros), "SPLIT": split}  # fmt: skip
     times = 128 // how.group  # scales of a run, which lanes share where there are several
     shared = warps * (4096 + tiles * 4352 + (times * 256 if times > 1 else 0))

@@ -220,6 +220,18 @@ def shared(ranges: Sequence[Range]) -> list[Range]:
     return list(found)
 
 
+def begun(ranges: Sequence[Range], device: torch.device) -> list[Range]:
+    """The same, begun before the last kernel ends as triton_early's are: humming's kernels wait in the same way.
+
+    Weights that are read once, by one tile of rows, leave the L2 before what is read again.
+    """
+    from fewbit.kernels.triton_early import early
+
+    again = [tile for _, high, tile in ranges if high > _tall(tile)]
+    new = {"use_pdl": early(device)["EARLY"]}
+    return [(low, high, tile | new | {"evict_weights_first": tile not in again}) for low, high, tile in ranges]
+
+
 def _between(span: Range) -> bool:
     """Whether no power of two is in it."""
     return int(span[0]).bit_length() == int(span[1]).bit_length()
@@ -259,7 +271,7 @@ def _compiled(config: Any, device: torch.device, laid: bool, only: tuple[int, ..
 
     above = few.MOST["laid"] if laid and not few.lacking(device) else 0
     with torch.cuda.device(device):
-        every = [_begun(span, device) for span in shared(get_heuristics_config(config, device=device))]
+        every = begun(shared(get_heuristics_config(config, device=device)), device)
         asked = [tile for tile in every if not only or any(tile[0] < rows <= tile[1] for rows in only)]
         (_, *first), *others = [tile for tile in asked if tile[1] > above] or every[:1]
         tiles = [[0, *first], *others]  # humming looks for the tile of one row, whatever it runs
@@ -267,15 +279,6 @@ def _compiled(config: Any, device: torch.device, laid: bool, only: tuple[int, ..
         list(_compilers().map(compiled, sorted(_distinct(tiles), key=_tall, reverse=True)))  # these take the longest
         found: Tensor = HummingKernel.prepare_kernels(config.to_str(), None, tiles, device)
     return found
-
-
-def _begun(span: Range, device: torch.device) -> Range:
-    """The same tile, begun before the last kernel ends as triton_early's are, for humming's kernels wait in the same
-    way. Weights that one tile of rows reads once leave the L2 to what is read again."""
-    from fewbit.kernels.triton_early import early
-
-    low, high, tile = span
-    return low, high, tile | {"use_pdl": early(device)["EARLY"], "evict_weights_first": high <= _tall(tile)}
 
 
 def _tile(config: str, device: torch.device, tile: Any) -> None:

@@ -135,4 +135,7 @@ def test_tiles_are_shared() -> None:
         assert now["block_shape"][0] >= was["block_shape"][0] and now["block_shape"][1:] == was["block_shape"][1:]
         one, other = (-(-rows // t["block_shape"][0]) * t["block_shape"][0] for t in (was, now))
         assert other <= humming_linear.MORE * one and {*was} == {*now}
-    assert [len(humming_linear._distinct(spans)) for spans in (ranges, found)] == [33, 16]
+    once = humming_linear.begun(found, torch.device("cpu"))
+    assert [len(humming_linear._distinct(spans)) for spans in (ranges, found, once)] == [33, 16, 16]
+    assert all(not t["evict_weights_first"] or high <= t["block_shape"][0] for _, high, t in once)
+    assert at(once, 64)["evict_weights_first"] and not at(once, 136)["evict_weights_first"]
