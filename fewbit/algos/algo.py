@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewbit.errors import SpecError
 from fewbit.quant.qtensor import Planes, QTensor, Transform
-from fewbit.quant.reference import choose
+from fewbit.quant.reference import choose, encode
 from fewbit.quant.spec import QuantSpec
 
 Need = Literal["moments", "hessian", "sample"]
@@ -86,3 +86,11 @@ def shared_planes(group: Sequence[Tensor], specs: Sequence[QuantSpec]) -> list[P
         for i in members:
             held[i] = {"scale1": widest}
     return held
+
+
+def encode_plainly(
+    group: Sequence[Tensor], specs: Sequence[QuantSpec], stats: Stats | None, options: Any
+) -> list[Encoded]:
+    """The spec's own rule."""
+    planes = shared_planes(group, specs)
+    return [Encoded(encode(w, spec, given)) for w, spec, given in zip(group, specs, planes, strict=True)]

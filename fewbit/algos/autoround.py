@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewbit.algos.algo import Algo, Encoded, Run, Stats, shared_planes
+from fewbit.algos.algo import Algo, Encoded, Run, encode_plainly, shared_planes
 from fewbit.algos.offsets import Rounding, begin, dense, finish, move
 from fewbit.errors import SpecError
 from fewbit.quant.qtensor import QTensor
@@ -135,18 +135,10 @@ def gradient(
     return total, grads
 
 
-def encode_group(
-    group: Sequence[Tensor], specs: Sequence[QuantSpec], stats: Stats | None, options: Options
-) -> list[Encoded]:
-    """Weights outside layers: the spec's own rule."""
-    outer = shared_planes(group, specs)
-    return [Encoded(encode(w, spec, given)) for w, spec, given in zip(group, specs, outer, strict=True)]
-
-
 ALGO = Algo(
     "autoround",
     "rounding and ranges of a whole layer tuned by signed gradients",
     Options,
-    encode_group,
+    encode_plainly,
     tune=tune,
 )

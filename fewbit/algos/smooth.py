@@ -9,10 +9,9 @@ from functools import partial
 
 from torch import Tensor
 
-from fewbit.algos.algo import Algo, Encoded, Stats, shared_planes
+from fewbit.algos.algo import Algo, Stats, encode_plainly
 from fewbit.algos.scaling import columns, magnitude, search, shared
 from fewbit.errors import SpecError
-from fewbit.quant.reference import encode
 from fewbit.quant.spec import QuantSpec
 
 
@@ -47,19 +46,11 @@ def _curve(x: Tensor, w: Tensor, strength: float) -> Tensor:
     return (x**strength / w ** (1 - strength)).clamp(1e-5, 1e5)
 
 
-def encode_group(
-    group: Sequence[Tensor], specs: Sequence[QuantSpec], stats: Stats | None, options: Options
-) -> list[Encoded]:
-    """The spec's own rule."""
-    planes = shared_planes(group, specs)
-    return [Encoded(encode(w, spec, given)) for w, spec, given in zip(group, specs, planes, strict=True)]
-
-
 ALGO = Algo(
     "smooth",
     "outliers of activations moved into the weights",
     Options,
-    encode_group,
+    encode_plainly,
     frozenset({"moments", "sample"}),
     scale,
 )

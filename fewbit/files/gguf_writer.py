@@ -3,8 +3,7 @@
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -13,7 +12,7 @@ from fewbit.files.disk import bytes_of
 from fewbit.files.gguf import GGML_TYPES, SPLIT_NAME, open_gguf
 from fewbit.files.gguf_header import DEFAULT_ALIGNMENT, KINDS, MAGIC, align, tensor_bytes
 from fewbit.files.manifest import MANIFEST, manifest_bytes, read_manifest
-from fewbit.files.staging import ASK, Place, Staging, expect
+from fewbit.files.staging import ASK, Place, Staging, Writer, expect
 
 _VERSION = 3
 _PLAIN = {
@@ -28,7 +27,7 @@ _PLAIN = {
 }
 
 
-class GGUFWriter:
+class GGUFWriter(Writer):
     """Writes one GGUF file (version 3) and its entry in the manifest of its folder.
 
     `kv`: key -> (kind, value) as `GGUFFile.typed_kv` gives them ("u32", "string", "[f32]" ...);
@@ -73,14 +72,6 @@ class GGUFWriter:
         self._staging.write(place.file, place.start, bytes_of(tensor))
         self._done.add(name)
 
-    def close(self) -> None:
-        """Check that every tensor was put, then give it its name."""
-        try:
-            self._publish()
-        except BaseException:
-            self.abort()
-            raise
-
     def _publish(self) -> None:
         self._staging.check_complete(self._places, self._done)
         name = self.out.name
@@ -89,18 +80,6 @@ class GGUFWriter:
         self._staging.put(MANIFEST, manifest_bytes({**known, name: entry}))
         self._staging.seal(MANIFEST)
         self._staging.publish([MANIFEST, name])
-
-    def abort(self) -> None:
-        self._staging.discard()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abort()
 
 
 def _lay_out(

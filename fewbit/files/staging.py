@@ -8,10 +8,12 @@ import errno
 import hashlib
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from types import TracebackType
+from typing import NoReturn, Self
 
 import torch
 
@@ -143,6 +145,36 @@ class Staging:
     def fail(self, name: str, error: OSError) -> NoReturn:
         self.discard()
         raise_write_error(self.folder / name, error)
+
+
+class Writer(ABC):
+    """What is written into a Staging: close publishes it, an error on the way leaves nothing."""
+
+    _staging: Staging
+
+    @abstractmethod
+    def _publish(self) -> None:
+        """Check that every tensor was put, then let the files appear."""
+
+    def close(self) -> None:
+        try:
+            self._publish()
+        except BaseException:
+            self.abort()
+            raise
+
+    def abort(self) -> None:
+        """Remove everything written so far."""
+        self._staging.discard()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
 
 
 def sync_folder(folder: Path) -> None:

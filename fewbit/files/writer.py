@@ -9,8 +9,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import torch
 
@@ -21,7 +19,7 @@ from fewbit.files.gguf_writer import GGUFWriter
 from fewbit.files.manifest import MANIFEST, Entry, manifest_bytes, read_manifest, verify_manifest
 from fewbit.files.safetensors import open_safetensors, storage
 from fewbit.files.shard import declared_bytes, filled, lay_out
-from fewbit.files.staging import ASK, Place, Staging, expect, raise_write_error
+from fewbit.files.staging import ASK, Place, Staging, Writer, expect, raise_write_error
 
 __all__ = ["GGUFWriter", "SafetensorsWriter", "read_manifest", "verify_manifest"]
 
@@ -29,7 +27,7 @@ _MODEL_FILE = re.compile(r".*\.(safetensors|gguf)|.*\.safetensors\.index\.json|p
 _OWN_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
-class SafetensorsWriter:
+class SafetensorsWriter(Writer):
     """Writes a folder: shards, index, other files and their manifest.
 
     `tensors`: name -> (dtype on disk, shape in elements). A name may be `put` once, from any order.
@@ -102,14 +100,6 @@ class SafetensorsWriter:
         self._staging.put(name, data)
         self._manifest[name] = self._staging.seal(name)
 
-    def close(self) -> None:
-        """Check that every tensor was put, then let the files appear, index last."""
-        try:
-            self._publish()
-        except BaseException:
-            self.abort()
-            raise
-
     def _publish(self) -> None:
         self._staging.check_complete(self._places, self._done)
         others = [name for name in self._manifest if name not in self._shards]
@@ -127,19 +117,6 @@ class SafetensorsWriter:
         weight_map = {name: place.file for name, place in sorted(self._places.items())}
         total = sum(place.nbytes for place in self._places.values())
         return (json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n").encode()
-
-    def abort(self) -> None:
-        """Remove everything written so far."""
-        self._staging.discard()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abort()
 
 
 def _plan_shards(sizes: Mapping[str, int], max_shard: int) -> dict[str, list[str]]:
