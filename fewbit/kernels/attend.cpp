@@ -1,14 +1,16 @@
-// Attention of single queries over cached keys and values that lie anywhere: a list of slots for each query.
+// Attention over cached keys and values that lie anywhere: a list of slots for each query, or for all of a prompt
+// (prompts.h).
 //
 // A task is heads of one query that share a key head: every key and value is read once for all of them. Where there are few
 // tasks they are cut, so that no thread stands idle. Scores are kept for a whole text, so that softmax is the plain one:
 // highest first, then the sum. A cache may hold codes of a byte each: they are looked up, and their scales join the scores
 // and the weights.
 
+#include <algorithm>
 #include <cmath>
 #include <omp.h>
 #include <vector>
-#include "floats.h"
+#include "vectors.h"
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
 #include <immintrin.h>
 #define WIDE 1
@@ -21,7 +23,8 @@ struct Attend {
     void* out;                    // [tokens, heads, value_size]
     const int64_t* rows;          // [count] tokens that are queries
     const int64_t* const* slots;  // [count] where the text of each lies
-    const int64_t* lengths;       // [count] how much of it is seen
+    const int64_t* lengths;       // [count] how much of it is seen, by the last query
+    const int64_t* counts;        // [count] queries of each, one after the other, or null: one
     const float* sinks;           // [heads] or null
     const float* codes;           // [256] what a code of the cache means, or null: it holds values
     const float* key_scale;       // of codes: [slots, key_heads], or [key_heads] for all slots
@@ -120,6 +123,8 @@ static inline void weighed(float* out, P values, Place place, const float* weigh
     }
 }
 
+#include "prompts.h"
+
 // T: of queries and results; P: how keys and values are read. `shared` heads from `first`, all of key head g
 template <typename T, typename P>
 static void task(const Attend& a, P keys, P values, int64_t row, int64_t g, int64_t first, int64_t shared, std::vector<float>& scratch) {
@@ -171,6 +176,10 @@ static void tasks(const Attend& a, P keys, P values) {
 
 template <typename T>
 static void chosen(const Attend& a) {
+#ifdef DOTS
+    if (a.counts && a.codes) return prompts(a, Coded{(const uint8_t*)a.key, a.codes}, Coded{(const uint8_t*)a.value, a.codes});
+    if (a.counts) return prompts(a, (const uint16_t*)a.key, (const uint16_t*)a.value);
+#endif
     if (a.codes) tasks<T>(a, Coded{(const uint8_t*)a.key, a.codes}, Coded{(const uint8_t*)a.value, a.codes});
     else tasks<T>(a, (const T*)a.key, (const T*)a.value);
 }
@@ -198,4 +207,15 @@ extern "C" void keep(const Keep* a) {
 extern "C" void attend(const Attend* a) {
     if (a->narrow) chosen<uint16_t>(*a);
     else chosen<float>(*a);
+}
+
+// Whether `attend` takes counts, in bfloat16: 0 no, 1 yes, 2 yes, where torch would multiply in tiles.
+extern "C" int many() {
+#if defined(DOTS) && defined(__AMX_BF16__)
+    return 2;
+#elif defined(DOTS)
+    return 1;
+#else
+    return 0;
+#endif
 }

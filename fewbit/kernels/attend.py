@@ -1,4 +1,7 @@
-"""Attention of a few queries over a paged cache on a CPU; the work is in attend.cpp. Its oracle is modules.paged."""
+"""Attention over a paged cache on a CPU: of a few queries each by itself, of prompts by blocks of queries and keys.
+
+The work is in attend.cpp; its oracle is modules.paged.
+"""
 
 import ctypes
 import struct
@@ -33,6 +36,7 @@ class Attend(ctypes.Structure):
                 "rows",
                 "slots",
                 "lengths",
+                "counts",
                 "sinks",
                 "codes",
                 "key_scale",
@@ -56,6 +60,7 @@ class Queries:
     slots: Tensor  # pointers
     lengths: Tensor
     held: list[Tensor] = field(repr=False)  # what they point to
+    counts: Tensor | None = None  # queries of each, one after the other; None: one
 
     @classmethod
     def of(cls, spans: Sequence[tuple[int, int, int, Tensor]]) -> "Queries":
@@ -64,6 +69,13 @@ class Queries:
                 for row in range(start, stop)]  # fmt: skip
         rows, slots, lengths = (torch.tensor([e[i] for e in each], dtype=torch.int64) for i in range(3))
         return cls(rows, slots, lengths, [text for *_, text in spans])
+
+    @classmethod
+    def whole(cls, spans: Sequence[tuple[int, int, int, Tensor]]) -> "Queries":
+        """The same for `prompts`: all queries of a request together."""
+        each = [(start, text.data_ptr(), length, stop - start) for start, stop, length, text in spans]
+        rows, slots, lengths, counts = (torch.tensor([e[i] for e in each], dtype=torch.int64) for i in range(4))
+        return cls(rows, slots, lengths, [text for *_, text in spans], counts)
 
 
 def refusal(query: Tensor, cache: Cache | PackedCache) -> str | None:
@@ -79,6 +91,12 @@ def refusal(query: Tensor, cache: Cache | PackedCache) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def prompts(query: Tensor, explicit: bool) -> bool:
+    """Whether `attend` takes many queries at once, and had better. explicit: torch would write their scores out."""
+    able = 0 if query.dtype != torch.bfloat16 else int(_native().many())
+    return able == 1 or (able == 2 and explicit)  # 2: torch multiplies in tiles
+
+
 def attend(
     query: Tensor,
     cache: Cache,
@@ -89,7 +107,7 @@ def attend(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> None:
-    """query: [T, H, D], contiguous as the keys are -> rows of out: [T, H, Dv]."""
+    """query: [T, H, D], contiguous as the keys are -> rows of out: [T, H, Dv]. With counts in bfloat16 alone."""
     key, value = cache.key, cache.value
     held = None if sinks is None else sinks.detach().float().contiguous()
     codes = None if cache.element is None else elements.values(cache.element)
@@ -97,9 +115,10 @@ def attend(
         cache.key_scale, cache.value_scale)  # fmt: skip
     call(_native().attend, ctypes.byref(Attend(
         query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), queries.rows.data_ptr(),
-        queries.slots.data_ptr(), queries.lengths.data_ptr(), _at(held), _at(codes), _at(scales[0]), _at(scales[1]),
-        len(queries.rows), query.shape[1], key.shape[1], query.shape[2], value.shape[2], window or 0,
-        0 if cache.key_scale is None else key.shape[1], value.stride(1), scaling, softcap or 0.0, DTYPES[query.dtype],
+        queries.slots.data_ptr(), queries.lengths.data_ptr(), _at(queries.counts), _at(held), _at(codes),
+        _at(scales[0]), _at(scales[1]), len(queries.rows), query.shape[1], key.shape[1], query.shape[2],
+        value.shape[2], window or 0, 0 if cache.key_scale is None else key.shape[1], value.stride(1), scaling,
+        softcap or 0.0, DTYPES[query.dtype],
     )))  # fmt: skip
 
 
@@ -137,4 +156,5 @@ def _native() -> Any:
     assert not isinstance(found, str), found
     found.attend.argtypes, found.keep.argtypes = [ctypes.c_void_p], [ctypes.c_char_p]
     found.attend.restype = found.keep.restype = None
+    found.many.restype = ctypes.c_int
     return found

@@ -77,6 +77,11 @@ class Step:
     def rest(self) -> list[Span]:
         return [] if self.queries is not None else [s for s in self.spans if s.stop - s.start > attend.FEW]
 
+    @cached_property
+    def many(self) -> attend.Queries:
+        """Of the rest, for the kernel of prompts."""
+        return attend.Queries.whole([(s.start, s.stop, s.length, s.slots) for s in self.rest])
+
     def cache(self, layer: int, key: Tensor, value: Tensor, kv: Rounding | None = None) -> AnyCache:
         if layer not in self.caches:
             self.caches[layer] = room(self.capacity, key, value, self.dtype, kv)
@@ -185,12 +190,18 @@ def _by_table(query: Tensor, new: New, cache: Cache, table: Table, how: How) -> 
 def _by_spans(query: Tensor, cache: AnyCache, value_size: int, step: Step, how: How, inside: Inside | None) -> Tensor:
     out = query.new_zeros(query.shape[2], query.shape[1], value_size)  # rows of no request stay finite
     *plain, p = how
-    alone = not p and inside is None
-    taken = alone and step.few is not None and attend.refusal(query, cache) is None
-    if taken:
+    asked: list[attend.Queries] = []
+    if p or inside is not None or attend.refusal(query, cache) is not None:
+        rest = step.spans
+    else:
+        many = bool(step.rest) and attend.prompts(query, explicit=plain[2] is not None or plain[3] is not None)
+        asked, rest = [*filter(None, (step.few, step.many if many else None))], [] if many else step.rest
+    if asked:
         assert isinstance(cache, Cache)
-        attend.attend(query[0].transpose(0, 1).contiguous(), cache, out, step.few, *plain)
-    for span in step.rest if taken else step.spans:
+        rows = query[0].transpose(0, 1).contiguous()
+        for each in asked:
+            attend.attend(rows, cache, out, each, *plain)
+    for span in rest:
         out[span.start : span.stop] = _attend(query[:, :, span.start : span.stop], cache, span, step, *how, inside)
     return out
 

@@ -1,7 +1,10 @@
-"""The kernel of single queries against plain attention over the same slots, gathered."""
+"""The kernels of single queries and of prompts against plain attention over the same slots, gathered."""
+
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fewbit.errors import UnsupportedError
 from fewbit.kernels import attend
@@ -104,6 +107,71 @@ def test_codes_of_a_byte(
             want = explicit(query[row].float()[None, :, None], k, v, None, size**-0.5, softcap, sinks)[0, :, 0]
             bound = {"rtol": 1e-5, "atol": 2e-6} if dtype == torch.float32 else {"rtol": 2.0**-8, "atol": 2e-6}
             torch.testing.assert_close(out[row].float(), want, **bound)
+
+
+def prompts(shape: tuple[int, int, int, int], form: str | None = None) -> tuple[Tensor, Cache, list[Any]]:
+    """-> queries, a cache, and spans: a whole text, a few tokens behind a long one, and texts about a block long."""
+    if not attend._native().many():
+        pytest.skip("no AVX512 with BF16 and VNNI here")
+    heads, key_heads, size, value_size = shape
+    draw = torch.Generator().manual_seed(5)
+    key, value = (torch.randn(1, key_heads, 500, n, generator=draw).bfloat16() for n in (size, value_size))
+    query, order = (
+        torch.randn(340, heads, size, generator=draw).bfloat16() * 2,
+        torch.randperm(520, generator=draw)[:500],
+    )
+    cache = room(520, key, value, None, None if form is None else rounding(form, key_heads))
+    assert isinstance(cache, Cache)
+    for plane in (cache.key, cache.value, cache.key_scale, cache.value_scale):
+        if plane is not None and plane.is_floating_point():
+            plane.fill_(torch.nan)
+    cache.write(order, key, value)
+    parts = order.split([130, 170, 64, 65, 71])
+    texts = ((0, 130), (130, 137), (137, 201), (201, 266), (266, 267))
+    return query, cache, [(*rows, len(part), part) for rows, part in zip(texts, parts, strict=True)]
+
+
+def of_prompts(query: Tensor, cache: Cache, spans: list[Any], *how: Any) -> Tensor:
+    out = torch.full((len(query), query.shape[1], cache.value.shape[2]), torch.nan, dtype=query.dtype)
+    attend.attend(query, cache, out, attend.Queries.whole(spans), query.shape[2] ** -0.5, *how)
+    return out
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (100, 1, 64, 32), (16, 1, 96, 80)])
+@pytest.mark.parametrize("form", [None, *WHOLE])
+@pytest.mark.parametrize(("window", "softcap", "sink"), [(None, None, False), (5, None, False), (100, 3.0, False),
+                                                        (70, None, True)])  # fmt: skip
+def test_prompts_equal_plain_attention(
+    form: str | None, shape: tuple[int, int, int, int], window: int | None, softcap: float | None, sink: bool
+) -> None:
+    """Weights are rounded to bfloat16 before they meet the values, and the result is: no other error is that large."""
+    query, cache, spans = prompts(shape, form)
+    sinks = torch.randn(shape[0]) if sink else None
+    out = of_prompts(query, cache, spans, window, softcap, sinks)
+    for start, stop, length, slots in spans:
+        k, v = cache.read(slots, torch.float32)
+        at, keys = torch.arange(length - stop + start, length)[:, None], torch.arange(length)[None]
+        hidden = (keys > at) if window is None else (keys > at) | (at - keys >= window)
+        mask = torch.zeros(stop - start, length).masked_fill_(hidden, torch.finfo(torch.float32).min)
+        asked = query[start:stop].float().transpose(0, 1)[None]
+        want, most = (explicit(asked, k, values, mask, shape[2] ** -0.5, softcap, sinks)[0].transpose(0, 1)
+                      for values in (v, v.abs()))  # fmt: skip
+        off = (out[start:stop].float() - want).abs()
+        assert bool((off <= 2.0**-8 * (most + want.abs()) + 1e-6).all()), float((off / most).max())
+    assert bool(out[267:].isnan().all())  # which belong to nobody
+
+
+@pytest.mark.parametrize("form", [None, WHOLE[0]])
+def test_a_prompt_gives_the_same_bits_however_it_is_cut(form: str | None) -> None:
+    query, cache, spans = prompts((8, 2, 64, 64), form)
+    whole = of_prompts(query, cache, spans, 100, None, None)
+    (start, stop, length, slots), *others = spans
+    for cut in (1, 5, 64, 77):
+        parts = [(start, start + cut, cut, slots), (start + cut, stop, length, slots)]
+        for company in ([], others):
+            assert torch.equal(
+                of_prompts(query, cache, parts + company, 100, None, None)[start:stop], whole[start:stop]
+            )
 
 
 def test_says_why_not() -> None:
