@@ -2,8 +2,8 @@
 
 What a step works on travels beside the model's own arguments, as the thread's current Step. Keys and values go to their
 slots first; then each request reads its own slots back, and nothing else. A step with a Table goes to the kernels of a
-GPU whole. Elsewhere few queries go to a kernel where one takes them; the others, and the oracle, are plain torch.
-Registered with transformers without a mask.
+GPU whole. Elsewhere few queries and prompts go to kernels where there are some; the others, and the oracle, are plain
+torch. Registered with transformers without a mask.
 
 What a module's keys and values are rounded to (modules.attention.KV) is how its cache holds them, where it can.
 """
