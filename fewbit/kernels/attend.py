@@ -108,6 +108,7 @@ def attend(
     sinks: Tensor | None,
 ) -> None:
     """query: [T, H, D], contiguous as the keys are -> rows of out: [T, H, Dv]. With counts in bfloat16 alone."""
+    assert queries.counts is None or query.dtype == torch.bfloat16
     key, value = cache.key, cache.value
     held = None if sinks is None else sinks.detach().float().contiguous()
     codes = None if cache.element is None else elements.values(cache.element)

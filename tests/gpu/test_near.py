@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.skipif(few.lacking(CUDA) is not None, reason=str(few.lacking(CUDA))),
 ]
 HOW = Rounding("e4m3", 0, False, 448.0, 1.0, False)
+PATIENCE = 60  # seconds
 
 
 class Pair:
@@ -56,6 +57,14 @@ class Pair:
         for rank, stream in enumerate(self.streams):
             with torch.cuda.stream(stream):
                 found.append(call(rank))
+        begun = time.monotonic()
+        while not all(stream.query() for stream in self.streams):
+            if time.monotonic() - begun > PATIENCE:
+                for one in self.ranks:
+                    one.give_up()
+                torch.cuda.synchronize()
+                pytest.fail("the ranks wait for one another for ever")
+            time.sleep(1e-4)
         torch.cuda.synchronize()
         return found
 
