@@ -10,7 +10,7 @@
 
 #ifdef DOTS
 static const int64_t DOTTED = 8;  // rows of x, at most, where they are few
-static const int64_t MANY = 16;   // at a time, where they are not
+static const int MANY = 8, SIDE = 2;  // where they are not: so many meet so many blocks of W at a time
 
 struct Dotted {            // M rows of x
     const Weight w;
@@ -44,7 +44,7 @@ template <int BITS> struct Chunk {
 
 // Codes of a chunk of 16 rows of W from p, turned as they are met
 template <int BITS> struct Turned {
-    static const bool LINES = true;
+    static const int BLOCKS = 1;
     const Chunk<BITS> chunk;
     const uint8_t* p;
     const int64_t last;
@@ -63,7 +63,8 @@ template <int BITS> struct Turned {
         return room;
     }
     // PER of 16 words of chunk c from `part` onto sums of M rows of x; lines of the rows after these are fetched meanwhile
-    template <int M, int PER> void dot(const __m512i* words, int64_t c, int part, const int32_t* x, __m512i* sums) const {
+    template <int M, int PER> void dot(const __m512i* words, int64_t c, int part, const int32_t* x, __m512i (*all)[M]) const {
+        __m512i* sums = all[0];
         constexpr int CHAINS = M < 4 ? 4 : 8 / M;  // sums under way, so that none waits for itself
         const char* next = (const char*)p + 16 * (chunk.row + c * chunk.bytes) + part * PER * chunk.bytes;
         __m512i a[CHAINS * M];
@@ -95,13 +96,13 @@ template <int BITS> struct Turned {
     }
 };
 
-// The same, turned before and a byte each: [chunks][WORDS]
+// The same of SIDE blocks, turned before and a byte each: [SIDE][chunks][WORDS]
 template <int BITS> struct Held {
-    static const bool LINES = false;
-    static const int WORDS = BITS == 4 ? 32 : 16;
+    static const int BLOCKS = SIDE, WORDS = BITS == 4 ? 32 : 16;
     const __m512i* all;
+    const int64_t apart;  // from block to block
 
-    explicit Held(const __m512i* all) : all(all) {}
+    Held(const __m512i* all, int64_t apart) : all(all), apart(apart) {}
     static void fill(const Weight& w, int64_t n, __m512i* out) {
         const Turned<BITS> source(w, n);
         __m512i turned[16];
@@ -114,18 +115,30 @@ template <int BITS> struct Held {
         }
     }
     const __m512i* load(int64_t c, __m512i*) const { return all + c * WORDS; }
-    template <int M, int PER> void dot(const __m512i* words, int64_t, int part, const int32_t* x, __m512i* sums) const {
+    template <int M, int PER> void dot(const __m512i* words, int64_t, int part, const int32_t* x, __m512i (*sums)[M]) const {
         const __m512i* from = words + part * PER;
-        __m512i a[M];
-        for (int m = 0; m < M; m++) a[m] = sums[m];
+        __m512i a[SIDE][M];
+#pragma GCC unroll 2
+        for (int b = 0; b < SIDE; b++)
+#pragma GCC unroll 16
+            for (int m = 0; m < M; m++) a[b][m] = sums[b][m];
 #pragma GCC unroll 32
         for (int j = 0; j < WORDS; j++) {
             if (j % 16 >= PER) continue;
-            const __m512i codes = _mm512_load_si512(from + j);
+            __m512i codes[SIDE];
+#pragma GCC unroll 2
+            for (int b = 0; b < SIDE; b++) codes[b] = _mm512_load_si512(from + b * apart + j);
 #pragma GCC unroll 16
-            for (int m = 0; m < M; m++) a[m] = _mm512_dpbusd_epi32(a[m], codes, _mm512_set1_epi32(x[WORDS * m + j]));
+            for (int m = 0; m < M; m++) {
+                const __m512i given = _mm512_set1_epi32(x[WORDS * m + j]);
+#pragma GCC unroll 2
+                for (int b = 0; b < SIDE; b++) a[b][m] = _mm512_dpbusd_epi32(a[b][m], codes[b], given);
+            }
         }
-        for (int m = 0; m < M; m++) sums[m] = a[m];
+#pragma GCC unroll 2
+        for (int b = 0; b < SIDE; b++)
+#pragma GCC unroll 16
+            for (int m = 0; m < M; m++) sums[b][m] = a[b][m];
     }
 };
 
@@ -173,27 +186,31 @@ static void turned_units(const Weight& w, int64_t n, float* scale, float* less) 
     }
 }
 
-// 16 rows of W from n. PER: words after which a group may end
+// Blocks of 16 rows of W from n, their scales `units` apart. PER: words after which a group may end
 template <int BITS, int M, int PER, class Source>
-static void dot_block(const Dotted& d, const Source& source, int64_t n, int64_t count, const float* scale, const float* less, uint16_t* y) {
+static void dot_block(const Dotted& d, const Source& source, int64_t n, int64_t count, const float* scale, const float* less, int64_t units, uint16_t* y) {
+    constexpr int BLOCKS = Source::BLOCKS;
     const Weight& w = d.w;
-    const int64_t per = PER * CHUNK<BITS> / 16, pieces = w.group / per, all = w.k / per, last = w.n - 1 - n;
-    __m512i sums[M], room[16];
-    __m512 total[M];
-    for (int m = 0; m < M; m++) total[m] = _mm512_set1_ps(pieces == all ? -0.0f : 0.0f);
+    const int64_t per = PER * CHUNK<BITS> / 16, pieces = w.group / per, all = w.k / per;
+    __m512i sums[BLOCKS][M], room[16];
+    __m512 total[BLOCKS][M];
+    for (int b = 0; b < BLOCKS; b++)
+        for (int m = 0; m < M; m++) total[b][m] = _mm512_set1_ps(pieces == all ? -0.0f : 0.0f);
     const auto join = [&](int64_t g) {
-        const __m512 s = _mm512_load_ps(scale + 16 * g);
-        for (int m = 0; m < M; m++) total[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[m]), s, total[m]);
-        if (!less) return;
-        const __m512 l = _mm512_load_ps(less + 16 * g);
-        for (int m = 0; m < M; m++) total[m] = _mm512_fnmadd_ps(_mm512_set1_ps(d.sums[g * M + m]), l, total[m]);
+        for (int b = 0; b < BLOCKS; b++) {
+            const __m512 s = _mm512_load_ps(scale + b * units + 16 * g);
+            for (int m = 0; m < M; m++) total[b][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[b][m]), s, total[b][m]);
+            if (!less) continue;
+            const __m512 l = _mm512_load_ps(less + b * units + 16 * g);
+            for (int m = 0; m < M; m++) total[b][m] = _mm512_fnmadd_ps(_mm512_set1_ps(d.sums[g * M + m]), l, total[b][m]);
+        }
     };
     int64_t g = 0, piece = 0, done = 0;
-    if constexpr (Source::LINES)
+    if constexpr (BLOCKS == 1)
         if (pieces == all) {
             alignas(64) int32_t found[M][16] = {};
-            for (int64_t i = 0; i < 16 && i <= last; i++) dot_line<BITS, M>(source.line(i), source.chunk, d.x, source.flip, (int32_t(*)[16])&found[0][i]);
-            for (int m = 0; m < M; m++) sums[m] = _mm512_add_epi32(_mm512_load_si512(found[m]), _mm512_set1_epi32(d.begin[m]));
+            for (int64_t i = 0; i < 16 && i < w.n - n; i++) dot_line<BITS, M>(source.line(i), source.chunk, d.x, source.flip, (int32_t(*)[16])&found[0][i]);
+            for (int m = 0; m < M; m++) sums[0][m] = _mm512_add_epi32(_mm512_load_si512(found[m]), _mm512_set1_epi32(d.begin[m]));
             join(0);
             done = all;
         }
@@ -204,7 +221,8 @@ static void dot_block(const Dotted& d, const Source& source, int64_t n, int64_t 
         for (int part = 0; part < 16 / PER; part++) {
             if (done == all) break;
             if (piece == 0)
-                for (int m = 0; m < M; m++) sums[m] = _mm512_set1_epi32(d.begin[g * M + m]);
+                for (int b = 0; b < BLOCKS; b++)
+                    for (int m = 0; m < M; m++) sums[b][m] = _mm512_set1_epi32(d.begin[g * M + m]);
             source.template dot<M, PER>(words, c, part, x + part * PER, sums);
             done++;
             if (++piece < pieces) continue;
@@ -212,32 +230,35 @@ static void dot_block(const Dotted& d, const Source& source, int64_t n, int64_t 
             piece = 0;
         }
     }
-    const __mmask16 rows = last >= 15 ? 0xffff : __mmask16((2u << last) - 1);
-    for (int m = 0; m < count; m++) {
-        const __m512 v = _mm512_mul_ps(total[m], _mm512_set1_ps(d.factors[m]));
-        _mm256_mask_storeu_epi16(y + m * w.n + n, rows, (__m256i)_mm512_cvtneps_pbh(v));
+    for (int b = 0; b < BLOCKS && n + 16 * b < w.n; b++) {
+        const int64_t left = w.n - n - 16 * b;
+        const __mmask16 rows = left >= 16 ? 0xffff : __mmask16((1u << left) - 1);
+        for (int m = 0; m < count; m++) {
+            const __m512 v = _mm512_mul_ps(total[b][m], _mm512_set1_ps(d.factors[m]));
+            _mm256_mask_storeu_epi16(y + m * w.n + n + 16 * b, rows, (__m256i)_mm512_cvtneps_pbh(v));
+        }
     }
 }
 
-// How many blocks of `bytes` a thread holds at a time: all threads have some to do, and they leave room for x in its cache
+// How many of n things of `bytes` a thread holds at a time: all threads have some to do, and they leave room for x in its cache
 static int64_t blocks_of(int64_t n, int64_t bytes) {
-    const int64_t each = (n + 15) / 16 / omp_get_max_threads(), most = (256 << 10) / bytes;
+    const int64_t each = n / omp_get_max_threads(), most = (512 << 10) / bytes;
     const int64_t found = each < most ? each : most;
     return found < 1 ? 1 : found;
 }
 
-template <int BITS, int M, int PER>
+template <int BITS, int M, int PER, bool HELD>
 static void dot_rows(const Dotted& d, int64_t rows, uint16_t* y) {
     const Weight& w = d.w;
     const int64_t groups = w.k / w.group, units = (groups + 15) / 16 * 256, size = groups * (w.narrow ? 2 : 4);
-    const int64_t words = (w.k + CHUNK<BITS> - 1) / CHUNK<BITS> * Held<BITS>::WORDS;
-    const int64_t run = M == MANY ? 16 * blocks_of(w.n, words * 64) : 16;
+    const int64_t words = (w.k + CHUNK<BITS> - 1) / CHUNK<BITS> * Held<BITS>::WORDS, step = HELD ? 16 * SIDE : 16;
+    const int64_t run = HELD ? step * blocks_of((w.n + step - 1) / step, SIDE * words * 64) : step;
 #pragma omp parallel
     {
         static thread_local Memory memory[2];
         float* scale = (float*)memory[0].of(run / 16 * units * 8);
         float* less = d.sums ? scale + run / 16 * units : nullptr;
-        __m512i* held = M == MANY ? (__m512i*)memory[1].of(run / 16 * words * 64) : nullptr;
+        __m512i* held = HELD ? (__m512i*)memory[1].of(run / 16 * words * 64) : nullptr;
 #pragma omp for schedule(static)
         for (int64_t first = 0; first < w.n; first += run) {
             const int64_t stop = first + run < w.n ? first + run : w.n;
@@ -245,16 +266,16 @@ static void dot_rows(const Dotted& d, int64_t rows, uint16_t* y) {
                 fetch((const uint8_t*)w.scale + (n + 16) * size, 16 * size);
                 if (w.zeros) fetch((const uint8_t*)w.zero + (n + 16) * size, 16 * size);
                 turned_units(w, n, scale + i * units, less ? less + i * units : nullptr);
-                if constexpr (M == MANY) Held<BITS>::fill(w, n, held + i * words);
+                if constexpr (HELD) Held<BITS>::fill(w, n, held + i * words);
             }
             for (int64_t m = 0; m < rows; m += M)
-                for (int64_t n = first, i = 0; n < stop; n += 16, i++) {
+                for (int64_t n = first; n < stop; n += step) {
+                    const int64_t i = (n - first) / 16, count = rows - m < M ? rows - m : M;
                     const float *s = scale + i * units, *l = less ? less + i * units : nullptr;
-                    const int64_t count = rows - m < M ? rows - m : M;
-                    if constexpr (M == MANY) {
-                        dot_block<BITS, M, PER>(d.from<M>(m), Held<BITS>(held + i * words), n, count, s, l, y + m * w.n);
+                    if constexpr (HELD) {
+                        dot_block<BITS, M, PER>(d.from<M>(m), Held<BITS>(held + i * words, words), n, count, s, l, units, y + m * w.n);
                     } else {
-                        dot_block<BITS, M, PER>(d, Turned<BITS>(w, n), n, count, s, l, y);
+                        dot_block<BITS, M, PER>(d, Turned<BITS>(w, n), n, count, s, l, units, y);
                     }
                 }
         }
@@ -282,7 +303,7 @@ static void dot_words(const int8_t* x, int64_t rows, int64_t k, int64_t m_all, u
         }
 }
 
-template <int BITS, int M>
+template <int BITS, int M, bool HELD>
 static void dots_of(const Weight& w, const Rounded& r, int64_t rows, uint16_t* y) {
     static thread_local Memory memory;
     const int64_t groups = w.k / w.group, padded = int64_t(r.factors.size()), all = (rows + M - 1) / M * M;
@@ -292,7 +313,7 @@ static void dots_of(const Weight& w, const Rounded& r, int64_t rows, uint16_t* y
     float* sums = (float*)(begin + groups * all);
     const bool taken = w.zeros || w.kind == UINT8;
     const int32_t over = w.kind == UINT8 ? 128 : flipped(w);
-#pragma omp parallel for schedule(static) if (M == MANY)
+#pragma omp parallel for schedule(static) if (HELD)
     for (int64_t first = 0; first < all; first += M) {
         dot_words<BITS>(r.codes.data() + first * w.k, rows - first, w.k, M, x + first / M * bytes);
         for (int64_t g = 0; g < groups; g++)
@@ -303,17 +324,17 @@ static void dots_of(const Weight& w, const Rounded& r, int64_t rows, uint16_t* y
             }
     }
     const Dotted d{w, (const int32_t*)x, begin, taken ? sums : nullptr, r.factors.data(), bytes / 4};
-    if (w.group % CHUNK<BITS> == 0) dot_rows<BITS, M, 16>(d, rows, y);
-    else if (w.group % (CHUNK<BITS> / 2) == 0) dot_rows<BITS, M, 8>(d, rows, y);
-    else dot_rows<BITS, M, 4>(d, rows, y);
+    if (w.group % CHUNK<BITS> == 0) dot_rows<BITS, M, 16, HELD>(d, rows, y);
+    else if (w.group % (CHUNK<BITS> / 2) == 0) dot_rows<BITS, M, 8, HELD>(d, rows, y);
+    else dot_rows<BITS, M, 4, HELD>(d, rows, y);
 }
 
 template <int BITS>
 static void dots(const Weight& w, const Rounded& r, int64_t rows, uint16_t* y) {
-    if (rows == 1) return dots_of<BITS, 1>(w, r, rows, y);
-    if (rows == 2) return dots_of<BITS, 2>(w, r, rows, y);
-    if (rows <= 4) return dots_of<BITS, 4>(w, r, rows, y);
-    if (rows <= DOTTED) return dots_of<BITS, 8>(w, r, rows, y);
-    dots_of<BITS, MANY>(w, r, rows, y);
+    if (rows == 1) return dots_of<BITS, 1, false>(w, r, rows, y);
+    if (rows == 2) return dots_of<BITS, 2, false>(w, r, rows, y);
+    if (rows <= 4) return dots_of<BITS, 4, false>(w, r, rows, y);
+    if (rows <= DOTTED) return dots_of<BITS, 8, false>(w, r, rows, y);
+    dots_of<BITS, MANY, true>(w, r, rows, y);
 }
 #endif
