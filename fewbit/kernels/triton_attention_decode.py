@@ -49,7 +49,7 @@ SMALL, ALONE = KeyTile(4096, 64, 4, 3), KeyTile(16384, 128, 3, 1)
 PAIR, CROWD = KeyTile(8192, 64, 3, 2), KeyTile(8192, 64, 2, 4)
 # Parts there is room for, tokens of one that are worth it, tile. The fewer texts share a multiprocessor, the more of
 # each had better be on its way at once, unless they are codes: making numbers of them takes longer than they do.
-SPLITS = ((64, 32, SMALL), (16, 256, ALONE), (4, 1024, ALONE), (2, inf, PAIR), (0, inf, CROWD))
+SPLITS = ((48, 32, SMALL), (16, 256, ALONE), (4, 1024, ALONE), (2, inf, PAIR), (0, inf, CROWD))
 WARPS = 4
 GATHERED = 16384  # numbers that so many warps gather in registers; more take twice the warps
 # Where keys hold their values: heads, tokens, stages. From 64 queries on a GPU of compute capability 9.0 multiplies out
@@ -206,8 +206,7 @@ def _part(
     acc, total, top = walk(
         q, rest, tl.zeros([HEADS, DVP], tl.float32), total, top, first, last, last, place, window, pages, page,
         key + kin * k_head, value + kin * v_head, key_scale, value_scale, k_slot, v_slot, key_heads,
-        scaling, softcap, True, SIZE, TOKENS, D, DV, DR, DP, DVP, DRP, SHARED, PRECISION,
-        P, True,
+        scaling, softcap, True, SIZE, TOKENS, D, DV, DR, DP, DVP, DRP, SHARED, PRECISION, P, True,
     )  # fmt: skip
     if P > 0.0:
         acc = acc / P

@@ -40,8 +40,7 @@ def write(cache: Cache, new: New, query: Tensor) -> Tensor:
         *cache.value.stride()[:2], SHARED=cache.shared, D=size, HEADS=block, PAD=pad,
         LEAST=None if element is None else element.min, MOST=None if element is None else element.max,
         WHOLE=not cache.key.is_floating_point(), num_warps=max(1, min(4, block * pad // EACH[element is None])),
-        **constants(rotary),
-        **early(key.device),
+        **constants(rotary), **early(key.device),
     )  # fmt: skip
     return made
 
