@@ -1,11 +1,12 @@
 """The engine on a GPU beside vLLM's figures: random weights in Llama-3.1-8B's shape, token ids in, greedy, no end.
 
     python benchmarks/gpu_engine.py FOLDER [--rows bf16,fp8,w4a16] [--columns 1,8,64,256,serve,prefill]
-        [--shape 8b --layers 32] [--options '{"tensor_parallel_size": 2}']
+        [--shape 8b --layers 32] [--options '{"tensor_parallel_size": 2}'] [--profile 1,64]
 
 FOLDER needs room for 16 GB; the model is made there once. Decode columns: batch x 128 output tokens over the whole
 time of a call with 128 tokens in and 128 out. Serve: 512 requests at once, 100 to 1024 tokens in, 100 to 512 out.
 Prefill: 16 texts of 2048 tokens, one token out. In brackets the share of what vLLM 0.24.0 gave on one H200 (ROWS).
+--profile: what steps of so many streams are made of, by kernel: from the end of the one before it to its own.
 """
 
 import argparse
@@ -14,14 +15,19 @@ import json
 import logging
 import random
 import statistics
+import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import torch
 from random_llama import SHAPES, make
+from torch.profiler import ProfilerActivity, profile
 
 from fewbit import LLM, SamplingParams
+from fewbit.engine.request import Request
 
+ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # kinds of the profiler's events
 COLUMNS = ("1", "8", "64", "256", "serve", "prefill")
 ROWS = {  # name: (options of LLM, vLLM's tokens a second by column)
     "bf16": ({}, (205, 1550, 8786, 15604, 10157, 42759)),
@@ -89,13 +95,43 @@ def measure(llm: LLM, column: str, repeat: int) -> tuple[float, str]:
     return rate, f" {step:.2f} ms"
 
 
+def profiled(llm: LLM, streams: int, steps: int = 8) -> None:
+    """Kernels may begin before the last one ends, so that only the time from end to end adds up."""
+    engine = llm.llm_engine
+    params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True, detokenize=False)
+    for i, prompt in enumerate(texts(streams, 128, 128, random.Random(streams))):
+        engine.add(Request(f"profile {i}", prompt, params))
+    for _ in range(12):
+        engine.step()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(steps):
+            engine.step()
+        torch.cuda.synchronize()
+    while engine.has_work():
+        engine.step()
+    with tempfile.TemporaryDirectory() as folder:
+        seen.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+    spans = sorted((e["ts"], e["ts"] + e["dur"], e["name"]) for e in events if e.get("cat") in ON_DEVICE)
+    took: dict[str, list[float]] = defaultdict(list)
+    ended = spans[0][0]
+    for _, end, name in spans:
+        took[name].append(max(0.0, end - ended))
+        ended = max(ended, end)
+    print(f"{streams} streams, {steps} steps: {ended - spans[0][0]:.0f} us, {len(spans)} launches")
+    for name, each in sorted(took.items(), key=lambda item: -sum(item[1]))[:25]:
+        print(f"{sum(each):10.1f} us {len(each):6} x {statistics.mean(each):8.2f}  {name[:120]}", flush=True)
+
+
 def resident(what: str) -> int:
     """KiB of this process, as Linux says."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(what))
 
 
-def row(name: str, model: Path, columns: list[str], repeat: int, options: dict[str, object]) -> None:
+def row(
+    name: str, model: Path, columns: list[str], repeat: int, options: dict[str, object], profiles: list[int]
+) -> None:
     given, peer = ROWS[name]
     peer = peer if model.name == "8b" else None
     torch.zeros(1, device="cuda")
@@ -113,6 +149,8 @@ def row(name: str, model: Path, columns: list[str], repeat: int, options: dict[s
         rate, more = measure(llm, column, repeat)
         beside = f"\t[{rate / peer[COLUMNS.index(column)]:.2f} of {peer[COLUMNS.index(column)]}]" if peer else ""
         print(f"{name}\t{column}\t{rate:.0f} tok/s{more}{beside}", flush=True)
+    for streams in profiles:
+        profiled(llm, streams)
     llm.llm_engine.shutdown()
     del llm, engine
     gc.collect()
@@ -128,14 +166,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--options", type=json.loads, default={}, help="more options of LLM, as JSON")
+    parser.add_argument("--profile", default="", help="numbers of streams whose steps are looked into")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d ms %(message)s")
     name = f"{given.shape}-{given.layers}" if given.layers else given.shape
     model = make(given.folder / name, given.shape, given.layers, "cuda")
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
+    profiles = [int(n) for n in given.profile.split(",") if n]
     for name in given.rows.split(","):
         try:
-            row(name, model, given.columns.split(","), given.repeat, given.options)
+            row(name, model, [c for c in given.columns.split(",") if c], given.repeat, given.options, profiles)
         except Exception as error:  # the other rows are still worth their time
             print(f"{name}: {type(error).__name__}: {error}", flush=True)
             gc.collect()
