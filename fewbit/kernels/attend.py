@@ -93,7 +93,7 @@ def refusal(query: Tensor, cache: Cache | PackedCache) -> str | None:
 
 def prompts(query: Tensor, explicit: bool) -> bool:
     """Whether `attend` takes many queries at once, and had better. explicit: torch would write their scores out."""
-    able = 0 if query.dtype != torch.bfloat16 else int(_native().many())
+    able = 0 if query.dtype != torch.bfloat16 or isinstance(library("attend"), str) else int(_native().many())
     return able == 1 or (able == 2 and explicit)  # 2: torch multiplies in tiles
 
 

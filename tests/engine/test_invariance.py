@@ -1,8 +1,10 @@
 """In bfloat16 on a CPU with matrix units a request's logits are the same bits alone and in company.
 
-That holds where its prompt is cut alike: torch's attention rounds otherwise when a chunk starts elsewhere.
+That holds where its prompt is cut alike: torch's attention rounds otherwise when a chunk starts elsewhere. Where a
+kernel of ours takes prompts, and linears add whole numbers, they are the same wherever it is cut.
 """
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,12 @@ from fewbit.engine.params import SamplingParams
 from fewbit.engine.request import Request, Stream
 from fewbit.engine.runner import Paged
 from fewbit.engine.scheduler import Work
-from fewbit.kernels import tiles
+from fewbit.kernels import attend, tiles
 from fewbit.models import build
 from tests.tiny import llama
 
-pytestmark = pytest.mark.skipif(tiles.native() is None, reason="no matrix units (AMX) here")
+TILED = pytest.mark.skipif(tiles.native() is None, reason="no matrix units (AMX) here")
+OURS = attend.prompts(torch.zeros(1, dtype=torch.bfloat16), explicit=False) and tiles.vectors() is not None
 LENGTHS = (37, 33, 6, 60, *range(2, 18))
 
 
@@ -51,9 +54,23 @@ def logits(model: Any, company: int) -> Tensor:
     return torch.stack(found)
 
 
+@TILED
 @pytest.mark.parametrize("format", [None, "int4-g128", "int8-channel-a8", "q4_0"])
 def test_the_same_bits(folder: Path, format: str | None) -> None:
     model = build.load(folder, dtype="bfloat16", format=format, attend=proof.attention)
     alone = logits(model, 1)
     for company in (2, 7, len(LENGTHS)):
         assert torch.equal(logits(model, company), alone), company
+
+
+@pytest.mark.skipif(not OURS, reason="prompts go to torch here, or whole numbers have no unit")
+@pytest.mark.parametrize("cuts", [(20,), (5, 12), (31,), (32,)])
+def test_the_same_bits_wherever_a_prompt_is_cut(folder: Path, cuts: tuple[int, ...]) -> None:
+    """Pieces of 5 tokens and more: fewer are attended to one by one, without rounding their weights."""
+    model = build.load(folder, dtype="bfloat16", format="int8-channel-a8", attend=proof.attention)
+    found = []
+    for stops in ((), cuts):
+        runner, (stream,) = Paged(model, 5, 16, None), streams(1)
+        bounds = [0, *stops, len(stream.tokens)]
+        found.append([runner.run([Work(stream, *span)]).each()[0] for span in itertools.pairwise(bounds)][-1][-1])
+    assert torch.equal(*found)
