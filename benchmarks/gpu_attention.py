@@ -144,7 +144,7 @@ def sweep(heads: tuple[int, int, int]) -> None:
     print("decode us: 1, 8, 64 x 2000, 256 x 200, each bf16, fp8, int8; (tokens, stages, warps, programs)")
     for cut in CUTS:
         tokens, stages, decode.WARPS, decode.PROGRAMS = cut
-        tile = decode.KeyTile(tokens * heads[2], tokens, stages)
+        tile = decode.KeyTile(tokens * heads[2], tokens, stages, 1)
         decode.SPLITS = tuple((room, least, tile) for room, least, _ in splits)
         print(f"{cut!s:>20}", attempt(lambda: "".join(f"{t.attend():8.1f}" for t in texts)), flush=True)
     whole = [Texts(heads, 16, 2048, 2048, held) for held in (None, torch.float8_e4m3fn, torch.int8)]

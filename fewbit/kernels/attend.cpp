@@ -73,6 +73,9 @@ static inline float dot(P a, const float* b, int64_t n) {
 #endif
 }
 
+// A score that cannot leave softcap: a tanh that compilers make vectors of, within 1e-7 of it
+static inline float capped(float score, float softcap) { return softcap * (1.0f - 2.0f / (exp_of(2.0f * score / softcap) + 1.0f)); }
+
 static inline float largest(const float* p, int64_t n, float top) {
     int64_t i = 0;
 #ifdef WIDE
@@ -142,7 +145,7 @@ static void task(const Attend& a, P keys, P values, int64_t row, int64_t g, int6
     }
     for (int64_t h = 0; h < shared; h++) {
         float* mine = scores + h * length;
-        if (a.softcap) for (int64_t t = 0; t < length; t++) mine[t] = a.softcap * tanhf(mine[t] / a.softcap);
+        if (a.softcap) for (int64_t t = 0; t < length; t++) mine[t] = capped(mine[t], a.softcap);
         const float sink = a.sinks ? a.sinks[first + h] : -INFINITY, top = largest(mine, length, sink);
         for (int64_t t = 0; t < length; t++) mine[t] = exp_of(mine[t] - top);
         const float total = sum(mine, length) + (a.sinks ? expf(sink - top) : 0.0f);

@@ -186,7 +186,8 @@ static void turned_units(const Weight& w, int64_t n, float* scale, float* less) 
     }
 }
 
-// Blocks of 16 rows of W from n, their scales `units` apart. PER: words after which a group may end
+// Blocks of 16 rows of W from n, their scales `units` apart. PER: words after which a group may end. A block beyond W's
+// last row is what stood there before, and is not written.
 template <int BITS, int M, int PER, class Source>
 static void dot_block(const Dotted& d, const Source& source, int64_t n, int64_t count, const float* scale, const float* less, int64_t units, uint16_t* y) {
     constexpr int BLOCKS = Source::BLOCKS;

@@ -112,7 +112,7 @@ static void prompt(const Attend& a, P keys, P values, int64_t span, int64_t g, i
                 continue;
             }
             for (int64_t t = 0; t < KEYS; t++) s[t] *= scale[t];
-            if (a.softcap) for (int64_t t = low; t < end; t++) s[t] = a.softcap * tanhf(s[t] / a.softcap);
+            if (a.softcap) for (int64_t t = 0; t < KEYS; t++) s[t] = capped(s[t], a.softcap);
             std::fill(s, s + low, -INFINITY), std::fill(s + end, s + KEYS, -INFINITY);
             const float top = largest(s, KEYS, d.top[r]);
             for (int64_t t = 0; t < KEYS; t++) s[t] = exp_of(s[t] - top);
