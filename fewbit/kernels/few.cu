@@ -364,7 +364,7 @@ few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, cons
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             const int s = i / EACH;
-            if (i % 2 == 0) await_group<3>();
+            if (i % 2 == 0) await_group<3>();  // of four to a run; its rows of x came with the first
             if (i == 0) __syncwarp();  // rows of x that other lanes have copied, and scales
             const Four held = ring[i * 32];
             const u32 codes[4] = {held.x, held.y, held.z, held.w};
