@@ -47,6 +47,7 @@ class Cache:
     value_scale: Tensor | None = None
     key_measured: Tensor | None = None
     value_measured: Tensor | None = None
+    ended: Tensor | None = None  # programs of texts in parts, as triton_attention_decode counts them; 0 between steps
 
     @classmethod
     def like(

@@ -25,9 +25,8 @@ HALVES = (torch.bfloat16, torch.float16)
 CHUNK = 64  # bytes of a row that a warp takes at a time
 ROWS, TALL = 16, 64  # columns of y: that a warp makes from rows of W, that a program makes from humming's layout
 INTEGERS, NVFP4, MXFP4 = range(3)  # few.cu's CODES
-# Up to so many tiles to a processor: warps, blocks to a sum. NVFP4's 16 columns to a scale keep more warps busy.
-LAID = {INTEGERS: ((0.5, (12, 2)), (1, (12, 1)), (inf, (4, 2))), NVFP4: ((0.5, (12, 2)), (1, (16, 1)), (inf, (4, 2)))}
-LAID[MXFP4] = LAID[INTEGERS]
+# Up to so many tiles to a processor: warps, blocks to a sum.
+LAID = ((0.5, (8, 2)), (1, (8, 1)), (1.5, (8, 2)), (2.5, (8, 1)), (inf, (4, 2)))
 LARGEST = {NVFP4: 0x7E, MXFP4: 0xFE}  # codes of scales that are numbers above 0
 GROUPS = {INTEGERS: (32, 64, 128, 256, 512), NVFP4: (16,), MXFP4: (32,)}  # columns to a scale
 
@@ -121,6 +120,8 @@ def _by_rows(device: torch.device, kind: torch.dtype, out: torch.dtype, tiles: i
     warps, depth, high = (16, 3, 2) if each <= 2 else (8, 4 if tiles == 1 else 3, 1)
     if each > 8 and kind in HALVES:
         depth, high = 3, 2
+    elif each <= 4 and tiles == 1 and kind not in HALVES:
+        high = 2
     shared = warps * depth * 512  # bytes, times two for each tile of W and one for each of x
     if n % (high * ROWS) or shared * (2 * high + tiles) > _shared_bytes(device):
         high = 1
@@ -132,7 +133,7 @@ def _by_rows(device: torch.device, kind: torch.dtype, out: torch.dtype, tiles: i
 @cache
 def _by_layout(device: torch.device, kind: torch.dtype, tiles: int, how: Laid, zeros: bool, n: int) -> Function:
     high, processors = n // TALL, _processors(device)
-    warps, split = next(shape for most, shape in LAID[how.codes] if high <= most * processors)
+    warps, split = next(shape for most, shape in LAID if high <= most * processors)
     defines = {"TYPE": TYPES[kind], "OUT": TYPES[kind], "TILES": tiles, "WARPS": warps, "GROUP": how.group,
                "CODES": how.codes, "ZEROS": int(zeros), "SPLIT": split}  # fmt: skip
     times = 128 // how.group  # scales of a run, which lanes share where there are several

@@ -48,11 +48,22 @@ class Near:
         width = x.shape[-1] * x.element_size()
         return x.is_contiguous() and x.dtype in FLOATS and width <= WIDTH and 0 < x.numel() // x.shape[-1] <= PLACES
 
+    def takes_parts(self, x: Tensor, sizes: Sequence[int]) -> bool:
+        """Whether `gather` does."""
+        fits = x.is_contiguous() and x.dtype in TYPES and x.numel() > 0
+        return fits and (x.numel() // x.shape[-1]) * -(-max(sizes) * x.element_size() // WIDTH) <= PLACES
+
     def sum(self, x: Tensor) -> Tensor:
         """The same bits on all ranks: added up in float32 (whole numbers as such), in their order."""
         from fewbit.kernels.triton_near import over_ranks
 
         return over_ranks(x, self)
+
+    def gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        """All ranks' parts side by side along the last axis; sizes: of each rank's."""
+        from fewbit.kernels.triton_near import side_by_side
+
+        return side_by_side(x, sizes, self)
 
     def give_up(self) -> None:
         """End what waits for a rank that is gone. From any thread."""

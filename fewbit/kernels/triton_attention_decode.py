@@ -1,8 +1,9 @@
 """One query per request: a program takes one key head with the queries on it, and a part of the text.
 
-A text is cut into as many parts as the device has room for and as are worth it, so that one long text fills it; a
-second kernel joins what the parts found. How many there may be, and how short, is a matter of the step's size alone,
-how many there are of the text itself: a request has the same bits beside any others as long as that size stays.
+A text is cut into as many parts as the device has room for and as are worth it, so that one long text fills it. The
+last of its programs to end joins what they found; a second kernel does where that is too much for one, as of many heads
+with wide values that lie in their keys. How many parts there may be, and how short, is a matter of the step's size
+alone, how many there are of the text itself: a request has the same bits beside any others as long as that size stays.
 Requests of none or many rows are left alone.
 """
 
@@ -30,6 +31,7 @@ from fewbit.kernels.triton_attention_parts import (
     walk,
 )
 from fewbit.kernels.triton_early import await_last, early, let_next
+from fewbit.kernels.triton_runtime import power
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class KeyTile:
 
 
 PROGRAMS = 4  # that are aimed at, per multiprocessor
+JOINED = 8192  # numbers that four warps join at once
 FEW_PARTS, MOST_PARTS = 8, 64
 MOST_HEADS = 64  # queries of a program
 SMALL, ALONE = KeyTile(4096, 64, 4, 3), KeyTile(16384, 128, 3, 1)
@@ -129,20 +132,25 @@ def run(
     found = torch.empty(*split, out.shape[2], dtype=torch.float32, device=query.device)
     weights = torch.empty(*split, 2, dtype=torch.float32, device=query.device)
     dims = sizes(cache)
+    many = FEW_PARTS if how.parts <= FEW_PARTS else MOST_PARTS
+    itself, group = how.parts > 1 and not cache.shared, power(min(how.heads, heads // key_heads))
+    if itself and cache.ended is None:  # texts are cut as long as that makes no more programs than are aimed at
+        cache.ended = torch.zeros(PROGRAMS * processors(query.device) // 2, dtype=torch.int32, device=query.device)
     _part[(table.ones, key_heads * how.blocks, how.parts)](
         query, cache.key, cache.value, cache.key_scale, cache.value_scale, cache.key_measured, cache.value_measured,
-        out, found, weights, table.pages, table.lengths, table.starts, sinks, scaling, window, softcap, heads,
-        query.stride(2), query.stride(1), *cache.key.stride()[:2], *cache.value.stride()[:2], *out.stride()[:2],
-        table.pages.stride(0), key_heads, how.parts, how.least, SPLIT=how.parts > 1, TOKENS=how.tokens,
-        GROUP=heads // key_heads, BLOCKS=how.blocks, HEADS=how.heads, SIZE=table.size, PRECISION=precision(query.dtype),
-        P=p, num_warps=how.warps, num_stages=how.stages, **dims, **early(query.device),
+        out, found, weights, cache.ended if itself else None, table.pages, table.lengths, table.starts, sinks, scaling,
+        window, softcap, heads, query.stride(2), query.stride(1), *cache.key.stride()[:2], *cache.value.stride()[:2],
+        *out.stride()[:2], table.pages.stride(0), key_heads, how.parts, how.least, SPLIT=how.parts > 1,
+        TOKENS=how.tokens, GROUP=heads // key_heads, BLOCKS=how.blocks, HEADS=how.heads, SIZE=table.size,
+        PRECISION=precision(query.dtype), P=p, GROUPED=group,
+        MANY=min(many, max(1, JOINED * how.warps // WARPS // (group * dims["DVP"]))), num_warps=how.warps,
+        num_stages=how.stages, **dims, **early(query.device),
     )  # fmt: skip
-    if how.parts > 1:
-        many = FEW_PARTS if how.parts <= FEW_PARTS else MOST_PARTS
+    if how.parts > 1 and not itself:
         _join[(table.ones, heads)](
             found, weights, out, table.lengths, table.starts, window, heads, *out.stride()[:2], how.parts, how.least,
             MANY=many, TOKENS=how.tokens, DV=dims["DV"], DVP=dims["DVP"],
-            num_warps=4 if many * dims["DVP"] <= 8192 else 8, **early(query.device),
+            num_warps=WARPS if many * dims["DVP"] <= JOINED else 2 * WARPS, **early(query.device),
         )  # fmt: skip
 
 
@@ -160,12 +168,13 @@ def _stretch(length, window, parts, least, TOKENS: tl.constexpr):
     do_not_specialize=["parts", "least", "p_row"], do_not_specialize_on_alignment=["pages", "lengths", "starts"]
 )
 def _part(
-    query, key, value, key_scale, value_scale, key_measured, value_measured, out, found, weights, pages, lengths,
+    query, key, value, key_scale, value_scale, key_measured, value_measured, out, found, weights, ended, pages, lengths,
     starts, sinks, scaling, window, softcap, heads, q_row, q_head, k_slot: tl.constexpr, k_head, v_slot: tl.constexpr,
     v_head, o_row, o_head, p_row, key_heads, parts, least,
     GROUP: tl.constexpr, BLOCKS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr,
     SPLIT: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DR: tl.constexpr, DP: tl.constexpr,
-    DVP: tl.constexpr, DRP: tl.constexpr, SHARED: tl.constexpr, P: tl.constexpr, EARLY: tl.constexpr,
+    DVP: tl.constexpr, DRP: tl.constexpr, SHARED: tl.constexpr, P: tl.constexpr, GROUPED: tl.constexpr,
+    MANY: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     let_next(EARLY)
     request = tl.program_id(0)
@@ -175,11 +184,11 @@ def _part(
     one = tl.load(starts + request + 1) == row + 1
     length = tl.load(lengths + request)
     first, step = _stretch(length, window, parts, least, TOKENS)
-    whole = first + step >= length
+    whole, opened = first + step >= length, first
     first += part * step
     last = tl.minimum(first + step, length)
     if SPLIT:
-        one = one & (first < last)
+        one = one & ((first < last) | ((length == 0) & (part == 0)))
     pages += request.to(tl.int64) * p_row
     page = paged(pages, first, last, SIZE, TOKENS)
     scaling, unit = scaled(scaling, key_measured, kin), scaled(1.0, value_measured, kin)
@@ -220,6 +229,42 @@ def _part(
         tl.store(found + at[:, None] * DV + e[None, :], acc, mask=wanted)
         tl.store(weights + at * 2, top, mask=inside)
         tl.store(weights + at * 2 + 1, total, mask=inside)
+        if ended is not None:
+            ended += request * tl.num_programs(1) + tl.program_id(1)
+            several = tl.cdiv(length - opened, step)
+            tl.debug_barrier()  # all threads have written
+            if tl.atomic_add(ended, 1, sem="acq_rel") == several - 1:
+                tl.store(ended, 0)
+                some = tl.program_id(1) % BLOCKS * HEADS + tl.arange(0, GROUPED)
+                of = kin * GROUP + some
+                whole_acc = _joined(found, weights, (request.to(tl.int64) * heads + of) * parts, some < GROUP, several,
+                                    MANY, DV, DVP)  # fmt: skip
+                tl.store(out + row * o_row + of[:, None] * o_head + e[None, :], whole_acc.to(out.dtype.element_ty),
+                         mask=(some < GROUP)[:, None] & (e < DV)[None, :])  # fmt: skip
+
+
+@triton.jit
+def _joined(found, weights, at, inside, several, MANY: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr):
+    """at: [HEADS], where each head's first part is -> [HEADS, DVP]: what all its parts are together."""
+    e = tl.arange(0, DVP)
+    top = tl.full(at.shape, LOWEST, tl.float32)
+    total = tl.zeros(at.shape, tl.float32)
+    acc = tl.zeros([at.shape[0], DVP], tl.float32)
+    for start in range(0, several, MANY):
+        part = start + tl.arange(0, MANY)
+        place = at[:, None] + part[None, :]
+        there = inside[:, None] & (part < several)[None, :]
+        tops = tl.load(weights + place * 2, mask=there, other=LOWEST)
+        totals = tl.load(weights + place * 2 + 1, mask=there, other=0.0)
+        accs = tl.load(found + place[:, :, None] * DV + e[None, None, :],
+                       mask=there[:, :, None] & (e < DV)[None, None, :], other=0.0)  # fmt: skip
+        peak = tl.maximum(top, tl.max(tops, 1))
+        share = tl.where(there, tl.exp2(tops - peak[:, None]), 0.0)
+        fade = tl.exp2(top - peak)
+        total = total * fade + tl.sum(totals * share, 1)
+        acc = acc * fade[:, None] + tl.sum(accs * share[:, :, None], 1)
+        top = peak
+    return acc / tl.where(total > 0.0, total, 1.0)[:, None]
 
 
 @triton.jit(do_not_specialize=["parts", "least"], do_not_specialize_on_alignment=["lengths", "starts"])
@@ -235,16 +280,9 @@ def _join(
     length = tl.load(lengths + request)
     first, step = _stretch(length, window, parts, least, TOKENS)
     await_last(EARLY)
-    if not one or (length > 0 and first + step >= length):  # it is there
+    if not one or first + step >= length:  # it is there
         return
-    part = tl.arange(0, MANY)
-    there = part * step < length - first
-    at = (request.to(tl.int64) * heads + head) * parts + part
+    at = (request.to(tl.int64) * heads + head + tl.arange(0, 1)) * parts
+    acc = _joined(found, weights, at, at >= 0, tl.cdiv(length - first, step), MANY, DV, DVP)
     e = tl.arange(0, DVP)
-    top = tl.load(weights + at * 2, mask=there, other=LOWEST)
-    total = tl.load(weights + at * 2 + 1, mask=there, other=0.0)
-    acc = tl.load(found + at[:, None] * DV + e[None, :], mask=there[:, None] & (e < DV)[None, :], other=0.0)
-    share = tl.where(there, tl.exp2(top - tl.max(top, 0)), 0.0)
-    total = tl.sum(total * share, 0)
-    acc = tl.sum(acc * share[:, None], 0) / tl.where(total > 0.0, total, 1.0)
-    tl.store(out + row * o_row + head * o_head + e, acc.to(out.dtype.element_ty), mask=e < DV)
+    tl.store(out + row * o_row + head * o_head + e[None, :], acc.to(out.dtype.element_ty), mask=(e < DV)[None, :])

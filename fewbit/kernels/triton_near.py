@@ -9,6 +9,7 @@ at a word of the host's, by which it is told to give up.
 near, in kernels: addresses of all ranks' rooms, of the own one, turns, the host's word, the rank (Near.given).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ from fewbit.kernels.near import PLACES, ROWS, WIDTH, Near
 from fewbit.kernels.triton_early import begin, early
 from fewbit.kernels.triton_runtime import cdiv, power
 
-SPREAD = 128  # programs that a sum is dealt out to, where there is so much of it
-LOOK = tl.constexpr(1024)  # tries between two looks at the host's word
+SPREAD = 128  # programs that a sum is dealt out to, or what is joined, where there is so much of it
+# Tries between two looks at the host's word, a tenth of a second: 128 programs that look take as long as 1500 tries, so
+# that where ranks looked sooner each held up the other until it looked too, at every exchange of a step.
+LOOK = tl.constexpr(1 << 17)
 PLACES_, WIDTH_, ROWS_ = tl.constexpr(PLACES), tl.constexpr(WIDTH), tl.constexpr(ROWS)
 
 
@@ -33,19 +36,23 @@ def near_by(near: Near | None) -> dict[str, Any]:
 @triton.jit
 def summed(x, at, inside, near, RANKS: tl.constexpr):
     """x: what this program has of a sum, `at` where within it, up to WIDTH bytes -> all ranks' sum, wide."""
-    pid = tl.program_id(0)
     whole: tl.constexpr = _wide(x.dtype)
-    turn = tl.load(near[2] + pid)
-    start = ((turn & 1) * RANKS * PLACES_ + pid).to(tl.int64) * WIDTH_
-    _send(x, start + near[4] * (PLACES_ * WIDTH_), at, inside, near, RANKS, 16)
+    parts = _of_ranks(x, at, inside, near, RANKS)
     total = tl.zeros(x.shape, whole)
     for r in tl.static_range(RANKS):
-        part = x
-        if r != near[4]:
-            part = _await(start + r * (PLACES_ * WIDTH_), at, inside, near, x.dtype, 16)
-        total += part.to(whole)
-    tl.store(near[2] + pid, turn + 1)
+        total += parts[r].to(whole)
     return total
+
+
+@triton.jit
+def _of_ranks(x, at, inside, near, RANKS: tl.constexpr):
+    """-> all ranks' x, by a place of the program's own."""
+    pid = tl.program_id(0)
+    turn = tl.load(near[2] + pid)
+    start = ((turn & 1) * RANKS * PLACES_ + pid).to(tl.int64) * WIDTH_
+    parts = _exchanged(x, start, at, inside, near, PLACES_ * WIDTH_, RANKS, 16)
+    tl.store(near[2] + pid, turn + 1)
+    return parts
 
 
 @triton.jit
@@ -53,46 +60,63 @@ def largest(x, near, RANKS: tl.constexpr):
     """x: [1] float32 of this program -> the largest over all ranks."""
     pid = tl.program_id(0)
     at = tl.arange(0, 1)
-    inside = at < 1
     turn = tl.load(near[2] + PLACES_ + pid)
     start = 2 * RANKS * PLACES_ * WIDTH_ + ((turn & 1) * RANKS * ROWS_ + pid).to(tl.int64) * 4
-    _send(x, start + near[4] * (ROWS_ * 4), at, inside, near, RANKS, 4)
+    parts = _exchanged(x, start, at, at < 1, near, ROWS_ * 4, RANKS, 4)
+    tl.store(near[2] + PLACES_ + pid, turn + 1)
     top = x
     for r in tl.static_range(RANKS):
-        if r != near[4]:
-            top = tl.maximum(top, _await(start + r * (ROWS_ * 4), at, inside, near, x.dtype, 4))
-    tl.store(near[2] + PLACES_ + pid, turn + 1)
+        top = tl.maximum(top, parts[r])
     return top
 
 
 @triton.jit
-def _send(x, start, at, inside, near, RANKS: tl.constexpr, ALIGNED: tl.constexpr):
-    """To the same place in every other rank's room."""
+def _exchanged(x, start, at, inside, near, EACH: tl.constexpr, RANKS: tl.constexpr, ALIGNED: tl.constexpr):
+    """-> all ranks' x. start: where in a room the first rank's lies, EACH before the next one's."""
     kind: tl.constexpr = _bits(x.dtype)
-    bits = x.to(kind, bitcast=True)
-    bits = tl.where(bits == -1, bits - 1, bits)
+    own = x.to(kind, bitcast=True)
+    sent = tl.where(own == -1, own - 1, own)
     for r in tl.static_range(RANKS):
-        if r != near[4]:
-            tl.store(tl.multiple_of((near[0][r] + start).to(tl.pointer_type(kind)), ALIGNED) + at, bits, inside)
-
-
-@triton.jit
-def _await(start, at, inside, near, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """What a rank has sent there."""
-    kind: tl.constexpr = _bits(DTYPE)
-    there = tl.multiple_of((near[1] + start).to(tl.pointer_type(kind)), ALIGNED) + at
-    bits = tl.load(there, inside, 0, volatile=True)
-    missing = tl.max((bits == -1).to(tl.int32))
+        there = tl.multiple_of((near[0][r] + start + near[4] * EACH).to(tl.pointer_type(kind)), ALIGNED) + at
+        tl.store(there, sent, inside & (near[4] != r))
+    start += near[1]
+    bits = _polled(start, at, inside, near, EACH, RANKS, ALIGNED, kind)
+    missing = _missing(bits, RANKS)
     tries = 0
     while missing != 0:
-        bits = tl.load(there, inside, 0, volatile=True)
-        missing = tl.max((bits == -1).to(tl.int32))
+        bits = _polled(start, at, inside, near, EACH, RANKS, ALIGNED, kind)
+        missing = _missing(bits, RANKS)
         tries += 1
         if tries % LOOK == 0:
             missing *= 1 - tl.load(near[3], volatile=True)
     tl.debug_barrier()  # until all threads have read
-    tl.store(there, tl.full(bits.shape, -1, kind), inside)
-    return bits.to(DTYPE, bitcast=True)
+    found = ()
+    for r in tl.static_range(RANKS):
+        there = tl.multiple_of((start + r * EACH).to(tl.pointer_type(kind)), ALIGNED) + at
+        tl.store(there, tl.full(own.shape, -1, kind), inside & (near[4] != r))
+        found = found + (tl.where(near[4] == r, own, bits[r]).to(x.dtype, bitcast=True),)  # noqa: RUF005
+    return found
+
+
+@triton.jit
+def _polled(
+    start, at, inside, near, EACH: tl.constexpr, RANKS: tl.constexpr, ALIGNED: tl.constexpr, KIND: tl.constexpr
+):  # fmt: skip
+    """What each rank has sent by now; of this one 0."""
+    found = ()
+    for r in tl.static_range(RANKS):
+        there = tl.multiple_of((start + r * EACH).to(tl.pointer_type(KIND)), ALIGNED) + at
+        found = found + (tl.load(there, inside & (near[4] != r), 0, volatile=True),)  # noqa: RUF005
+    return found
+
+
+@triton.jit
+def _missing(bits, RANKS: tl.constexpr):
+    """Whether a number has not come."""
+    missing = bits[0] == -1
+    for r in tl.static_range(1, RANKS):
+        missing = missing | (bits[r] == -1)
+    return tl.max(missing.to(tl.int32))
 
 
 @triton.constexpr_function
@@ -121,4 +145,32 @@ def over_ranks(x: Tensor, near: Near) -> Tensor:
     block = min(max(power(cdiv(count, SPREAD)), 256), WIDTH // x.element_size())
     _sum[(cdiv(count, block),)](x, y, count, BLOCK=block, num_warps=min(16, max(1, block // 256)), **near_by(near),
                                 **early(x.device))  # fmt: skip
+    return y
+
+
+@triton.jit
+def _gather(x_at, y_at, own, most, width, sizes, near, RANKS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    """A program has a block of one row of each rank's part."""
+    begin(EARLY)
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(most, BLOCK)
+    row = (pid // blocks).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    place = pid % blocks * BLOCK + at
+    mine = tl.load(x_at + row * own + place, place < own, 0)
+    parts = _of_ranks(mine, at, place < most, near, RANKS)
+    y_at += row * width
+    for r in tl.static_range(RANKS):
+        tl.store(y_at + place, parts[r], place < sizes[r])
+        y_at += sizes[r]
+
+
+def side_by_side(x: Tensor, sizes: Sequence[int], near: Near) -> Tensor:
+    """x: [..., size of this rank's], which `near` takes -> [..., all of them]."""
+    rows, most, width = x.numel() // x.shape[-1], max(sizes), sum(sizes)
+    y = x.new_empty(*x.shape[:-1], width)
+    block = min(max(power(cdiv(rows * most, SPREAD)), 256), WIDTH // x.element_size())
+    _gather[(rows * cdiv(most, block),)](x, y, x.shape[-1], most, width, tuple(sizes), BLOCK=block,
+                                         num_warps=min(16, max(1, block // 256)), **near_by(near),
+                                         **early(x.device))  # fmt: skip
     return y

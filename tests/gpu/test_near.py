@@ -112,6 +112,19 @@ def test_sums_of_all_bits(pair: Pair) -> None:
     assert all(torch.equal(y.isnan(), want.isnan()) and same(y.nan_to_num(0), want.nan_to_num(0)) for y in found)
 
 
+@pytest.mark.parametrize("dtype", near.TYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1), (100, 28), (64128, 64128), (32064, 40000)], ids=str)
+def test_parts_side_by_side(sizes: tuple[int, int], dtype: torch.dtype, pair: Pair) -> None:
+    for rows in (1, 2, 7, 30):
+        x = [part.contiguous() for part in drawn(rows, sum(sizes), dtype=dtype, seed=rows)[0].split(sizes, 1)]
+        assert pair.ranks[0].takes_parts(x[0], sizes) or rows * max(sizes) * dtype.itemsize > PLACES * WIDTH // 2
+        if rows * max(sizes) * dtype.itemsize > PLACES * WIDTH // 2:  # both ranks must fit on this GPU
+            continue
+        for given in (x, [part.flip(0).contiguous() for part in x]):
+            found = pair(lambda rank: pair.ranks[rank].gather(given[rank], sizes))  # noqa: B023
+            assert all(same(y, torch.cat(given, 1)) for y in found)
+
+
 def test_in_graphs(pair: Pair) -> None:
     x = [torch.randn(8192, device=CUDA).bfloat16() for _ in range(2)]
     pair.warm(lambda rank: pair.ranks[rank].sum(x[rank]))

@@ -400,6 +400,9 @@ def test_parts_that_are_worth_it(room: int, window: int | None, monkeypatch: pyt
     assert parts == ({64: 4}.get(room, 1) if window else {1: 1, 2: 1, 4: 2, 16: 8, 64: 64}[room])
     want, _ = plainly(made, case)
     torch.testing.assert_close(found, want, **bound(case))
+    assert parts == 1 if cache.ended is None else not cache.ended.any()
+    again, _ = by_kernels(replace(made, cache=cache), case)
+    assert torch.equal(again, found)
 
 
 @pytest.mark.parametrize("form", [name for name in WHOLE if name.endswith("measured")])
