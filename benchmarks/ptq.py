@@ -10,7 +10,6 @@ them. Ends with ours beside theirs: row by row, then the best of ours beside the
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -92,15 +91,14 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(command: list[str]) -> tuple[dict, float, float]:
-    """-> the JSON it printed, seconds, peak resident MiB."""
+def run(command: list[str]) -> tuple[dict, float]:
+    """-> the JSON it printed, seconds."""
     begun = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out, err = process.communicate()
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{err.decode()[-2000:]}")
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    return json.loads(out), time.monotonic() - begun, peak
+    return json.loads(out), time.monotonic() - begun
 
 
 def fewbit(*words: str) -> list[str]:
@@ -110,7 +108,7 @@ def fewbit(*words: str) -> list[str]:
 def quality(model: Path, given: argparse.Namespace) -> tuple[float, str]:
     """Perplexity, and where asked KL divergence against the model with its interval."""
     against = ["--against", str(given.model)] if given.kl else []
-    found, _, _ = run(fewbit("eval", str(model), "--text", str(given.eval), "--context", "1024", "--windows",
+    found, _ = run(fewbit("eval", str(model), "--text", str(given.eval), "--context", "1024", "--windows",
                              str(given.windows), "--dtype", "bfloat16", "--device", given.device,
                              *against))  # fmt: skip
     kl = found["kl"] if given.kl else None
@@ -125,7 +123,7 @@ def ours(row: tuple[str, str, str, list[str], str], given: argparse.Namespace) -
         bits, mixed, formats = form.format(g=given.group).partition(" of ")
         what = ["--target-bits", bits, "--from", formats] if mixed else ["-f", bits]
         sets = [word for option in options for word in ("--set", option)]
-        done, wall, _ = run(fewbit(
+        done, wall = run(fewbit(
             "quantize", str(given.model), "-o", str(out), *what, "-a", algo, *sets, "--to",
             dialect, "--calib", str(given.calib), "--calib-order", "first", "--device", given.device, "--no-report",
         ))  # fmt: skip
@@ -152,7 +150,7 @@ def peer(row: dict[str, str], given: argparse.Namespace) -> Result:
     with TemporaryDirectory() as place:
         out = Path(place) / "out"
         command = [str(python), str(script), row["tool"], row["scheme"], str(given.model), str(out), str(given.calib)]
-        done, wall, _ = run(command)
+        done, wall = run(command)
         found = quality(out, given)
     return Result(f"{row['tool']} {done['version']}", row["label"], *found, done["seconds"], wall, done["peak"])
 

@@ -3,8 +3,6 @@
 The layer is really run: on one batch, its time per batch and its time to encode are told apart and extrapolated.
 """
 
-import resource
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -24,6 +22,7 @@ from fewbit.quant.spec import Format
 from fewbit.workflows import job as jobs
 from fewbit.workflows.job import Job
 from fewbit.workflows.layer_work import Done, advance, quantize_layer, watch
+from fewbit.workflows.run_view import peak_memory
 
 # who loads what each dialect writes, as their documentation says
 ENGINES: dict[str, tuple[str, ...]] = {
@@ -155,7 +154,7 @@ def forecast(job: Job, after: int) -> tuple[float, int]:
     state = jobs.begin(job)
     started = time.monotonic() - begun
     if state is None or unit.name == WHOLE:
-        return started + len(job.units) * _timed(lambda: quantize_layer(job, unit, state)) + after / COPY, peak()
+        return started + len(job.units) * _timed(lambda: quantize_layer(job, unit, state)) + after / COPY, peak_memory()
     batches = len(state)
     held: list[Done] = []
     once = _timed(lambda: held.append(quantize_layer(job, unit, only(state, 1), only(state, 1))))
@@ -165,7 +164,7 @@ def forecast(job: Job, after: int) -> tuple[float, int]:
     tuned = any(t.algo.tune for t in job.targets.values())
     streams = 2 if tuned else 1  # a tuned run carries the float model's stream too
     seconds = started + len(job.units) * (once + (batches - 1) * watching * streams + batches * passing)
-    return seconds + after / COPY, peak() + (2 * state.hidden.in_memory if tuned else 0)
+    return seconds + after / COPY, peak_memory() + (2 * state.hidden.in_memory if tuned else 0)
 
 
 def watched(job: Job, unit: Unit, state: State) -> None:
@@ -198,12 +197,6 @@ def only(state: State | None, count: int) -> Any:
         for i in range(count):
             hidden[i] = state.hidden[i].clone()
     return State(state.ids[:count], hidden, state.calls)
-
-
-def peak() -> int:
-    """The most this process has held resident."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def told(found: Forecast) -> list[tuple[str, str]]:

@@ -26,11 +26,12 @@ from fewbit.workflows.assemble import GGUF, Contents, assemble
 from fewbit.workflows.job import Job
 from fewbit.workflows.journal import FOLDER, Journal
 from fewbit.workflows.layer_work import Done, advance, encode_unseen, passed, quantize_layer
-from fewbit.workflows.plan import Forecast, peak, plan
+from fewbit.workflows.plan import Forecast, plan
 from fewbit.workflows.quantize_report import LOG, described, distributions, leave
 from fewbit.workflows.recipe import Recipe
 from fewbit.workflows.report import NAME
 from fewbit.workflows.run_log import RunLog
+from fewbit.workflows.run_view import peak_memory
 from fewbit.workflows.small_files import carried
 from fewbit.workflows.unit_file import Stored, kv_tensors, module_tensors, part
 from fewbit.workflows.weights import as_stored
@@ -161,7 +162,7 @@ def run(
             leave(job, out, page, log.path)
         journal.remove()
     tokens = job.samples.tokens if job.samples else 0
-    return Quantization(job.source.path, out, job.to, modules, resumed, tokens, time.monotonic() - begun, peak(),
+    return Quantization(job.source.path, out, job.to, modules, resumed, tokens, time.monotonic() - begun, peak_memory(),
                         expected)  # fmt: skip
 
 

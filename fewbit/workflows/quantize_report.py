@@ -16,10 +16,11 @@ from fewbit.models import hf
 from fewbit.quant.reference import decode
 from fewbit.workflows.card import card, source_licence
 from fewbit.workflows.job import Job
-from fewbit.workflows.plan import Forecast, peak, sizes
+from fewbit.workflows.plan import Forecast, sizes
 from fewbit.workflows.report import NAME, write
 from fewbit.workflows.report_data import Run, gathered, kind_of
 from fewbit.workflows.run_log import read_log
+from fewbit.workflows.run_view import peak_memory
 
 LOG, RECIPE, CARD = "fewbit_log.jsonl", "fewbit_recipe.yaml", "README.md"
 BINS = 64
@@ -65,7 +66,7 @@ def described(
         "modules": modules,
         "layers": events["layers"],
         "warnings": events["warnings"],
-        "timing": {"total": spent, "memory": peak(), "device": str(job.device)},
+        "timing": {"total": spent, "memory": peak_memory(), "device": str(job.device)},
         "environment": {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": hf.VERSION,
                         "machine": platform.machine(), "threads": torch.get_num_threads()},
         "digests": _digests(out),
@@ -75,7 +76,13 @@ def described(
     if forecast is not None and forecast.seconds is not None and forecast.memory is not None:
         run["predictions"] = [
             {"what": "time", "predicted": forecast.seconds, "actual": spent, "unit": "seconds", "tolerance": 0.5},
-            {"what": "peak memory", "predicted": forecast.memory, "actual": peak(), "unit": "bytes", "tolerance": 0.2},
+            {
+                "what": "peak memory",
+                "predicted": forecast.memory,
+                "actual": peak_memory(),
+                "unit": "bytes",
+                "tolerance": 0.2,
+            },
         ]
     return run
 
