@@ -52,6 +52,9 @@ def test_greedy_is_argmax_with_the_lowest_id_on_ties(dtype: torch.dtype) -> None
     assert found.tokens == [int((one == one.max()).nonzero()[0]) for one in values]
     assert found.tokens[1] == 17
     assert (found.logprobs, found.bad) == ([None] * 5, [False] * 5)
+    values[3, [40, 50]] = torch.nan
+    found = sample(values.T.contiguous().T, [row(temperature=0) for _ in range(5)])
+    assert (found.tokens[3], found.bad) == (40, [False, False, False, True, False])
 
 
 def test_nothing_changes_the_logits_given() -> None:
