@@ -172,8 +172,9 @@ def _to_dense(
             value = source.read(name)
             if isinstance(value, Quantized):
                 weight = effective(value)
-                writer.put(f"{name}.weight", weight.to(target))
-                proofs.append(rounding(name, value, weight, target))
+                written = weight.to(target)
+                writer.put(f"{name}.weight", written)
+                proofs.append(rounding(name, value, weight, written))
             else:
                 writer.put(name, value.to(target) if value.is_floating_point() else value)
     return Conversion(source.path, out, "dense", tuple(proofs), len(source.dense), tuple(files))

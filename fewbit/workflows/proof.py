@@ -1,6 +1,7 @@
 """The proof of a conversion: what each module decodes to before and after."""
 
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from fewbit.quant.qtensor import QTensor, Quantized
 from fewbit.quant.spec import describe
 from fewbit.workflows.refit import effective
 
+PIECE = 1 << 20  # values compared at a time
 ROUNDING = 2.0**-10  # what a scale may lose to its new float type, of the tensor's largest value
 
 
@@ -28,12 +30,20 @@ class ModuleProof:
 
 def compare(name: str, old: Quantized | Tensor, new: Quantized) -> ModuleProof:
     """Decode both, and say how far apart they are."""
-    before, after = effective(old), effective(new)
-    gap = (after - before).abs_()
-    top, norm = float(before.abs().amax()) or 1.0, float(before.norm()) or 1.0
     same = isinstance(old, Quantized) and same_codes(old.weight, new.weight)
     was = describe(old.weight.spec) if isinstance(old, Quantized) else str(old.dtype).removeprefix("torch.")
-    return ModuleProof(name, was, describe(new.weight.spec), same, float(gap.amax()) / top, float(gap.norm()) / norm)
+    return ModuleProof(name, was, describe(new.weight.spec), same, *apart(effective(old), effective(new)))
+
+
+def apart(before: Tensor, after: Tensor) -> tuple[float, float]:
+    """ModuleProof's difference and error; in pieces, for an embedding may be half of a machine's memory."""
+    found = []
+    for old, new in zip(before.flatten().split(PIECE), after.flatten().split(PIECE), strict=True):
+        gap = new.float() - old
+        found.append(torch.stack([old.norm(inf), gap.norm(inf), old.norm(), gap.norm()]).double())
+    each = torch.stack(found)
+    (top, largest), (norm, lost) = each[:, :2].amax(0).tolist(), each[:, 2:].square().sum(0).sqrt().tolist()
+    return largest / (top or 1.0), lost / (norm or 1.0)
 
 
 def same_codes(old: QTensor, new: QTensor) -> bool:
@@ -48,15 +58,13 @@ def same_codes(old: QTensor, new: QTensor) -> bool:
 
 def refuse_inexact(proofs: list[ModuleProof], requantize: bool | str) -> None:
     """Without --requantize the codes must be equal, and scales within the rounding of their new type."""
-    bad = [p for p in proofs if not p.codes_equal or p.difference > ROUNDING]
+    bad = [p for p in proofs if not p.codes_equal or not p.difference <= ROUNDING]  # NaN is not equal
     if bad and not requantize:
         lines = [f"{p.name}: {p.source} -> {p.target}: largest difference {p.difference:.3g}" for p in bad[:8]]
         hint = "--requantize chooses new codes and prints what that costs"
         raise UnsupportedError(f"{len(bad)} modules would not come out equal; nothing was written", [*lines, hint])
 
 
-def rounding(name: str, q: Quantized, weight: Tensor, target: torch.dtype) -> ModuleProof:
-    gap = (weight.to(target).float() - weight).abs_()
-    top, norm = float(weight.abs().amax()) or 1.0, float(weight.norm()) or 1.0
-    label = str(target).removeprefix("torch.")
-    return ModuleProof(name, describe(q.weight.spec), label, True, float(gap.amax()) / top, float(gap.norm()) / norm)
+def rounding(name: str, q: Quantized, weight: Tensor, written: Tensor) -> ModuleProof:
+    label = str(written.dtype).removeprefix("torch.")
+    return ModuleProof(name, describe(q.weight.spec), label, True, *apart(weight, written))

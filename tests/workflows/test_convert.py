@@ -14,6 +14,7 @@ import fewbit
 from fewbit import codecs
 from fewbit.errors import CheckpointError, UnsupportedError
 from fewbit.quant.reference import decode
+from fewbit.workflows import proof
 from tests.tiny import llama
 
 # formats that several dialects hold: every pair must carry the codes over
@@ -141,3 +142,17 @@ def test_killed_or_out_of_disk(tmp_path: Path) -> None:
         assert row["end"] != "capacity" or row["found"] == ("gptq" if row["overwrite"] else "refused"), row
     assert {"killed", "capacity", "done"} == {row["end"] for row in rows}
     assert {"refused", "awq", "gptq"} == {row["found"] for row in rows if row["end"] == "killed"}
+
+
+def test_how_far_apart_is_found_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof, "PIECE", 7)
+    before = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    after = before.bfloat16()
+    gap = after.float() - before
+    want = float(gap.abs().amax() / before.abs().amax()), float(gap.norm() / before.norm())
+    assert proof.apart(before, after) == pytest.approx(want, rel=1e-6)
+    assert proof.apart(before * 0, after * 0) == (0.0, 0.0)
+    after[4, 5] = torch.nan
+    lost = proof.ModuleProof("m", "f32", "bf16", True, *proof.apart(before, after))
+    with pytest.raises(UnsupportedError, match="largest difference nan"):
+        proof.refuse_inexact([lost], False)
