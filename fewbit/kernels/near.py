@@ -50,8 +50,8 @@ class Near:
 
     def takes_parts(self, x: Tensor, sizes: Sequence[int]) -> bool:
         """Whether `gather` does."""
-        fits = x.is_contiguous() and x.dtype in TYPES and x.numel() > 0
-        return fits and (x.numel() // x.shape[-1]) * -(-max(sizes) * x.element_size() // WIDTH) <= PLACES
+        rows, each = x.shape[:-1].numel(), -(-max(sizes) * x.element_size() // WIDTH)
+        return x.is_contiguous() and x.dtype in TYPES and min(sizes) > 0 and 0 < rows * each <= PLACES
 
     def sum(self, x: Tensor) -> Tensor:
         """The same bits on all ranks: added up in float32 (whole numbers as such), in their order."""

@@ -132,9 +132,9 @@ def run(
     found = torch.empty(*split, out.shape[2], dtype=torch.float32, device=query.device)
     weights = torch.empty(*split, 2, dtype=torch.float32, device=query.device)
     dims = sizes(cache)
-    many = FEW_PARTS if how.parts <= FEW_PARTS else MOST_PARTS
     itself, group = how.parts > 1 and not cache.shared, power(min(how.heads, heads // key_heads))
-    if itself and cache.ended is None:  # texts are cut as long as that makes no more programs than are aimed at
+    many = min(MOST_PARTS, max(1, JOINED * how.warps // WARPS // (group * dims["DVP"])))
+    if itself and cache.ended is None:  # of each request and key head: no more of them where texts are cut
         cache.ended = torch.zeros(PROGRAMS * processors(query.device) // 2, dtype=torch.int32, device=query.device)
     _part[(table.ones, key_heads * how.blocks, how.parts)](
         query, cache.key, cache.value, cache.key_scale, cache.value_scale, cache.key_measured, cache.value_measured,
@@ -142,11 +142,11 @@ def run(
         window, softcap, heads, query.stride(2), query.stride(1), *cache.key.stride()[:2], *cache.value.stride()[:2],
         *out.stride()[:2], table.pages.stride(0), key_heads, how.parts, how.least, SPLIT=how.parts > 1,
         TOKENS=how.tokens, GROUP=heads // key_heads, BLOCKS=how.blocks, HEADS=how.heads, SIZE=table.size,
-        PRECISION=precision(query.dtype), P=p, GROUPED=group,
-        MANY=min(many, max(1, JOINED * how.warps // WARPS // (group * dims["DVP"]))), num_warps=how.warps,
-        num_stages=how.stages, **dims, **early(query.device),
+        PRECISION=precision(query.dtype), P=p, GROUPED=group, MANY=many, num_warps=how.warps, num_stages=how.stages,
+        **dims, **early(query.device),
     )  # fmt: skip
     if how.parts > 1 and not itself:
+        many = FEW_PARTS if how.parts <= FEW_PARTS else MOST_PARTS
         _join[(table.ones, heads)](
             found, weights, out, table.lengths, table.starts, window, heads, *out.stride()[:2], how.parts, how.least,
             MANY=many, TOKENS=how.tokens, DV=dims["DV"], DVP=dims["DVP"],
@@ -235,12 +235,12 @@ def _part(
             tl.debug_barrier()  # all threads have written
             if tl.atomic_add(ended, 1, sem="acq_rel") == several - 1:
                 tl.store(ended, 0)
-                some = tl.program_id(1) % BLOCKS * HEADS + tl.arange(0, GROUPED)
-                of = kin * GROUP + some
-                whole_acc = _joined(found, weights, (request.to(tl.int64) * heads + of) * parts, some < GROUP, several,
-                                    MANY, DV, DVP)  # fmt: skip
-                tl.store(out + row * o_row + of[:, None] * o_head + e[None, :], whole_acc.to(out.dtype.element_ty),
-                         mask=(some < GROUP)[:, None] & (e < DV)[None, :])  # fmt: skip
+                mate = tl.program_id(1) % BLOCKS * HEADS + tl.arange(0, GROUPED)  # without padding
+                here = kin * GROUP + mate
+                all_acc = _joined(found, weights, (request.to(tl.int64) * heads + here) * parts, mate < GROUP, several,
+                                  MANY, DV, DVP)  # fmt: skip
+                tl.store(out + row * o_row + here[:, None] * o_head + e[None, :], all_acc.to(out.dtype.element_ty),
+                         mask=(mate < GROUP)[:, None] & (e < DV)[None, :])  # fmt: skip
 
 
 @triton.jit

@@ -209,6 +209,8 @@ def test_what_it_does_not_take(pair: Pair) -> None:
     assert one.takes_rows(x) and not one.takes_rows(x.T[:, 1:]) and not one.takes_rows(x[:0])
     assert not one.takes_rows(torch.zeros(PLACES + 1, 8, device=CUDA))
     assert not one.takes_rows(torch.zeros(1, WIDTH // 4 + 1, device=CUDA))
+    assert one.takes_parts(x, (64, 80)) and not one.takes_parts(x, (64, 0)) and not one.takes_parts(x.T[:, 1:], (63, 1))
+    assert not one.takes_parts(x[:0], (64, 64)) and not one.takes_parts(x, (64, PLACES // 64 * WIDTH // 4 + 1))
     assert ROWS >= 16384  # rows of a prompt's chunk
 
 
