@@ -39,6 +39,16 @@ static inline float code_value(const Weight& w, const uint8_t* row, int64_t c) {
 }
 
 #ifdef WIDE
+// Up to 16 scales or zeros from one of them
+static inline __m512 loaded(const void* p, int32_t narrow, int64_t i, __mmask16 mask) {
+    if (narrow == 0) return _mm512_maskz_loadu_ps(mask, (const float*)p + i);
+    const __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t*)p + i);
+    return narrow == 1 ? _mm512_cvtph_ps(half) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+// The first of so many that are left
+static inline __mmask16 first_of(int64_t left) { return __mmask16((1u << (left > 16 ? 16 : left)) - 1); }
+
 // 64 codes, a byte each: the bits of 8 codes are brought into one lane of 64 bits, then each to its byte
 struct Unpack {
     __m512i spread, shifts, mask;

@@ -7,56 +7,45 @@
 #include "codes.h"
 
 #ifdef WIDE
-// The zeros' part of M sums. sums: [M, k / group] of x.
+// What zeros take off M sums, all 16 lanes of which are one. sums: [M, k / group] of x.
 template <int M>
-static inline void take_zeros(const Weight& w, int64_t first, const float* sums, float* found) {
+static inline void take_zeros(const Weight& w, int64_t first, const float* sums, __m512* total) {
     const int64_t groups = w.k / w.group;
-    for (int m = 0; m < M; m++) {
-        float taken = 0;
-        for (int64_t g = 0; g < groups; g++) {
-            const float z = at(w.zero, w.narrow, first + g) * sums[m * groups + g];
-            taken += w.zeros == 1 ? z * at(w.scale, w.narrow, first + g) : z;
-        }
-        found[m] -= taken;
+    for (int64_t g = 0; g < groups; g += 16) {
+        const __mmask16 held = first_of(groups - g);
+        _mm_prefetch((const char*)w.zero + (first + g) * (w.narrow ? 2 : 4) + AHEAD / 4, _MM_HINT_T0);
+        __m512 z = loaded(w.zero, w.narrow, first + g, held);
+        if (w.zeros == 1) z = _mm512_mul_ps(z, loaded(w.scale, w.narrow, first + g, held));
+        for (int m = 0; m < M; m++) total[m] = _mm512_fnmadd_ps(z, _mm512_maskz_loadu_ps(held, sums + m * groups + g), total[m]);
     }
 }
 
 template <int M>
-static inline void finish(const Weight& w, int64_t r, const __m512* total, const float* sums, float* y) {
-    for (int m = 0; m < M; m++) y[m] = _mm512_reduce_add_ps(total[m]);
-    if (w.zeros) take_zeros<M>(w, r * (w.k / w.group), sums, y);
-    for (int m = 0; m < M; m++) y[m] *= w.outer[r];
+static inline void finish(const Weight& w, int64_t r, __m512* total, const float* sums, float* y) {
+    if (w.zeros) take_zeros<M>(w, r * (w.k / w.group), sums, total);
+    for (int m = 0; m < M; m++) y[m] = _mm512_reduce_add_ps(total[m]) * w.outer[r];
 }
 
 // Scales of 16, 8, 4, 2 or 1 groups, each over its share of 16 lanes
 struct Scales {
     __m512i lanes;
-    __mmask16 held;
-    explicit Scales(int64_t count) {
+    explicit Scales(int64_t count, int64_t from = 0) {
         alignas(64) int32_t index[16];
-        for (int i = 0; i < 16; i++) index[i] = int32_t(i * count / 16);
+        for (int i = 0; i < 16; i++) index[i] = int32_t(from + i * count / 16);
         lanes = _mm512_load_si512(index);
-        held = __mmask16((1u << count) - 1);
     }
-    inline __m512 operator()(const Weight& w, int64_t i, int64_t left) const {
-        const int64_t size = w.narrow ? 2 : 4;
-        _mm_prefetch((const char*)w.scale + i * size + AHEAD / 4, _MM_HINT_T0);
-        const __mmask16 mask = held & __mmask16((1u << (left > 16 ? 16 : left)) - 1);
-        __m512 found;
-        if (w.narrow == 0) found = _mm512_maskz_loadu_ps(mask, (const float*)w.scale + i);
-        else {
-            const __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t*)w.scale + i);
-            found = w.narrow == 1 ? _mm512_cvtph_ps(half) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-        }
-        return _mm512_permutexvar_ps(lanes, found);
+    static inline __m512 fetched(const Weight& w, int64_t i, __mmask16 held) {
+        _mm_prefetch((const char*)w.scale + i * (w.narrow ? 2 : 4) + AHEAD / 4, _MM_HINT_T0);
+        return loaded(w.scale, w.narrow, i, held);
     }
+    inline __m512 operator()(__m512 found) const { return _mm512_permutexvar_ps(lanes, found); }
 };
 
 // Codes of 4 bits, 128 columns at a time: word i of 32 holds columns 4i to 4i + 3, and looking a word up in a table that is
 // there twice leaves out what lies above its lowest 4 bits. x comes as `by_words` has it, [M, 4, 32] a run.
 template <int M>
 static void row_of_nibbles(const Weight& w, const Scales& scales, __m512i table, int64_t r, const uint16_t* x, const float* sums, float* y) {
-    const int64_t runs = (w.k + 127) / 128, groups = w.k / w.group, first = r * groups;
+    const int64_t runs = (w.k + 127) / 128, groups = w.k / w.group, first = r * groups, each = w.group < 128 ? 128 / w.group : 1;
     const uint8_t* p = w.codes + r * (w.k / 2);
     __m512 total[M];
     for (int m = 0; m < M; m++) total[m] = _mm512_setzero_ps();
@@ -67,7 +56,7 @@ static void row_of_nibbles(const Weight& w, const Scales& scales, __m512i table,
         const __m512i v0 = _mm512_permutexvar_epi16(codes, table), v1 = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), table);
         const __m512i v2 = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 8), table), v3 = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 12), table);
         const int64_t g = 128 * i / w.group;
-        const __m512 s = scales(w, first + g, groups - g);
+        const __m512 s = scales(Scales::fetched(w, first + g, first_of(groups - g < each ? groups - g : each)));
         for (int m = 0; m < M; m++) {
             const uint16_t* at = x + (m * runs + i) * 128;
             __m512 even = _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)v0, (__m512bh)_mm512_loadu_si512(at));
@@ -116,19 +105,22 @@ static void row_times(const Weight& w, const Decode<KIND>& decode, int64_t r, co
     } else {
         const __m512 zero = _mm512_setzero_ps();
         const int64_t step = 32 / w.group;  // groups of half a run
-        const Scales scales(step);
+        const Scales left(step), right(step, step);
+        __m512 other[M];
+        for (int m = 0; m < M; m++) other[m] = zero;
         for (int64_t c = 0, i = first; c < w.k; c += 64, i += 2 * step, p += bytes) {
             __m512i a, b;
             _mm_prefetch((const char*)p + AHEAD, _MM_HINT_T0);
             decode.two(p, a, b);
-            const __m512 s = scales(w, i, step), t = scales(w, i + step, step);
+            const __m512 found = Scales::fetched(w, i, first_of(2 * step)), s = left(found), t = right(found);
             for (int m = 0; m < M; m++) {
                 const __m512 u = _mm512_dpbf16_ps(zero, (__m512bh)a, (__m512bh)_mm512_loadu_si512(x + m * w.k + c));
                 const __m512 v = _mm512_dpbf16_ps(zero, (__m512bh)b, (__m512bh)_mm512_loadu_si512(x + m * w.k + c + 32));
                 total[m] = _mm512_fmadd_ps(u, s, total[m]);
-                total[m] = _mm512_fmadd_ps(v, t, total[m]);
+                other[m] = _mm512_fmadd_ps(v, t, other[m]);
             }
         }
+        for (int m = 0; m < M; m++) total[m] = _mm512_add_ps(total[m], other[m]);
     }
     finish<M>(w, r, total, sums, y);
 }

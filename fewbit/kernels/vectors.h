@@ -18,13 +18,6 @@ static inline void fetch(const uint8_t* from, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch((const char*)from + i, _MM_HINT_T1);
 }
 
-// Up to 16 scales or zeros from one of them
-static inline __m512 loaded(const void* p, int32_t narrow, int64_t i, __mmask16 mask) {
-    if (narrow == 0) return _mm512_maskz_loadu_ps(mask, (const float*)p + i);
-    const __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t*)p + i);
-    return narrow == 1 ? _mm512_cvtph_ps(half) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
 // 16 x 16 numbers of 32 bits, rows and columns exchanged
 static inline void turn(__m512i* r) {
     __m512i t[16];
