@@ -24,6 +24,7 @@ struct Weight {
     int32_t bits, kind;
     int32_t narrow;         // type of scale and zero: 0 float32, 1 float16, 2 bfloat16
     int32_t zeros;          // 0: none, 1: in codes, 2: in values
+    int32_t turned;         // scale and zero are [n / 16, groups, 16]
 };
 
 static inline float at(const void* p, int32_t narrow, int64_t i) {

@@ -165,16 +165,19 @@ static inline void dot_line(const uint8_t* p, const Chunk<BITS>& chunk, const in
 // Scales of 16 rows of W from n, and what they take off: [groups, to whole 16s][16] each
 static void turned_units(const Weight& w, int64_t n, float* scale, float* less) {
     const int64_t groups = w.k / w.group;
-    if (groups == 1) {
-        const __mmask16 held = w.n - n >= 16 ? 0xffff : __mmask16((1u << (w.n - n)) - 1);
-        __m512 s, l;
-        units(w, n, _mm512_maskz_loadu_ps(held, w.outer + n), held, s, l);
-        _mm512_store_ps(scale, s);
-        if (less) _mm512_store_ps(less, l);
+    if (w.turned || groups == 1) {
+        const __mmask16 held = first_of(w.n - n);
+        const __m512 outer = _mm512_maskz_loadu_ps(held, w.outer + n);
+        for (int64_t g = 0; g < groups; g++) {
+            __m512 s, l;
+            units(w, n * groups + 16 * g, outer, held, s, l);
+            _mm512_store_ps(scale + 16 * g, s);
+            if (less) _mm512_store_ps(less + 16 * g, l);
+        }
         return;
     }
     for (int64_t g = 0; g < groups; g += 16) {
-        const __mmask16 held = groups - g >= 16 ? 0xffff : __mmask16((1u << (groups - g)) - 1);
+        const __mmask16 held = first_of(groups - g);
         __m512 s[16], l[16];
         for (int64_t i = 0; i < 16; i++) units(w, n + i < w.n ? n + i : w.n - 1, g, held, s[i], l[i]);
         turn((__m512i*)s);

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from fewbit.kernels import tiles, torch_dequant
 from fewbit.kernels.compiled import call, library
@@ -40,7 +40,7 @@ class Weight(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero", "outer", "table")),
         *((name, ctypes.c_int64) for name in ("n", "k", "group")),
-        *((name, ctypes.c_int32) for name in ("bits", "kind", "narrow", "zeros")),
+        *((name, ctypes.c_int32) for name in ("bits", "kind", "narrow", "zeros", "turned")),
     )
 
 
@@ -91,17 +91,24 @@ def prepack_linear(q: Quantized) -> Packed | Rows:
     inner, outer = scales(w, group)
     zero, mode = zeros(w, group, outer)
     narrow = narrowest(inner, zero)
+    act = q.format.act
+    rule = act.rule if act and tiles.whole(act) and slow(w.spec) is None else None
+    apart = rule is not None and tiles.native() is None  # then nobody but dots.h reads scales and zeros
+    laid = turned if apart else Tensor.contiguous
+    planes = [None if t is None else laid(t.to(NARROW[narrow])) for t in (inner, zero)]
     values = torch.zeros(256)
     values[: 2 ** int(w.spec.element.bits)] = elements.values(w.spec.element)
-    held = (
-        w.planes["codes"].contiguous(), inner.to(NARROW[narrow]).contiguous(),
-        None if zero is None else zero.to(NARROW[narrow]).contiguous(), outer.float().contiguous(), values.bfloat16(),
-    )  # fmt: skip
+    held = (w.planes["codes"].contiguous(), *planes, outer.float().contiguous(), values.bfloat16())
     pointers = [None if t is None else t.data_ptr() for t in held]
     kind = kind_of(w.spec.element)
-    weight = Weight(*pointers, n, k, group, int(w.spec.element.bits), kind, narrow, mode)
-    act = q.format.act
-    return Packed(q, weight, held, act.rule if act and tiles.whole(act) and slow(w.spec) is None else None)
+    weight = Weight(*pointers, n, k, group, int(w.spec.element.bits), kind, narrow, mode, apart)
+    return Packed(q, weight, held, rule)
+
+
+def turned(plane: Tensor) -> Tensor:
+    """[N, G] -> [N / 16, G, 16]: what 16 rows of W meet at once lies together."""
+    rows = pad(plane, (0, 0, 0, -len(plane) % 16))
+    return rows.view(-1, 16, plane.shape[1]).transpose(1, 2).contiguous()
 
 
 def slow(spec: QuantSpec) -> str | None:
