@@ -42,39 +42,62 @@ struct Scales {
 };
 
 // Codes of 4 bits, 128 columns at a time: word i of 32 holds columns 4i to 4i + 3, and looking a word up in a table that is
-// there twice leaves out what lies above its lowest 4 bits. x comes as `by_words` has it, [M, 4, 32] a run.
-template <int M>
-static void row_of_nibbles(const Weight& w, const Scales& scales, __m512i table, int64_t r, const uint16_t* x, const float* sums, float* y) {
-    const int64_t runs = (w.k + 127) / 128, groups = w.k / w.group, first = r * groups, each = w.group < 128 ? 128 / w.group : 1;
-    const uint8_t* p = w.codes + r * (w.k / 2);
-    __m512 total[M];
-    for (int m = 0; m < M; m++) total[m] = _mm512_setzero_ps();
-    for (int64_t i = 0; i < runs; i++) {
+// there twice leaves out what lies above its lowest 4 bits. x comes as `by_words` has it.
+// Runs from i to `stop` of R rows of W are added to `sums`.
+template <int M, int R>
+static void rows_of_nibbles(const Weight& w, const Scales& scales, __m512i table, int64_t r, int64_t i, int64_t stop, const uint16_t* x, __m512 (*sums)[M]) {
+    const int64_t groups = w.k / w.group, each = w.group < 128 ? 128 / w.group : 1;
+    __m512 total[R][M];
+    for (int q = 0; q < R; q++)
+        for (int m = 0; m < M; m++) total[q][m] = sums[q][m];
+    for (; i < stop; i++) {
         const __mmask32 words = 128 * (i + 1) <= w.k ? 0xffffffffu : 0xffffu;
-        _mm_prefetch((const char*)p + 64 * i + AHEAD, _MM_HINT_T0);
-        const __m512i codes = _mm512_maskz_loadu_epi16(words, p + 64 * i);
-        const __m512i v0 = _mm512_permutexvar_epi16(codes, table), v1 = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), table);
-        const __m512i v2 = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 8), table), v3 = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 12), table);
         const int64_t g = 128 * i / w.group;
-        const __m512 s = scales(Scales::fetched(w, first + g, first_of(groups - g < each ? groups - g : each)));
+        const __mmask16 held = first_of(groups - g < each ? groups - g : each);
+        __m512i v[R][4];
+        __m512 s[R];
+        for (int q = 0; q < R; q++) {
+            const uint8_t* p = w.codes + (r + q) * (w.k / 2) + 64 * i;
+            _mm_prefetch((const char*)p + 2 * R * (w.k / 2), _MM_HINT_T0);  // the same of rows to come
+            const __m512i codes = _mm512_maskz_loadu_epi16(words, p);
+            for (int j = 0; j < 4; j++) v[q][j] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4 * j), table);
+            s[q] = scales(Scales::fetched(w, (r + q) * groups + g, held));
+        }
         for (int m = 0; m < M; m++) {
-            const uint16_t* at = x + (m * runs + i) * 128;
-            __m512 even = _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)v0, (__m512bh)_mm512_loadu_si512(at));
-            __m512 odd = _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)v1, (__m512bh)_mm512_loadu_si512(at + 32));
-            even = _mm512_dpbf16_ps(even, (__m512bh)v2, (__m512bh)_mm512_loadu_si512(at + 64));
-            odd = _mm512_dpbf16_ps(odd, (__m512bh)v3, (__m512bh)_mm512_loadu_si512(at + 96));
-            total[m] = _mm512_fmadd_ps(_mm512_add_ps(even, odd), s, total[m]);
+            const __m512i* at = (const __m512i*)(x + (i * M + m) * 128);
+            for (int q = 0; q < R; q++) {
+                __m512 even = _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)v[q][0], (__m512bh)at[0]);
+                __m512 odd = _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)v[q][1], (__m512bh)at[1]);
+                even = _mm512_dpbf16_ps(even, (__m512bh)v[q][2], (__m512bh)at[2]);
+                odd = _mm512_dpbf16_ps(odd, (__m512bh)v[q][3], (__m512bh)at[3]);
+                total[q][m] = _mm512_fmadd_ps(_mm512_add_ps(even, odd), s[q], total[q][m]);
+            }
         }
     }
-    finish<M>(w, r, total, sums, y);
+    for (int q = 0; q < R; q++)
+        for (int m = 0; m < M; m++) sums[q][m] = total[q][m];
 }
 
-// x: [rows, k] -> [rows, runs of 128, 4, 32], zeros behind k
+// x: [rows, k] -> [runs of 128, rows, 4, 32], zeros behind k: word i of a run's j-th part is its column 4i + j
 static uint16_t* by_words(const uint16_t* x, int64_t rows, int64_t k) {
     const int64_t runs = (k + 127) / 128;
-    uint16_t* out = (uint16_t*)calloc(rows * runs * 128, 2);
+    uint16_t* out = (uint16_t*)aligned_alloc(64, rows * runs * 256);
+    alignas(64) uint16_t index[32];
+    for (int i = 0; i < 32; i++) index[i] = uint16_t(4 * i);
+    const __m512i first = _mm512_load_si512(index);
     for (int64_t m = 0; m < rows; m++)
-        for (int64_t c = 0; c < k; c++) out[(m * runs + c / 128) * 128 + (c & 3) * 32 + (c & 127) / 4] = x[m * k + c];
+        for (int64_t i = 0; i < runs; i++) {
+            __m512i part[4];
+            for (int64_t t = 0; t < 4; t++) {
+                const int64_t c = 128 * i + 32 * t;
+                part[t] = c < k ? _mm512_loadu_si512(x + m * k + c) : _mm512_setzero_si512();
+            }
+            for (int j = 0; j < 4; j++) {
+                const __m512i from = _mm512_add_epi16(first, _mm512_set1_epi16(j));
+                const __m512i low = _mm512_permutex2var_epi16(part[0], from, part[1]), high = _mm512_permutex2var_epi16(part[2], from, part[3]);
+                _mm512_store_si512(out + (i * rows + m) * 128 + 32 * j, _mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1));
+            }
+        }
     return out;
 }
 
@@ -149,12 +172,27 @@ static void rows_times_nibbles(const Weight& w, const uint16_t* x, const float* 
     memcpy(two, w.table, 32), memcpy(two + 16, w.table, 32);
     const __m512i table = _mm512_load_si512(two);
     const Scales scales(w.group < 128 ? 128 / w.group : 1);
+    // Rows of W that meet x at once, rows that meet as much of x as the first cache holds, runs of it
+    constexpr int64_t R = M < 4 ? 1 : 2, ROWS = 16, SPAN = 128 / M;
+    const int64_t runs = (w.k + 127) / 128;
     uint16_t* words = by_words(x, M, w.k);
 #pragma omp parallel for schedule(static)
-    for (int64_t r = 0; r < w.n; r++) {
-        float found[M];
-        row_of_nibbles<M>(w, scales, table, r, words, sums, found);
-        for (int m = 0; m < M; m++) y[m * w.n + r] = to_bf16(found[m]);
+    for (int64_t first = 0; first < w.n; first += ROWS) {
+        const int64_t count = w.n - first < ROWS ? w.n - first : ROWS;
+        __m512 total[ROWS][M];
+        for (int64_t r = 0; r < count; r++)
+            for (int m = 0; m < M; m++) total[r][m] = _mm512_setzero_ps();
+        for (int64_t i = 0; i < runs; i += SPAN) {
+            const int64_t stop = i + SPAN < runs ? i + SPAN : runs;
+            int64_t r = 0;
+            for (; r + R <= count; r += R) rows_of_nibbles<M, R>(w, scales, table, first + r, i, stop, words, total + r);
+            for (; r < count; r++) rows_of_nibbles<M, 1>(w, scales, table, first + r, i, stop, words, total + r);
+        }
+        for (int64_t r = 0; r < count; r++) {
+            float found[M];
+            finish<M>(w, first + r, total[r], sums, found);
+            for (int m = 0; m < M; m++) y[m * w.n + first + r] = to_bf16(found[m]);
+        }
     }
     free(words);
 }
@@ -233,9 +271,23 @@ static std::vector<float> group_sums(const uint16_t* x, int64_t count, int64_t l
     return out;
 }
 
+#ifdef WIDE
+// x: [rows, k] -> [runs of 64, rows, 64]: rows that lie a power of two apart push one another out of a cache
+static uint16_t* by_runs(const uint16_t* x, int64_t rows, int64_t k) {
+    uint16_t* out = (uint16_t*)aligned_alloc(64, rows * k * 2);
+    for (int64_t c = 0; c < k; c += 64)
+        for (int64_t m = 0; m < rows; m++) memcpy(out + c * rows + m * 64, x + m * k + c, 128);
+    return out;
+}
+#endif
+
 // M rows of x against W in bfloat16
 template <int M>
 static void dense_rows(const uint16_t* w, int64_t n, int64_t k, const uint16_t* x, uint16_t* y) {
+    uint16_t* runs = nullptr;
+#ifdef WIDE
+    if (M > 1) x = runs = by_runs(x, M, k);
+#endif
 #pragma omp parallel for schedule(static)
     for (int64_t r = 0; r < n; r++) {
         const uint16_t* p = w + r * k;
@@ -248,8 +300,8 @@ static void dense_rows(const uint16_t* w, int64_t n, int64_t k, const uint16_t* 
             _mm_prefetch((const char*)(p + c) + AHEAD + 64, _MM_HINT_T0);
             const __m512i a = _mm512_loadu_si512(p + c), b = _mm512_loadu_si512(p + c + 32);
             for (int m = 0; m < M; m++) {
-                even[m] = _mm512_dpbf16_ps(even[m], (__m512bh)a, (__m512bh)_mm512_loadu_si512(x + m * k + c));
-                odd[m] = _mm512_dpbf16_ps(odd[m], (__m512bh)b, (__m512bh)_mm512_loadu_si512(x + m * k + c + 32));
+                even[m] = _mm512_dpbf16_ps(even[m], (__m512bh)a, (__m512bh)_mm512_loadu_si512(x + c * M + m * 64));
+                odd[m] = _mm512_dpbf16_ps(odd[m], (__m512bh)b, (__m512bh)_mm512_loadu_si512(x + c * M + m * 64 + 32));
             }
         }
         for (int m = 0; m < M; m++) found[m] = _mm512_reduce_add_ps(_mm512_add_ps(even[m], odd[m]));
@@ -261,6 +313,7 @@ static void dense_rows(const uint16_t* w, int64_t n, int64_t k, const uint16_t* 
 #endif
         for (int m = 0; m < M; m++) y[m * n + r] = to_bf16(found[m]);
     }
+    free(runs);
 }
 
 #define BY_KIND(call)                  \
