@@ -22,8 +22,8 @@ from fewbit.kernels.triton_early import begin, early
 from fewbit.kernels.triton_runtime import cdiv, power
 
 SPREAD = 128  # programs that a sum is dealt out to, or what is joined, where there is so much of it
-# Tries between two looks at the host's word, a tenth of a second: 128 programs that look take as long as 1500 tries, so
-# that where ranks looked sooner each held up the other until it looked too, at every exchange of a step.
+# Tries between two looks at the host's word, about a tenth of a second. Looks are slow where many programs take them at
+# once: after 1024 tries, two ranks seem to have held up one another by them at every exchange of a step.
 LOOK = tl.constexpr(1 << 17)
 PLACES_, WIDTH_, ROWS_ = tl.constexpr(PLACES), tl.constexpr(WIDTH), tl.constexpr(ROWS)
 

@@ -12,7 +12,7 @@ from fewbit.quant.qtensor import QTensor, Quantized
 from fewbit.quant.spec import describe
 from fewbit.workflows.refit import effective
 
-PIECE = 1 << 20  # values compared at a time
+PIECE = 1 << 18  # values compared at a time: the temporaries stay in cache
 ROUNDING = 2.0**-10  # what a scale may lose to its new float type, of the tensor's largest value
 
 
@@ -36,12 +36,17 @@ def compare(name: str, old: Quantized | Tensor, new: Quantized) -> ModuleProof:
 
 
 def apart(before: Tensor, after: Tensor) -> tuple[float, float]:
-    """ModuleProof's difference and error; in pieces, for an embedding may be half of a machine's memory."""
+    """ModuleProof's difference and error; in pieces, for an embedding may be half of a machine's memory.
+
+    What is no number on both sides is no difference; on one side alone it makes both figures NaN.
+    """
     found = []
-    for old, new in zip(before.flatten().split(PIECE), after.flatten().split(PIECE), strict=True):
-        gap = new.float() - old
-        found.append(torch.stack([old.norm(inf), gap.norm(inf), old.norm(), gap.norm()]).double())
-    each = torch.stack(found)
+    for old, narrow in zip(before.flatten().split(PIECE), after.flatten().split(PIECE), strict=True):
+        new = narrow.float()
+        gap = (new - old).masked_fill_((new == old) | (new.isnan() & old.isnan()), 0.0)
+        known = old.nan_to_num(0.0, inf, -inf)
+        found.append([float(n) for n in (known.norm(inf), gap.norm(inf), known.norm(), gap.norm())])
+    each = torch.tensor(found, dtype=torch.float64)
     (top, largest), (norm, lost) = each[:, :2].amax(0).tolist(), each[:, 2:].square().sum(0).sqrt().tolist()
     return largest / (top or 1.0), lost / (norm or 1.0)
 

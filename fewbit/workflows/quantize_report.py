@@ -46,6 +46,7 @@ def described(
     config = job.source.config
     modules: Any = [m | dict(zip(("layer", "kind"), kind_of(m["name"]), strict=True)) for m in events["modules"]]
     text = job.layers.config.get_text_config()
+    held = peak_memory()
     run: Run = {
         "title": f"{job.source.path.name.removesuffix('.gguf')}, {job.recipe.format} by {job.recipe.algo}",
         "model": {"name": job.source.path.name, "architecture": (config.get("architectures") or ["?"])[0],
@@ -66,7 +67,7 @@ def described(
         "modules": modules,
         "layers": events["layers"],
         "warnings": events["warnings"],
-        "timing": {"total": spent, "memory": peak_memory(), "device": str(job.device)},
+        "timing": {"total": spent, "memory": held, "device": str(job.device)},
         "environment": {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": hf.VERSION,
                         "machine": platform.machine(), "threads": torch.get_num_threads()},
         "digests": _digests(out),
@@ -76,13 +77,7 @@ def described(
     if forecast is not None and forecast.seconds is not None and forecast.memory is not None:
         run["predictions"] = [
             {"what": "time", "predicted": forecast.seconds, "actual": spent, "unit": "seconds", "tolerance": 0.5},
-            {
-                "what": "peak memory",
-                "predicted": forecast.memory,
-                "actual": peak_memory(),
-                "unit": "bytes",
-                "tolerance": 0.2,
-            },
+            {"what": "peak memory", "predicted": forecast.memory, "actual": held, "unit": "bytes", "tolerance": 0.2},
         ]
     return run
 

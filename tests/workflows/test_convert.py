@@ -152,6 +152,10 @@ def test_how_far_apart_is_found_in_pieces(monkeypatch: pytest.MonkeyPatch) -> No
     want = float(gap.abs().amax() / before.abs().amax()), float(gap.norm() / before.norm())
     assert proof.apart(before, after) == pytest.approx(want, rel=1e-6)
     assert proof.apart(before * 0, after * 0) == (0.0, 0.0)
+    before[0, 1] = after[0, 1] = 0
+    rest = proof.apart(before, after)
+    before[0, 1] = after[0, 1] = torch.nan  # of both: codes carried over as they are
+    assert proof.apart(before, after) == rest
     after[4, 5] = torch.nan
     lost = proof.ModuleProof("m", "f32", "bf16", True, *proof.apart(before, after))
     with pytest.raises(UnsupportedError, match="largest difference nan"):
