@@ -9,7 +9,8 @@
 //
 // Compiled for: TYPE of x (0 bfloat16, 1 float16, 2 e4m3, 3 int8), OUT of y (0, 1), TILES of 8 rows of x, WARPS of a
 // block, SPLIT blocks to a sum; rows (SPLIT 0): DEPTH copies under way, HIGH tiles of W to a warp; laid: CODES 0 integers
-// under scales of x's type, 1 e2m1 under e4m3, 2 e2m1 under e8m0, GROUP columns to a scale, ZEROS 1 where each has a zero.
+// under scales of x's type, 1 e2m1 under e4m3, 2 e2m1 under e8m0, GROUP columns to a scale, ZEROS 1 where each has a
+// zero, SPREAD (1, 2) columns of a tile of x to a row.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -248,6 +249,13 @@ __device__ __forceinline__ u32 raised(u32 x) {
     return x;
 }
 
+// Rows of x as the second operand of two products: four times 8 rows by 8 columns; lane 8 i + j says where row j of i is.
+__device__ __forceinline__ void rows_of(u32 (&b)[4], const char *at) {
+    const u32 from = (u32)__cvta_generic_to_shared(at);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(from));
+}
+
 // Scales of 8 rows.
 #if CODES == 0
 typedef Four Scales;
@@ -285,11 +293,15 @@ __device__ __forceinline__ void two_of(const Scales &v, int r, float &above, flo
 
 // w: [k / 16, n / 64, 32 lanes, 4 words]; scales: [k / GROUP, n / 64, 8, 8], of row g + 8 j at [g, j], and so zeros of 4
 // bits. A block makes 64 columns of y over its share of K; the SPLIT blocks of a cluster add up in one another's memory.
+//
+// Up to 4 rows of x leave half of a tile idle. With SPREAD each has two columns of it, one with the x of every other
+// group and nothing of the rest, so that sums of two groups meet their scales at once, in the order of one column.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, const u32 *zeros, int k) {
     constexpr int TIMES = GROUP < 128 ? 128 / GROUP : 1, EACH = 8 / TIMES;  // scales of a run of 128 columns; pieces to each
     constexpr int STRIDE = SPLIT * WARPS, ROW = 256 + 16, HALF = TILES * 8 * ROW;  // rows of x lie in banks of their own
     constexpr bool SHARED = TIMES > 1;  // lanes make numbers of scales for one another
+    constexpr int OUTS = TILES * 8 / SPREAD;  // rows of x that there is room for
     constexpr int MADE = SHARED ? TIMES * 256 : 0, MINE = (TIMES + 3) / 4;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int tile = blockIdx.x / SPLIT, rank = blockIdx.x % SPLIT, tiles = finish.n / 64, runs = k / 128;
@@ -328,11 +340,13 @@ few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, cons
     __syncwarp();
     await_last();
     const char *given_x = x + ((u64)(lane / 16) * k + run * 128) * 2 + lane % 16 * 16;  // 16 bytes of every other row
-    char *put = rows + lane / 16 * ROW + lane % 16 * 16;
+    char *put = rows + (lane / 16 * SPREAD + lane % 16 * 8 / GROUP % SPREAD) * ROW + lane % 16 * 16;
 #pragma unroll
-    for (int i = 0; i < TILES * 4; i++)
-        if (lane / 16 + 2 * i < finish.m && run < runs) *(Four *)(put + i * 2 * ROW) = four(further(given_x, i, k * 4));
+    for (int i = 0; i < OUTS / 2; i++)
+        if (lane / 16 + 2 * i < finish.m && run < runs)
+            *(Four *)(put + i * 2 * SPREAD * ROW) = four(further(given_x, i, k * 4));
     __syncwarp();
+    const char *look = rows + lane % 8 * ROW + lane / 8 * 16;
     float sum[TILES][4][4] = {};
     for (int half = 0; run < runs; run += STRIDE, half ^= HALF) {
         const bool more = run + STRIDE < runs;
@@ -357,10 +371,12 @@ few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, cons
             look_up(run + STRIDE);
             given_x += STRIDE * 256;
 #pragma unroll
-            for (int i = 0; i < TILES * 4; i++)
-                if (lane / 16 + 2 * i < finish.m) copy_shared(put + (half ^ HALF) + i * 2 * ROW, further(given_x, i, k * 4));
+            for (int i = 0; i < OUTS / 2; i++)
+                if (lane / 16 + 2 * i < finish.m)
+                    copy_shared(put + (half ^ HALF) + i * 2 * SPREAD * ROW, further(given_x, i, k * 4));
         }
         float part[TILES][4][4];
+        u32 b[TILES][4];  // of two pieces
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             const int s = i / EACH;
@@ -368,12 +384,12 @@ few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, cons
             if (i == 0) __syncwarp();  // rows of x that other lanes have copied, and scales
             const Four held = ring[i * 32];
             const u32 codes[4] = {held.x, held.y, held.z, held.w};
-            u32 b[TILES][2];
 #pragma unroll
-            for (int j = 0; j < TILES; j++)
+            for (int j = 0; j < TILES && i % 2 == 0; j++) {
+                rows_of(b[j], look + half + j * 8 * ROW + i * 32);
 #pragma unroll
-                for (int h = 0; h < 2; h++)
-                    b[j][h] = raised(*(const u32 *)(rows + half + (j * 8 + g) * ROW + i * 32 + h * 16 + t * 4));
+                for (int h = 0; h < 4; h++) b[j][h] = raised(b[j][h]);
+            }
 #pragma unroll
             for (int r = 0; r < 4; r++) {
 #if ZEROS
@@ -387,12 +403,20 @@ few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, cons
 #pragma unroll
                 for (int j = 0; j < TILES; j++) {
 #pragma unroll
-                    for (int v = 0; v < 4; v++) part[j][r][v] = i % EACH ? part[j][r][v] : 0;
-                    mma(part[j][r], a0, a1, a2, a3, b[j][0], b[j][1]);
+                    for (int v = 0; v < 4; v++) part[j][r][v] = i % (EACH * SPREAD) ? part[j][r][v] : 0;
+                    mma(part[j][r], a0, a1, a2, a3, b[j][i % 2 * 2], b[j][i % 2 * 2 + 1]);
                 }
             }
 #pragma unroll
-            for (int r = 0; r < 4 && (i + 1) % EACH == 0; r++) {
+            for (int r = 0; r < 4 && (i + 1) % (EACH * SPREAD) == 0; r++) {
+#if SPREAD > 1
+                const Numbers one = numbers[(s - 1) * 16 + r / 2 * 8 + g], two = numbers[s * 16 + r / 2 * 8 + g];
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    const float first = __fmaf_rn(part[0][r][2 * h], one.v[r % 2 * 2 + h], sum[0][r][h]);
+                    sum[0][r][h] = __fmaf_rn(part[0][r][2 * h + 1], two.v[r % 2 * 2 + h], first);
+                }
+#else
                 float above, below;
                 if (SHARED) {
                     const Numbers made = numbers[s * 16 + r / 2 * 8 + g];
@@ -403,7 +427,9 @@ few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, cons
 #pragma unroll
                 for (int j = 0; j < TILES; j++)
 #pragma unroll
-                    for (int v = 0; v < 4; v++) sum[j][r][v] += part[j][r][v] * (v < 2 ? above : below);
+                    for (int v = 0; v < 4; v++)
+                        sum[j][r][v] = __fmaf_rn(part[j][r][v], v < 2 ? above : below, sum[j][r][v]);
+#endif
             }
             if (i % 2) {
 #pragma unroll
@@ -414,32 +440,28 @@ few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, cons
         __syncwarp();  // of scales, which the next run overwrites, and of rows of x: the one after it
     }
     __syncthreads();  // of the ring, which gives way to the sums
-    float *parts = (float *)memory;  // [WARPS][TILES * 8][65]
+    float *parts = (float *)memory;  // [WARPS][rows of x][65]
 #pragma unroll
     for (int j = 0; j < TILES; j++)
 #pragma unroll
         for (int r = 0; r < 4; r++)
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                parts[(warp * TILES * 8 + j * 8 + 2 * t + i % 2) * 65 + r * 16 + g + i / 2 * 8] = sum[j][r][i];
+            for (int i = 0; i < 4; i += SPREAD)
+                parts[(warp * OUTS + j * 8 + (2 * t + i % 2) / SPREAD) * 65 + r * 16 + g + i / 2 * 8] = sum[j][r][i / SPREAD];
     __syncthreads();
+    auto over_warps = [&](int i) {
+        float total = 0;
+#pragma unroll
+        for (int q = 0; q < WARPS; q++) total += parts[(q * OUTS + i / 64) * 65 + i % 64];
+        return total;
+    };
 #if SPLIT == 1
-    for (int i = threadIdx.x; i < TILES * 512; i += WARPS * 32) {
-        float total = 0;
-#pragma unroll
-        for (int q = 0; q < WARPS; q++) total += parts[(q * TILES * 8 + i / 64) * 65 + i % 64];
-        finish(total * UNIT, i / 64, tile * 64 + i % 64);
-    }
+    for (int i = threadIdx.x; i < OUTS * 64; i += WARPS * 32) finish(over_warps(i) * UNIT, i / 64, tile * 64 + i % 64);
 #else
-    __shared__ float block[TILES * 512];
-    for (int i = threadIdx.x; i < TILES * 512; i += WARPS * 32) {
-        float total = 0;
-#pragma unroll
-        for (int q = 0; q < WARPS; q++) total += parts[(q * TILES * 8 + i / 64) * 65 + i % 64];
-        block[i] = total;
-    }
+    __shared__ float block[OUTS * 64];
+    for (int i = threadIdx.x; i < OUTS * 64; i += WARPS * 32) block[i] = over_warps(i);
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-    for (int i = rank * WARPS * 32 + threadIdx.x; i < TILES * 512; i += SPLIT * WARPS * 32) {
+    for (int i = rank * WARPS * 32 + threadIdx.x; i < OUTS * 64; i += SPLIT * WARPS * 32) {
         const u32 here = (u32)__cvta_generic_to_shared(block + i);
         float total = 0;
 #pragma unroll

@@ -38,6 +38,11 @@ class Laid:
     codes: int
     group: int
 
+    @property
+    def times(self) -> int:
+        """Scales of a run of 128 columns, which lanes share where there are several."""
+        return max(128 // self.group, 1)
+
 
 class Finish(ctypes.Structure):
     """few.cu's Finish."""
@@ -103,7 +108,7 @@ def laid(
     outer: [1], columns: [n] float32, which the sums are times.
     """
     y = x.new_empty(len(x), n)
-    run = _by_layout(x.device, x.dtype, _tiles(len(x)), how, zeros is not None, n)
+    run = _by_layout(x.device, x.dtype, _tiles(len(x)), _spread(len(x), how), how, zeros is not None, n)
     finish, k = _finish(y, outer, columns, bias), ctypes.c_int(x.shape[1])
     run(n // TALL * run.cluster, _stream(x), (_at(w), _at(x), finish, _at(scales), _at(zeros), k))
     return y
@@ -131,13 +136,14 @@ def _by_rows(device: torch.device, kind: torch.dtype, out: torch.dtype, tiles: i
 
 
 @cache
-def _by_layout(device: torch.device, kind: torch.dtype, tiles: int, how: Laid, zeros: bool, n: int) -> Function:
+def _by_layout(
+    device: torch.device, kind: torch.dtype, tiles: int, spread: int, how: Laid, zeros: bool, n: int
+) -> Function:
     high, processors = n // TALL, _processors(device)
     warps, split = next(shape for most, shape in LAID if high <= most * processors)
-    defines = {"TYPE": TYPES[kind], "OUT": TYPES[kind], "TILES": tiles, "WARPS": warps, "GROUP": how.group,
-               "CODES": how.codes, "ZEROS": int(zeros), "SPLIT": split}  # fmt: skip
-    times = 128 // how.group  # scales of a run, which lanes share where there are several
-    shared = warps * (4096 + tiles * 4352 + (times * 256 if times > 1 else 0))
+    defines = {"TYPE": TYPES[kind], "OUT": TYPES[kind], "TILES": tiles, "SPREAD": spread, "WARPS": warps,
+               "GROUP": how.group, "CODES": how.codes, "ZEROS": int(zeros), "SPLIT": split}  # fmt: skip
+    shared = warps * (4096 + tiles * 4352 + (how.times * 256 if how.times > 1 else 0))
     if high * split <= processors:  # each has a processor to itself: two on one leave another idle
         shared = max(shared, _shared_bytes(device) // 2 + 1)
     return _function("few_laid", device, defines, shared, split)
@@ -161,6 +167,11 @@ def _shared_bytes(device: torch.device) -> int:
 
 def _tiles(m: int) -> int:
     return -(-m // TILE)
+
+
+def _spread(m: int, how: Laid) -> int:
+    """Columns of a tile that a row of x has."""
+    return 2 if how.times > 1 and 2 * m <= TILE else 1
 
 
 def _stream(x: Tensor) -> int:

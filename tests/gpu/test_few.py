@@ -90,7 +90,7 @@ def test_laid(dtype: torch.dtype, group: int, zeros: str) -> None:
         held = humming_linear.prepack_linear(Quantized(form, w), dtype)
         assert isinstance(held, humming_linear.Held) and held.laid == few.Laid(few.INTEGERS, group)
         x, bias = torch.randn(8, k, device=CUDA).to(dtype), torch.randn(n, device=CUDA).to(dtype)
-        for m in (1, 3, 8):
+        for m in (1, 2, 3, 4, 5, 8):
             y = humming_linear.run_linear(x[:m], held)
             near(y, x[:m], values, x[:m].double() @ values.double().T)
             assert torch.equal(y, humming_linear.run_linear(x, held)[:m])
@@ -114,7 +114,7 @@ def test_floats_of_4_bits(name: str, dtype: torch.dtype) -> None:
         held = humming_linear.prepack_linear(Quantized(form, w), dtype)
         assert isinstance(held, humming_linear.Held) and held.laid is not None
         x, bias = torch.randn(8, k, device=CUDA).to(dtype), torch.randn(n, device=CUDA).to(dtype)
-        for m in (1, 3, 8):
+        for m in (1, 2, 3, 4, 5, 8):
             y = humming_linear.run_linear(x[:m], held)
             near(y, x[:m], values, x[:m].double() @ values.double().T)
             assert torch.equal(y, humming_linear.run_linear(x, held)[:m])
