@@ -5,6 +5,7 @@ may round its rows as it does: what reads it says how (`Wanted`), and from then 
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class Wanted:
     """How a tensor's reader rounds its rows, known to its maker from the second call on."""
 
     how: Rounding | None = None
+    codes_only: bool = False  # it reads nothing else where there are codes as it rounds
 
     @property
     def alone(self) -> Rounding | None:
@@ -66,7 +68,16 @@ def offered(x: Tensor, how: Rounding) -> Codes | None:
         return None
     made, codes = x.fewbit_codes  # type: ignore[attr-defined]
     wanted.how = how
-    return codes if made == how else None
+    if made == how:
+        return codes  # type: ignore[no-any-return]
+    assert codes is None or not wanted.codes_only, f"codes of {made} are all there is, and {how} was asked for"
+    return None
+
+
+@cache
+def nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[1] NaN, which stands for what nobody is to read."""
+    return torch.full((1,), torch.nan, dtype=dtype, device=device)
 
 
 def rounding(spec: QuantSpec) -> Rounding | str:

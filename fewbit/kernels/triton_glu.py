@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fewbit.kernels.input_rounding import Wanted, offer
+from fewbit.kernels.input_rounding import Wanted, nothing, offer
 from fewbit.kernels.triton_early import begin, early
 from fewbit.kernels.triton_near import largest, near_by
 from fewbit.kernels.triton_quantize import MANY, agreed, codes_by, codes_of, room, scale_of
@@ -102,10 +102,10 @@ def _act_mul_round(
     gate_at, up_at, y_at, codes, scales, gate_row, gate_step, up_row, up_step, alpha, limit, plus, rows, gate_columns,
     up_columns, N: tl.constexpr, ACT: tl.constexpr, LIMITED: tl.constexpr, PLUS: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
-    REACH: tl.constexpr, EMPTY: tl.constexpr, POWERS: tl.constexpr, INT: tl.constexpr, near, RANKS: tl.constexpr,
-    EARLY: tl.constexpr,
+    REACH: tl.constexpr, EMPTY: tl.constexpr, POWERS: tl.constexpr, INT: tl.constexpr, KEEP: tl.constexpr, near,
+    RANKS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A program has a whole row, or this rank's part of one."""
+    """A program has a whole row, or this rank's part of one. KEEP: what is rounded is written beside its codes."""
     begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
@@ -128,7 +128,8 @@ def _act_mul_round(
     tl.store(scales + row + tl.arange(0, 1), scale)
     for i in tl.static_range(STEPS):
         at = i * BLOCK + lane
-        tl.store(y_at + row * N + at, made[i], at < N)
+        if KEEP:
+            tl.store(y_at + row * N + at, made[i], at < N)
         tl.store(codes + row * N + at, codes_of(made[i].to(tl.float32), scale, False, POWERS, INT), at < N)
 
 
@@ -146,13 +147,14 @@ def act_mul(
 
     scales: [M, 1] of rows, [N] of columns of gate and of up, float32, those of columns as far apart as the columns are.
     """
-    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    if y.numel() == 0:
-        return y
-    n = gate.shape[-1]
+    shape, n, codes = gate.shape, gate.shape[-1], None
+    if gate.numel() == 0:
+        return torch.empty_like(gate)
     gate, up = gate.reshape(-1, n), up.reshape(-1, n)
-    rows, codes = gate.shape[0], None
+    rows = gate.shape[0]
     how, near = agreed(wanted.how, rows) if wanted and wanted.how and n <= LONGEST else (None, None)
+    keep = how is None or wanted is None or not wanted.codes_only
+    y = gate.new_empty(shape) if keep else nothing(gate.dtype, gate.device).expand(shape)
     by_row, *by_column = scales or (None, None, None)
     of = alpha, limit, plus, by_row, *by_column
     fixed: dict[str, Any] = {"ACT": act, "LIMITED": limit < inf, "PLUS": plus != 0, "ROWS": by_row is not None,
@@ -167,8 +169,8 @@ def act_mul(
         codes = room(y, how)
         block, steps, warps = _shape(n, rows)
         _act_mul_round[(rows,)](
-            gate, up, y, *codes, *gate.stride(), *up.stride(), *of, n, BLOCK=block, STEPS=steps, num_warps=warps,
-            **codes_by(how), **near_by(near), **fixed,
+            gate, up, y, *codes, *gate.stride(), *up.stride(), *of, n, BLOCK=block, STEPS=steps, KEEP=keep,
+            num_warps=warps, **codes_by(how), **near_by(near), **fixed,
         )  # fmt: skip
     return y if wanted is None else offer(y, wanted, codes)
 

@@ -21,6 +21,7 @@ from fewbit.modules.mixture import MixtureForm
 from fewbit.modules.norm import Norm, NormForm
 from fewbit.modules.rotary import Rotate
 from fewbit.modules.router import RouteForm
+from fewbit.modules.watched import watched
 
 OWN = "own"  # where a Norm holds what stood in its place
 
@@ -77,7 +78,7 @@ def siblings(parent: nn.Module, form: Siblings, holders: Counter[int]) -> None:
 
 
 def norm(model: nn.Module, path: str, module: nn.Module, form: NormForm, holders: Counter[int]) -> None:
-    if module._forward_hooks or module._forward_pre_hooks:
+    if watched(module):
         raise UnsupportedError("something is done before or after it")
     if holders[id(module)] > 1:
         raise UnsupportedError("it stands in several places")

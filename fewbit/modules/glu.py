@@ -19,6 +19,7 @@ from fewbit.kernels.input_rounding import Wanted
 from fewbit.kernels.rows import times
 from fewbit.modules.linear import Linear
 from fewbit.modules.merged import Slice
+from fewbit.modules.watched import watched
 
 ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "silu": lambda x, _: functional.silu(x),
@@ -74,8 +75,10 @@ class GluForm:
 def forward(module: nn.Module, form: GluForm, x: Tensor) -> Tensor:
     """What stands for a gated MLP's own forward. x: [..., K] -> [..., K]."""
     gate, up, *scales = halves(module, form, x)
+    down: nn.Module = getattr(module, form.down)
     wanted = module.__dict__.setdefault("fewbit_wanted", Wanted())
-    y: Tensor = getattr(module, form.down)(act_mul(gate, up, form.gating, wanted, *scales))
+    wanted.codes_only = type(down) is Linear and len(down.parts) == 1 and not watched(down)
+    y: Tensor = down(act_mul(gate, up, form.gating, wanted, *scales))
     return y
 
 
@@ -101,8 +104,7 @@ def maker(first: nn.Module, second: nn.Module | None) -> Linear | None:
         whole = first.merged.linear
         if len(first.merged.sizes) > 2:
             return None
-    watched = any(m is not None and (m._forward_hooks or m._forward_pre_hooks) for m in (first, second, whole))
-    return whole if type(whole) is Linear and not watched else None
+    return whole if type(whole) is Linear and not watched(first, second, whole) else None
 
 
 def act_mul(gate: Tensor, up: Tensor, by: Gating, wanted: Wanted | None = None, scales: Scales | None = None) -> Tensor:

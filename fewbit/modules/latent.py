@@ -25,6 +25,7 @@ from fewbit.modules.attention import INSIDE, KV, KV_TURN, WATCH_KV
 from fewbit.modules.attention_sides import SIDES
 from fewbit.modules.linear import Linear
 from fewbit.modules.rotary import RotaryForm
+from fewbit.modules.watched import watched
 from fewbit.quant.qtensor import Quantized
 
 HELD = ("expand_kv", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj", "scaling", "config",
@@ -119,8 +120,7 @@ def expands(module: Any) -> bool:
 
 def plain(linear: Any) -> Up | None:
     """A linear's weight as it multiplies; None where it does more, or holds it in another way."""
-    watched = linear._forward_hooks or linear._forward_pre_hooks
-    if type(linear) is not Linear or linear.bias is not None or linear.parted or watched:
+    if type(linear) is not Linear or linear.bias is not None or linear.parted or watched(linear):
         return None
     if not linear.parts:
         return linear.weight, None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fewbit.errors import SpecError, UnsupportedError
 from fewbit.kernels.select import select
 from fewbit.modules.linear import Linear, as_run
+from fewbit.modules.watched import watched
 from fewbit.quant.join import join
 from fewbit.quant.qtensor import Quantized
 
@@ -82,7 +83,7 @@ def refusal(linears: Sequence[Linear]) -> str:
     """Why they cannot be merged, "" where nothing seen so far says so."""
     if any(type(linear) is not Linear or len({id(m) for m in linears}) < len(linears) for linear in linears):
         return "not each a linear of its own"
-    if any(linear._forward_hooks or linear._forward_pre_hooks or linear.parted for linear in linears):
+    if watched(*linears) or any(linear.parted for linear in linears):
         return "something is done before or after one of them"
     if len({linear.in_features for linear in linears}) > 1:
         return "they read different widths"

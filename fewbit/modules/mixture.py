@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fewbit.modules import experts
+from fewbit.modules.watched import watched
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ def forward(module: Any, form: MixtureForm, hidden: Tensor) -> Tensor:
     host, flat = getattr(module, form.stack), hidden.reshape(-1, hidden.shape[-1])
     _, weights, index = getattr(module, form.router)(flat if form.flat else hidden)
     shared: Tensor = getattr(module, form.shared)(hidden)
-    if host._forward_hooks or host._forward_pre_hooks or not experts.stays_on_device(host, flat):
+    if watched(host) or not experts.stays_on_device(host, flat):
         y: Tensor = host(flat, index, weights).view(hidden.shape) + shared
         return y
     return experts.by_device(host, flat, index, weights, shared.reshape(flat.shape)).view(hidden.shape)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fewbit.kernels import fused
 from fewbit.kernels.input_rounding import Wanted
+from fewbit.modules.watched import watched
 
 Times = Literal["late", "wide", "plus"]
 TIMES: dict[Times, str] = {"late": "w after the cast", "wide": "w", "plus": "1 + w"}
@@ -67,7 +68,7 @@ def pair(a: nn.Module, b: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tens
     if not (isinstance(a, Norm) and isinstance(b, Norm) and a.weight is not None and b.weight is not None):
         return a(x), b(y)
     bare = a.bias is None and b.bias is None and replace(a.form, eps=b.form.eps) == b.form
-    if not bare or any(m._forward_hooks or m._forward_pre_hooks for m in (a, b)):
+    if not bare or watched(a, b):
         return a(x), b(y)
     return normed_pair(x, a.weight, a.form, y, b.weight, b.form)
 

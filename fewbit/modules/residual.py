@@ -17,6 +17,7 @@ from fewbit.kernels.rows import times
 from fewbit.modules.linear import Linear
 from fewbit.modules.norm import Norm, norm, normed
 from fewbit.modules.parted import Ranks
+from fewbit.modules.watched import watched
 
 ADDS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
 Pair = tuple[Tensor, Tensor | None]
@@ -186,7 +187,7 @@ def later(norm: Norm, x: Any) -> Later:
 def product(linear: Linear, x: Any) -> Any:
     """A linear's forward where what it gives is added to the stream, or goes to such a norm."""
     x = plain(x)
-    if linear._forward_hooks or linear._forward_pre_hooks:  # who watches is not to see what is no output yet
+    if watched(linear):  # who watches is not to see what is no output yet
         return Linear.forward(linear, x)
     y, rows, columns = linear.unscaled(x)
     ranks = linear.parted.ranks if linear.parted is not None else None

@@ -102,3 +102,19 @@ def test_of_somebody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_quantize, "quantize_rows", lambda *a: asked.append(a) or (a[0], a[0]))
     triton_quantize.input_codes(y, other)
     assert len(asked) == 1
+
+
+def test_codes_alone() -> None:
+    """Who reads nothing else is given nothing else; asked for another rounding, it is told."""
+    from fewbit.kernels.triton_quantize import input_codes
+
+    one, other = (Rounding("e4m3", 0, False, reach, 1.0, False) for reach in (448.0, 240.0))
+    x = torch.randn(2, 3, 72, device=DEVICE)
+    want = input_codes(gated(x, x, Wanted()), one)
+    made = gated(x, x, Wanted(one, codes_only=True))
+    assert made.shape == x.shape and bool(made.isnan().all())
+    for got, each in zip(input_codes(made, one), want, strict=True):
+        assert torch.equal(got.view(torch.uint8), each.view(torch.uint8))
+    with pytest.raises(AssertionError, match="240"):
+        input_codes(made, other)
+    assert not gated(x, x, Wanted(codes_only=True)).isnan().any()  # it has not said how it rounds
