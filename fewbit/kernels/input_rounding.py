@@ -43,6 +43,7 @@ class Wanted:
 
     how: Rounding | None = None
     codes_only: bool = False  # it reads nothing else where there are codes as it rounds
+    mail: Tensor | None = None  # by which programs of one maker that share a row agree on its scale
 
     @property
     def alone(self) -> Rounding | None:

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from fewbit.kernels.input_rounding import Wanted, nothing, offer
 from fewbit.kernels.triton_early import begin, early
-from fewbit.kernels.triton_near import largest, near_by
+from fewbit.kernels.triton_near import FEW, PIECES, largest, largest_of_row, mail, near_by
 from fewbit.kernels.triton_quantize import MANY, agreed, codes_by, codes_of, room, scale_of
 from fewbit.kernels.triton_runtime import cdiv, power
 
 ACTS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "sigmoid")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+PIECE = 2048  # values of a program that shares a row with others, where there are few: more of them than one is fast at
 LONGEST = 1 << 15  # of a row that is rounded as it is made: what the registers of 16 warps hold
 STEPS = (1, 2)  # along gate and up: halves side by side, or interleaved
 FULL = 1 << 18  # values from which on every processor has work in large tiles
@@ -102,12 +103,13 @@ def _act_mul_round(
     gate_at, up_at, y_at, codes, scales, gate_row, gate_step, up_row, up_step, alpha, limit, plus, rows, gate_columns,
     up_columns, N: tl.constexpr, ACT: tl.constexpr, LIMITED: tl.constexpr, PLUS: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
-    REACH: tl.constexpr, EMPTY: tl.constexpr, POWERS: tl.constexpr, INT: tl.constexpr, KEEP: tl.constexpr, near,
-    RANKS: tl.constexpr, EARLY: tl.constexpr,
+    REACH: tl.constexpr, EMPTY: tl.constexpr, POWERS: tl.constexpr, INT: tl.constexpr, KEEP: tl.constexpr, post,
+    SHARE: tl.constexpr, near, RANKS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A program has a whole row, or this rank's part of one. KEEP: what is rounded is written beside its codes."""
+    """A program has one of SHARE pieces of a row, or this rank's part of one. KEEP: also what is rounded is written."""
     begin(EARLY)
-    row = tl.program_id(0).to(tl.int64)
+    row, piece = (tl.program_id(0) // SHARE).to(tl.int64), tl.program_id(0) % SHARE
+    start = piece * (STEPS * BLOCK)
     lane = tl.arange(0, BLOCK)
     out = y_at.dtype.element_ty
     row_scale = 1.0
@@ -115,19 +117,21 @@ def _act_mul_round(
         row_scale = tl.load(rows + row)
     made, top = (), tl.zeros([BLOCK], tl.float32)
     for i in tl.static_range(STEPS):
-        at = i * BLOCK + lane
+        at = start + i * BLOCK + lane
         gate = _half(gate_at + row * gate_row, at, at < N, gate_columns, gate_step, row_scale, ROWS, COLUMNS, out)
         up = _half(up_at + row * up_row, at, at < N, up_columns, up_step, row_scale, ROWS, COLUMNS, out)
         y = _product(gate, up, alpha, limit, plus, ACT, LIMITED, PLUS, out)
         made = made + (y,)  # noqa: RUF005 - Triton unpacks no tuple
         top = tl.maximum(top, tl.where(at < N, tl.abs(y.to(tl.float32)), 0.0))
     top = tl.max(top, 0, keep_dims=True)
-    if RANKS:
+    if SHARE > 1:
+        top = largest_of_row(top, post, row, piece, SHARE)
+    elif RANKS:
         top = largest(top, near, RANKS)
     scale = scale_of(top, REACH, EMPTY, POWERS)
-    tl.store(scales + row + tl.arange(0, 1), scale)
+    tl.store(scales + row + tl.arange(0, 1), scale, piece == 0)
     for i in tl.static_range(STEPS):
-        at = i * BLOCK + lane
+        at = start + i * BLOCK + lane
         if KEEP:
             tl.store(y_at + row * N + at, made[i], at < N)
         tl.store(codes + row * N + at, codes_of(made[i].to(tl.float32), scale, False, POWERS, INT), at < N)
@@ -153,6 +157,8 @@ def act_mul(
     gate, up = gate.reshape(-1, n), up.reshape(-1, n)
     rows = gate.shape[0]
     how, near = agreed(wanted.how, rows) if wanted and wanted.how and n <= LONGEST else (None, None)
+    if wanted and wanted.mail is None and gate.is_cuda and not torch.cuda.is_current_stream_capturing():
+        wanted.mail = mail(gate.device)  # in a graph it would be made anew each time
     keep = how is None or wanted is None or not wanted.codes_only
     y = gate.new_empty(shape) if keep else nothing(gate.dtype, gate.device).expand(shape)
     by_row, *by_column = scales or (None, None, None)
@@ -167,15 +173,18 @@ def act_mul(
         )
     else:
         codes = room(y, how)
-        block, steps, warps = _shape(n, rows)
-        _act_mul_round[(rows,)](
+        assert wanted is not None
+        share = min(PIECES, cdiv(n, PIECE)) if rows <= FEW and wanted.mail is not None and near is None else 1
+        block, steps, warps = _shape(cdiv(n, share), rows)
+        _act_mul_round[(rows * share,)](
             gate, up, y, *codes, *gate.stride(), *up.stride(), *of, n, BLOCK=block, STEPS=steps, KEEP=keep,
-            num_warps=warps, **codes_by(how), **near_by(near), **fixed,
+            post=wanted.mail if share > 1 else None, SHARE=share, num_warps=warps, **codes_by(how), **near_by(near),
+            **fixed,
         )  # fmt: skip
     return y if wanted is None else offer(y, wanted, codes)
 
 
 def _shape(n: int, rows: int) -> tuple[int, int, int]:
-    """Of a program with a row: values of a step, steps, warps."""
+    """Of a program with a row, or a piece of one: values of a step, steps, warps."""
     block = min(power(n), 2048 if rows >= MANY and n <= 16384 else 4096)  # up to 64 values of a thread in registers
     return block, cdiv(n, block), max(1, block // 256)

@@ -6,6 +6,9 @@ by the time a rank sends to a half again it has what the other sent after it had
 begun in their order, so that of all that wait the first waits for one that has begun. Whoever waits looks now and then
 at a word of the host's, by which it is told to give up.
 
+Programs of one launch that share a row exchange numbers in the same way, by mail: neighbours, so that those of the
+first row that has not ended have all begun; and those of the next launch go on when all have ended.
+
 near, in kernels: addresses of all ranks' rooms, of the own one, turns, the host's word, the rank (Near.given).
 """
 
@@ -26,6 +29,8 @@ SPREAD = 128  # programs that a sum is dealt out to, or what is joined, where th
 # once: after 1024 tries, two ranks seem to have held up one another by them at every exchange of a step.
 LOOK = tl.constexpr(1 << 17)
 PLACES_, WIDTH_, ROWS_ = tl.constexpr(PLACES), tl.constexpr(WIDTH), tl.constexpr(ROWS)
+PIECES, FEW = 8, 16  # programs that share a row, and rows, for which there is mail
+FEW_, MAIL = tl.constexpr(FEW), tl.constexpr(PIECES * FEW * PIECES)
 
 
 def near_by(near: Near | None) -> dict[str, Any]:
@@ -64,8 +69,25 @@ def largest(x, near, RANKS: tl.constexpr):
     start = 2 * RANKS * PLACES_ * WIDTH_ + ((turn & 1) * RANKS * ROWS_ + pid).to(tl.int64) * 4
     parts = _exchanged(x, start, at, at < 1, near, ROWS_ * 4, RANKS, 4)
     tl.store(near[2] + PLACES_ + pid, turn + 1)
-    top = x
-    for r in tl.static_range(RANKS):
+    return _top(parts, RANKS)
+
+
+@triton.jit
+def largest_of_row(x, mail, row, piece, SHARE: tl.constexpr):
+    """x: [1] float32 of this program -> the largest over all SHARE programs of a row."""
+    at = tl.arange(0, 1)
+    own = mail.to(tl.int64)
+    boxes = ()
+    for r in tl.static_range(SHARE):
+        boxes = boxes + (own + r * (FEW_ * SHARE * 4),)  # noqa: RUF005
+    each = boxes, own + piece * (FEW_ * SHARE * 4), None, mail + MAIL, piece
+    return _top(_exchanged(x, row * (SHARE * 4), at, at < 1, each, 4, SHARE, 4), SHARE)
+
+
+@triton.jit
+def _top(parts, COUNT: tl.constexpr):
+    top = parts[0]
+    for r in tl.static_range(1, COUNT):
         top = tl.maximum(top, parts[r])
     return top
 
@@ -137,6 +159,13 @@ def _sum(x_at, y_at, count, near, RANKS: tl.constexpr, BLOCK: tl.constexpr, EARL
     x = tl.load(x_at + there, there < count, 0)
     total = summed(x, at, there < count, near, RANKS)
     tl.store(y_at + there, total.to(x.dtype), there < count)
+
+
+def mail(device: torch.device) -> Tensor:
+    """Where nothing has come, and a word that never says to give up."""
+    made = torch.full((MAIL.value + 1,), -1, dtype=torch.int32, device=device)
+    made[-1] = 0
+    return made
 
 
 def over_ranks(x: Tensor, near: Near) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fewbit.kernels.input_rounding import Rounding, Wanted, offered
 from fewbit.models import fuse, hf, twin
 from fewbit.models.fill import settle
 from fewbit.models.fuse_place import put_back
@@ -97,6 +98,36 @@ def test_glu(by: Gating, dtype: torch.dtype) -> None:
     none, one = torch.full((3,), torch.nan, device="cuda", dtype=dtype), torch.ones(3, device="cuda", dtype=dtype)
     for pair in ((none, one), (one, none)):
         assert bool(triton_glu.act_mul(*pair, "quick_gelu", 1.7, 7.0, 1.0).isnan().all())
+
+
+@pytest.mark.parametrize("rows", [1, 8, 16, 17])
+@pytest.mark.parametrize("n", [512, 4100, 14336, 28672])
+def test_rows_that_programs_share(n: int, rows: int) -> None:
+    """Codes as their reader would make them, time after time: what programs tell one another is used up."""
+    from fewbit.kernels import triton_glu
+    from fewbit.kernels.triton_quantize import quantize_rows
+
+    how = Rounding("e4m3", 0, False, 448.0, 1.0, False)
+    wanted = Wanted(how, codes_only=True)
+    pairs = [(3 * random(rows, 2 * n, dtype=torch.bfloat16, seed=i)).chunk(2, -1) for i in range(4)]
+    by = ("silu", 1.0, float("inf"), 0.0)
+    want = [quantize_rows(triton_glu.act_mul(*pair, *by), how) for pair in pairs]
+
+    def all_of_them() -> list[Any]:
+        return [offered(triton_glu.act_mul(*pair, *by, wanted), how) for pair in pairs]
+
+    made = [all_of_them() for _ in range(3)]
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        recorded = all_of_them()
+    for _ in range(20):
+        graph.replay()
+    for found in (*made, recorded):
+        for (codes, scales), (want_codes, want_scales) in zip(found, want, strict=True):
+            assert torch.equal(scales, want_scales)
+            assert torch.equal(codes.view(torch.uint8), want_codes.view(torch.uint8))
+    assert wanted.mail is not None and bool((wanted.mail[:-1] == -1).all())
 
 
 @pytest.mark.parametrize(("dtype", "tables"), [*((d, d) for d in DTYPES), (torch.bfloat16, torch.float32)], ids=str)
