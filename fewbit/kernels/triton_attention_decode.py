@@ -5,9 +5,6 @@ last of its programs to end joins what they found; a second kernel does where th
 with wide values that lie in their keys. How many parts there may be, and how short, is a matter of the step's size
 alone, how many there are of the text itself: a request has the same bits beside any others as long as that size stays.
 Requests of none or many rows are left alone.
-
-Programs that begin early find their processors busy, and the first one that is left takes several in their order. Those
-that a text needs had better not follow one another, so its parts are dealt out among those that it might need.
 """
 
 from dataclasses import dataclass
@@ -50,7 +47,6 @@ class KeyTile:
 PROGRAMS = 4  # that are aimed at, per multiprocessor
 JOINED = 8192  # numbers that four warps join at once
 FEW_PARTS, MOST_PARTS = 8, 64
-BITS = tl.constexpr(6)  # of a part's number
 MOST_HEADS = 64  # queries of a program
 SMALL, ALONE = KeyTile(4096, 64, 4, 3), KeyTile(16384, 128, 3, 1)
 PAIR, CROWD = KeyTile(8192, 64, 3, 2), KeyTile(8192, 64, 2, 4)
@@ -140,7 +136,7 @@ def run(
     many = min(MOST_PARTS, max(1, JOINED * how.warps // WARPS // (group * dims["DVP"])))
     if itself and cache.ended is None:  # of each request and key head: no more of them where texts are cut
         cache.ended = torch.zeros(PROGRAMS * processors(query.device) // 2, dtype=torch.int32, device=query.device)
-    _part[(how.parts, key_heads * how.blocks, table.ones)](
+    _part[(table.ones, key_heads * how.blocks, how.parts)](
         query, cache.key, cache.value, cache.key_scale, cache.value_scale, cache.key_measured, cache.value_measured,
         out, found, weights, cache.ended if itself else None, table.pages, table.lengths, table.starts, sinks, scaling,
         window, softcap, heads, query.stride(2), query.stride(1), *cache.key.stride()[:2], *cache.value.stride()[:2],
@@ -156,15 +152,6 @@ def run(
             MANY=many, TOKENS=how.tokens, DV=dims["DV"], DVP=dims["DVP"],
             num_warps=WARPS if many * dims["DVP"] <= JOINED else 2 * WARPS, **early(query.device),
         )  # fmt: skip
-
-
-@triton.jit
-def _dealt(place, parts):
-    """place: of so many, a power of two -> its bits in reverse: neighbours are far apart."""
-    part = 0
-    for i in tl.static_range(BITS):
-        part = part * 2 + (place >> i) % 2
-    return part * parts >> BITS
 
 
 @triton.jit
@@ -190,9 +177,9 @@ def _part(
     MANY: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     let_next(EARLY)
-    request = tl.program_id(2)
+    request = tl.program_id(0)
     kin = tl.program_id(1) // BLOCKS
-    part = _dealt(tl.program_id(0), parts)
+    part = tl.program_id(2)
     row = tl.load(starts + request).to(tl.int64)
     one = tl.load(starts + request + 1) == row + 1
     length = tl.load(lengths + request)

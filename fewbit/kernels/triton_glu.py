@@ -19,7 +19,7 @@ from fewbit.kernels.triton_runtime import cdiv, power
 
 ACTS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "sigmoid")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-PIECE = 2048  # values of a program that shares a row with others, where there are few: more of them than one is fast at
+PIECE = 2048  # values of a program that shares a row with others; for 8 rows that is slower than a program for each
 LONGEST = 1 << 15  # of a row that is rounded as it is made: what the registers of 16 warps hold
 STEPS = (1, 2)  # along gate and up: halves side by side, or interleaved
 FULL = 1 << 18  # values from which on every processor has work in large tiles

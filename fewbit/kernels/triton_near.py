@@ -29,7 +29,7 @@ SPREAD = 128  # programs that a sum is dealt out to, or what is joined, where th
 # once: after 1024 tries, two ranks seem to have held up one another by them at every exchange of a step.
 LOOK = tl.constexpr(1 << 17)
 PLACES_, WIDTH_, ROWS_ = tl.constexpr(PLACES), tl.constexpr(WIDTH), tl.constexpr(ROWS)
-PIECES, FEW = 8, 16  # programs that share a row, and rows, for which there is mail
+PIECES, FEW = 8, 2  # programs that share a row, and rows, for which there is mail
 FEW_, MAIL = tl.constexpr(FEW), tl.constexpr(PIECES * FEW * PIECES)
 
 

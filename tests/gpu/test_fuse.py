@@ -100,7 +100,7 @@ def test_glu(by: Gating, dtype: torch.dtype) -> None:
         assert bool(triton_glu.act_mul(*pair, "quick_gelu", 1.7, 7.0, 1.0).isnan().all())
 
 
-@pytest.mark.parametrize("rows", [1, 8, 16, 17])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
 @pytest.mark.parametrize("n", [512, 4100, 14336, 28672])
 def test_rows_that_programs_share(n: int, rows: int) -> None:
     """Codes as their reader would make them, time after time: what programs tell one another is used up."""
