@@ -20,12 +20,6 @@ static inline void take_zeros(const Weight& w, int64_t first, const float* sums,
     }
 }
 
-template <int M>
-static inline void finish(const Weight& w, int64_t r, __m512* total, const float* sums, float* y) {
-    if (w.zeros) take_zeros<M>(w, r * (w.k / w.group), sums, total);
-    for (int m = 0; m < M; m++) y[m] = _mm512_reduce_add_ps(total[m]) * w.outer[r];
-}
-
 // Scales of 16, 8, 4, 2 or 1 groups, each over its share of 16 lanes
 struct Scales {
     __m512i lanes;
@@ -34,49 +28,16 @@ struct Scales {
         for (int i = 0; i < 16; i++) index[i] = int32_t(from + i * count / 16);
         lanes = _mm512_load_si512(index);
     }
-    static inline __m512 fetched(const Weight& w, int64_t i, __mmask16 held) {
-        _mm_prefetch((const char*)w.scale + i * (w.narrow ? 2 : 4) + AHEAD / 4, _MM_HINT_T0);
+    static inline __m512 fetched(const Weight& w, int64_t i, __mmask16 held, int64_t ahead = AHEAD / 4) {
+        _mm_prefetch((const char*)w.scale + i * (w.narrow ? 2 : 4) + ahead, _MM_HINT_T0);
         return loaded(w.scale, w.narrow, i, held);
     }
     inline __m512 operator()(__m512 found) const { return _mm512_permutexvar_ps(lanes, found); }
 };
 
-// Codes of 4 bits, 128 columns at a time: word i of 32 holds columns 4i to 4i + 3, and looking a word up in a table that is
-// there twice leaves out what lies above its lowest 4 bits. x comes as `by_words` has it.
-// Runs from i to `stop` of R rows of W are added to `sums`.
-template <int M, int R>
-static void rows_of_nibbles(const Weight& w, const Scales& scales, __m512i table, int64_t r, int64_t i, int64_t stop, const uint16_t* x, __m512 (*sums)[M]) {
-    const int64_t groups = w.k / w.group, each = w.group < 128 ? 128 / w.group : 1;
-    __m512 total[R][M];
-    for (int q = 0; q < R; q++)
-        for (int m = 0; m < M; m++) total[q][m] = sums[q][m];
-    for (; i < stop; i++) {
-        const __mmask32 words = 128 * (i + 1) <= w.k ? 0xffffffffu : 0xffffu;
-        const int64_t g = 128 * i / w.group;
-        const __mmask16 held = first_of(groups - g < each ? groups - g : each);
-        __m512i v[R][4];
-        __m512 s[R];
-        for (int q = 0; q < R; q++) {
-            const uint8_t* p = w.codes + (r + q) * (w.k / 2) + 64 * i;
-            _mm_prefetch((const char*)p + 2 * R * (w.k / 2), _MM_HINT_T0);  // the same of rows to come
-            const __m512i codes = _mm512_maskz_loadu_epi16(words, p);
-            for (int j = 0; j < 4; j++) v[q][j] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4 * j), table);
-            s[q] = scales(Scales::fetched(w, (r + q) * groups + g, held));
-        }
-        for (int m = 0; m < M; m++) {
-            const __m512i* at = (const __m512i*)(x + (i * M + m) * 128);
-            for (int q = 0; q < R; q++) {
-                __m512 even = _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)v[q][0], (__m512bh)at[0]);
-                __m512 odd = _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)v[q][1], (__m512bh)at[1]);
-                even = _mm512_dpbf16_ps(even, (__m512bh)v[q][2], (__m512bh)at[2]);
-                odd = _mm512_dpbf16_ps(odd, (__m512bh)v[q][3], (__m512bh)at[3]);
-                total[q][m] = _mm512_fmadd_ps(_mm512_add_ps(even, odd), s[q], total[q][m]);
-            }
-        }
-    }
-    for (int q = 0; q < R; q++)
-        for (int m = 0; m < M; m++) sums[q][m] = total[q][m];
-}
+// Readers know how W lies. `add` brings runs from i to `stop` of R rows of W, from r on, times M rows of x to their sums, SUMS
+// of each, which are added up at the end; `rows` says that other rows come next, not more of these. `arranged` is x as a reader
+// takes it, null where it may stay. span: runs of M rows of x that the first cache holds. BLOCK: rows of W finished together.
 
 // x: [rows, k] -> [runs of 128, rows, 4, 32], zeros behind k: word i of a run's j-th part is its column 4i + j
 static uint16_t* by_words(const uint16_t* x, int64_t rows, int64_t k) {
@@ -101,115 +62,238 @@ static uint16_t* by_words(const uint16_t* x, int64_t rows, int64_t k) {
     return out;
 }
 
-// M rows of x against one row of W
-template <int KIND, int M>
-static void row_times(const Weight& w, const Decode<KIND>& decode, int64_t r, const uint16_t* x, const float* sums, float* y) {
-    const int64_t bytes = 8 * w.bits;  // of 64 codes
-    const uint8_t* p = w.codes + r * (w.k / 64) * bytes;
-    const int64_t groups = w.k / w.group, first = r * groups;
-    __m512 total[M];
-    for (int m = 0; m < M; m++) total[m] = _mm512_setzero_ps();
-    if (w.group >= 64) {
-        for (int64_t g = 0; g < groups; g++) {
-            __m512 even[M], odd[M];
-            for (int m = 0; m < M; m++) even[m] = odd[m] = _mm512_setzero_ps();
-            for (int64_t c = g * w.group; c < (g + 1) * w.group; c += 64, p += bytes) {
-                __m512i a, b;
-                _mm_prefetch((const char*)p + AHEAD, _MM_HINT_T0);
-                decode.two(p, a, b);
-                for (int m = 0; m < M; m++) {
-                    even[m] = _mm512_dpbf16_ps(even[m], (__m512bh)a, (__m512bh)_mm512_loadu_si512(x + m * w.k + c));
-                    odd[m] = _mm512_dpbf16_ps(odd[m], (__m512bh)b, (__m512bh)_mm512_loadu_si512(x + m * w.k + c + 32));
+// Codes of 4 bits, 128 columns at a time: word i of 32 holds columns 4i to 4i + 3, and looking a word up in a table that is
+// there twice leaves out what lies above its lowest 4 bits
+struct Nibbles {
+    static constexpr int SUMS = 1, BLOCK = 16;
+    template <int M> static constexpr int AT_ONCE = M < 4 ? 1 : 2;
+    const Weight w;
+    const int64_t row, runs, groups, each;  // bytes of a row; of a row, groups of a run
+    const Scales scales;
+    __m512i table;
+    explicit Nibbles(const Weight& weight) : w(weight), row(w.k / 2), runs((w.k + 127) / 128), groups(w.k / w.group), each(w.group < 128 ? 128 / w.group : 1), scales(each) {
+        alignas(64) uint16_t two[32];
+        memcpy(two, w.table, 32), memcpy(two + 16, w.table, 32);
+        table = _mm512_load_si512(two);
+    }
+    static int64_t span(int64_t rows) { return 128 / rows; }
+    template <int M> static uint16_t* arranged(const uint16_t* x, int64_t k) { return by_words(x, M, k); }
+
+    template <int M, int R>
+    inline void add(int64_t r, int64_t i, int64_t stop, bool, const uint16_t* x, __m512 (*sums)[M]) const {
+        __m512 total[R][M];
+        for (int q = 0; q < R; q++)
+            for (int m = 0; m < M; m++) total[q][m] = sums[q][m];
+        for (; i < stop; i++) {
+            const __mmask32 words = 128 * (i + 1) <= w.k ? 0xffffffffu : 0xffffu;
+            const int64_t g = 128 * i / w.group;
+            const __mmask16 held = first_of(groups - g < each ? groups - g : each);
+            __m512i v[R][4];
+            __m512 s[R];
+            for (int q = 0; q < R; q++) {
+                const uint8_t* p = w.codes + (r + q) * row + 64 * i;
+                _mm_prefetch((const char*)p + 2 * R * row, _MM_HINT_T0);  // the same of rows to come
+                const __m512i codes = _mm512_maskz_loadu_epi16(words, p);
+                for (int j = 0; j < 4; j++) v[q][j] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4 * j), table);
+                s[q] = scales(Scales::fetched(w, (r + q) * groups + g, held));
+            }
+            for (int m = 0; m < M; m++) {
+                const __m512i* at = (const __m512i*)(x + (i * M + m) * 128);
+                for (int q = 0; q < R; q++) {
+                    __m512 even = _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)v[q][0], (__m512bh)at[0]);
+                    __m512 odd = _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)v[q][1], (__m512bh)at[1]);
+                    even = _mm512_dpbf16_ps(even, (__m512bh)v[q][2], (__m512bh)at[2]);
+                    odd = _mm512_dpbf16_ps(odd, (__m512bh)v[q][3], (__m512bh)at[3]);
+                    total[q][m] = _mm512_fmadd_ps(_mm512_add_ps(even, odd), s[q], total[q][m]);
                 }
             }
-            const __m512 s = _mm512_set1_ps(at(w.scale, w.narrow, first + g));
-            for (int m = 0; m < M; m++) total[m] = _mm512_fmadd_ps(_mm512_add_ps(even[m], odd[m]), s, total[m]);
         }
-    } else {
+        for (int q = 0; q < R; q++)
+            for (int m = 0; m < M; m++) sums[q][m] = total[q][m];
+    }
+};
+
+// x: [rows, k] -> [runs, rows, 64]: rows that lie a power of two apart push one another out of a cache
+static uint16_t* by_runs(const uint16_t* x, int64_t rows, int64_t k) {
+    uint16_t* out = (uint16_t*)aligned_alloc(64, rows * k * 2);
+    for (int64_t c = 0; c < k; c += 64)
+        for (int64_t m = 0; m < rows; m++) memcpy(out + c * rows + m * 64, x + m * k + c, 128);
+    return out;
+}
+
+// What reads runs of 64 columns, a row at a time
+static const int64_t RUN = 64;
+struct ByRuns {
+    static constexpr int BLOCK = 1;
+    template <int M> static constexpr int AT_ONCE = 1;
+    template <int M> static uint16_t* arranged(const uint16_t* x, int64_t k) { return M > 1 ? by_runs(x, M, k) : nullptr; }
+};
+
+// A run of W, columns 0 to 31 and 32 to 63, and M of x
+template <int M>
+static inline void meet(__m512i a, __m512i b, const uint16_t* x, __m512* even, __m512* odd) {
+    for (int m = 0; m < M; m++) {
+        even[m] = _mm512_dpbf16_ps(even[m], (__m512bh)a, (__m512bh)_mm512_loadu_si512(x + m * RUN));
+        odd[m] = _mm512_dpbf16_ps(odd[m], (__m512bh)b, (__m512bh)_mm512_loadu_si512(x + m * RUN + 32));
+    }
+}
+
+// Sums of lanes are put away every 16 runs, so that a row is added up in one order whatever the number of rows of x
+static inline int64_t stretch(int64_t i, int64_t stop) { return (i | 15) + 1 < stop ? (i | 15) + 1 : stop; }
+
+// Codes in groups of up to 64 columns
+template <int KIND> struct Grouped : ByRuns {
+    static constexpr int SUMS = 2;
+    const Weight w;
+    const Decode<KIND> decode;
+    const int64_t runs, bytes, row, step;  // of a row; of a run, of a row; groups of a run
+    const Scales left, right;              // of its halves
+    explicit Grouped(const Weight& weight) : w(weight), decode(w), runs(w.k / RUN), bytes(8 * w.bits), row(runs * bytes), step(64 / w.group),
+          left((step + 1) / 2), right((step + 1) / 2, step / 2) {}
+    static int64_t span(int64_t rows) { return 256 / rows; }
+
+    template <int M, int>
+    inline void add(int64_t r, int64_t i, int64_t stop, bool rows, const uint16_t* x, __m512 (*sums)[M * SUMS]) const {
+        __m512* total = sums[0];
+        const int64_t ahead = rows ? 2 * row : AHEAD, scales = rows ? 2 * runs * step * (w.narrow ? 2 : 4) : AHEAD / 4;
+        const uint8_t* p = w.codes + r * row + i * bytes;
         const __m512 zero = _mm512_setzero_ps();
-        const int64_t step = 32 / w.group;  // groups of half a run
-        const Scales left(step), right(step, step);
-        __m512 other[M];
-        for (int m = 0; m < M; m++) other[m] = zero;
-        for (int64_t c = 0, i = first; c < w.k; c += 64, i += 2 * step, p += bytes) {
+        __m512 even[M], odd[M];
+        for (int m = 0; m < M; m++) even[m] = total[m], odd[m] = total[M + m];
+        for (int64_t g = (r * runs + i) * step; i < stop; i++, g += step, p += bytes) {
             __m512i a, b;
-            _mm_prefetch((const char*)p + AHEAD, _MM_HINT_T0);
+            _mm_prefetch((const char*)p + ahead, _MM_HINT_T0);
             decode.two(p, a, b);
-            const __m512 found = Scales::fetched(w, i, first_of(2 * step)), s = left(found), t = right(found);
+            const __m512 found = Scales::fetched(w, g, first_of(step), scales), s = left(found), t = right(found);
             for (int m = 0; m < M; m++) {
-                const __m512 u = _mm512_dpbf16_ps(zero, (__m512bh)a, (__m512bh)_mm512_loadu_si512(x + m * w.k + c));
-                const __m512 v = _mm512_dpbf16_ps(zero, (__m512bh)b, (__m512bh)_mm512_loadu_si512(x + m * w.k + c + 32));
-                total[m] = _mm512_fmadd_ps(u, s, total[m]);
-                other[m] = _mm512_fmadd_ps(v, t, other[m]);
+                const __m512i* at = (const __m512i*)(x + (i * M + m) * RUN);
+                const __m512 u = _mm512_dpbf16_ps(zero, (__m512bh)a, (__m512bh)_mm512_loadu_si512(at));
+                const __m512 v = _mm512_dpbf16_ps(zero, (__m512bh)b, (__m512bh)_mm512_loadu_si512(at + 1));
+                even[m] = _mm512_fmadd_ps(u, s, even[m]), odd[m] = _mm512_fmadd_ps(v, t, odd[m]);
             }
         }
-        for (int m = 0; m < M; m++) total[m] = _mm512_add_ps(total[m], other[m]);
+        for (int m = 0; m < M; m++) total[m] = even[m], total[M + m] = odd[m];
     }
-    finish<M>(w, r, total, sums, y);
+};
+
+// Codes in groups of whole runs
+template <int KIND> struct Runs : ByRuns {
+    static constexpr int SUMS = 1;
+    const Weight w;
+    const Decode<KIND> decode;
+    const int64_t runs, bytes, row, groups, each;  // of a row; of a run, of a row; of a row, runs of a group
+    explicit Runs(const Weight& weight) : w(weight), decode(w), runs(w.k / RUN), bytes(8 * w.bits), row(runs * bytes), groups(w.k / w.group), each(w.group / RUN) {}
+    static int64_t span(int64_t rows) { return 256 / rows; }
+
+    template <int M, int>
+    inline void add(int64_t r, int64_t i, int64_t stop, bool rows, const uint16_t* x, __m512 (*sums)[M * SUMS]) const {
+        __m512* total = sums[0];
+        const int64_t ahead = rows ? 2 * row : AHEAD;
+        const uint8_t* p = w.codes + r * row + i * bytes;
+        __m512 sum[M], even[M], odd[M];
+        for (int m = 0; m < M; m++) sum[m] = total[m], even[m] = odd[m] = _mm512_setzero_ps();
+        for (int64_t g = i / each; i < stop; g++) {
+            const int64_t last = (g + 1) * each < stop ? (g + 1) * each : stop;
+            const __m512 s = _mm512_set1_ps(at(w.scale, w.narrow, r * groups + g));
+            while (i < last) {
+                for (const int64_t end = stretch(i, last); i < end; i++, p += bytes) {
+                    __m512i a, b;
+                    _mm_prefetch((const char*)p + ahead, _MM_HINT_T0);
+                    decode.two(p, a, b);
+                    meet<M>(a, b, x + i * M * RUN, even, odd);
+                }
+                for (int m = 0; m < M; m++) sum[m] = _mm512_fmadd_ps(_mm512_add_ps(even[m], odd[m]), s, sum[m]), even[m] = odd[m] = _mm512_setzero_ps();
+            }
+        }
+        for (int m = 0; m < M; m++) total[m] = sum[m];
+    }
+};
+
+// bfloat16
+struct Plain : ByRuns {
+    static constexpr int SUMS = 1;
+    const uint16_t* w;
+    const int64_t runs, row;
+    Plain(const uint16_t* weight, int64_t k) : w(weight), runs(k / RUN), row(2 * k) {}
+    static int64_t span(int64_t rows) { return rows < 8 ? 256 / rows : 16; }
+
+    template <int M, int>
+    inline void add(int64_t r, int64_t i, int64_t stop, bool rows, const uint16_t* x, __m512 (*sums)[M * SUMS]) const {
+        __m512* total = sums[0];
+        const int64_t ahead = rows ? 2 * row : AHEAD;
+        const uint8_t* p = (const uint8_t*)w + r * row + i * 2 * RUN;
+        __m512 even[M], odd[M];
+        for (int m = 0; m < M; m++) even[m] = odd[m] = _mm512_setzero_ps();
+        while (i < stop) {
+            for (const int64_t end = stretch(i, stop); i < end; i++, p += 2 * RUN) {
+                _mm_prefetch((const char*)p + ahead, _MM_HINT_T0);
+                _mm_prefetch((const char*)p + ahead + 64, _MM_HINT_T0);
+                meet<M>(_mm512_loadu_si512(p), _mm512_loadu_si512(p + 64), x + i * M * RUN, even, odd);
+            }
+            for (int m = 0; m < M; m++) total[m] = _mm512_add_ps(total[m], _mm512_add_ps(even[m], odd[m])), even[m] = odd[m] = _mm512_setzero_ps();
+        }
+    }
+};
+
+// M rows of x against n of W; where the first cache does not hold x, blocks of rows meet as much as it holds. finish: what is
+// done with the sums of a row
+template <int M, class Reader, class Finish>
+static void in_blocks(const Reader& reader, int64_t n, int64_t k, const uint16_t* x, const Finish& finish) {
+    constexpr int R = Reader::template AT_ONCE<M>, SUMS = Reader::SUMS * M;
+    constexpr int64_t ROWS = 16;
+    const int64_t span = reader.span(M), block = reader.runs > span ? ROWS : Reader::BLOCK;
+    uint16_t* own = Reader::template arranged<M>(x, k);
+    const uint16_t* held = own ? own : x;
+#pragma omp parallel for schedule(static)
+    for (int64_t first = 0; first < n; first += block) {
+        const Reader w = reader;  // of this thread's own, so that what it knows can stay in registers
+        const int64_t count = n - first < block ? n - first : block;
+        __m512 total[ROWS][SUMS];
+        for (int64_t r = 0; r < count; r++)
+            for (int m = 0; m < SUMS; m++) total[r][m] = _mm512_setzero_ps();
+        for (int64_t i = 0; i < w.runs; i += span) {
+            const int64_t stop = i + span < w.runs ? i + span : w.runs;
+            int64_t r = 0;
+            for (; r + R <= count; r += R) w.template add<M, R>(first + r, i, stop, w.runs > span, held, total + r);
+            for (; r < count; r++) w.template add<M, 1>(first + r, i, stop, w.runs > span, held, total + r);
+        }
+        for (int64_t r = 0; r < count; r++) {
+            for (int m = M; m < SUMS; m++) total[r][m - M] = _mm512_add_ps(total[r][m - M], total[r][m]);
+            finish(first + r, total[r]);
+        }
+    }
+    free(own);
 }
 #else
 template <int KIND> struct Decode { explicit Decode(const Weight&) {} };
-template <int KIND, int M>
-static void row_times(const Weight& w, const Decode<KIND>&, int64_t r, const uint16_t* x, const float*, float* y) {
-    const uint8_t* row = w.codes + r * (w.k / 8) * w.bits;
-    const int64_t groups = w.k / w.group;
-    float total[M] = {};
-    for (int64_t g = 0; g < groups; g++) {
-        const float s = at(w.scale, w.narrow, r * groups + g), z = w.zeros ? at(w.zero, w.narrow, r * groups + g) : 0;
-        for (int64_t c = g * w.group; c < (g + 1) * w.group; c++) {
-            const float v = code_value(w, row, c), value = w.zeros == 1 ? (v - z) * s : v * s - z;
-            for (int m = 0; m < M; m++) total[m] += value * of_bf16(x[m * w.k + c]);
-        }
-    }
-    for (int m = 0; m < M; m++) y[m] = total[m] * w.outer[r];
-}
-#endif
-
-#ifdef WIDE
-template <int M>
-static void rows_times_nibbles(const Weight& w, const uint16_t* x, const float* sums, uint16_t* y) {
-    alignas(64) uint16_t two[32];
-    memcpy(two, w.table, 32), memcpy(two + 16, w.table, 32);
-    const __m512i table = _mm512_load_si512(two);
-    const Scales scales(w.group < 128 ? 128 / w.group : 1);
-    // Rows of W that meet x at once, rows that meet as much of x as the first cache holds, runs of it
-    constexpr int64_t R = M < 4 ? 1 : 2, ROWS = 16, SPAN = 128 / M;
-    const int64_t runs = (w.k + 127) / 128;
-    uint16_t* words = by_words(x, M, w.k);
-#pragma omp parallel for schedule(static)
-    for (int64_t first = 0; first < w.n; first += ROWS) {
-        const int64_t count = w.n - first < ROWS ? w.n - first : ROWS;
-        __m512 total[ROWS][M];
-        for (int64_t r = 0; r < count; r++)
-            for (int m = 0; m < M; m++) total[r][m] = _mm512_setzero_ps();
-        for (int64_t i = 0; i < runs; i += SPAN) {
-            const int64_t stop = i + SPAN < runs ? i + SPAN : runs;
-            int64_t r = 0;
-            for (; r + R <= count; r += R) rows_of_nibbles<M, R>(w, scales, table, first + r, i, stop, words, total + r);
-            for (; r < count; r++) rows_of_nibbles<M, 1>(w, scales, table, first + r, i, stop, words, total + r);
-        }
-        for (int64_t r = 0; r < count; r++) {
-            float found[M];
-            finish<M>(w, first + r, total[r], sums, found);
-            for (int m = 0; m < M; m++) y[m * w.n + first + r] = to_bf16(found[m]);
-        }
-    }
-    free(words);
-}
 #endif
 
 template <int KIND, int M>
 static void rows_times(const Weight& w, const uint16_t* x, const float* sums, uint16_t* y) {
 #ifdef WIDE
-    if (KIND == TABLE32 && w.bits == 4 && (w.group < 128 || w.group % 128 == 0)) return rows_times_nibbles<M>(w, x, sums, y);
-#endif
-    const Decode<KIND> decode(w);
+    const auto finish = [&](int64_t r, __m512* total) {
+        if (w.zeros) take_zeros<M>(w, r * (w.k / w.group), sums, total);
+        for (int m = 0; m < M; m++) y[m * w.n + r] = to_bf16(_mm512_reduce_add_ps(total[m]) * w.outer[r]);
+    };
+    if (KIND == TABLE32 && w.bits == 4 && (w.group < 128 || w.group % 128 == 0)) in_blocks<M>(Nibbles(w), w.n, w.k, x, finish);
+    else if (w.group > 64) in_blocks<M>(Runs<KIND>(w), w.n, w.k, x, finish);
+    else in_blocks<M>(Grouped<KIND>(w), w.n, w.k, x, finish);
+#else
+    const int64_t groups = w.k / w.group;
 #pragma omp parallel for schedule(static)
     for (int64_t r = 0; r < w.n; r++) {
-        float found[M];
-        row_times<KIND, M>(w, decode, r, x, sums, found);
-        for (int m = 0; m < M; m++) y[m * w.n + r] = to_bf16(found[m]);
+        const uint8_t* row = w.codes + r * (w.k / 8) * w.bits;
+        float total[M] = {};
+        for (int64_t g = 0; g < groups; g++) {
+            const float s = at(w.scale, w.narrow, r * groups + g), z = w.zeros ? at(w.zero, w.narrow, r * groups + g) : 0;
+            for (int64_t c = g * w.group; c < (g + 1) * w.group; c++) {
+                const float v = code_value(w, row, c), value = w.zeros == 1 ? (v - z) * s : v * s - z;
+                for (int m = 0; m < M; m++) total[m] += value * of_bf16(x[m * w.k + c]);
+            }
+        }
+        for (int m = 0; m < M; m++) y[m * w.n + r] = to_bf16(total[m] * w.outer[r]);
     }
+#endif
 }
 
 template <int KIND>
@@ -271,49 +355,22 @@ static std::vector<float> group_sums(const uint16_t* x, int64_t count, int64_t l
     return out;
 }
 
-#ifdef WIDE
-// x: [rows, k] -> [runs of 64, rows, 64]: rows that lie a power of two apart push one another out of a cache
-static uint16_t* by_runs(const uint16_t* x, int64_t rows, int64_t k) {
-    uint16_t* out = (uint16_t*)aligned_alloc(64, rows * k * 2);
-    for (int64_t c = 0; c < k; c += 64)
-        for (int64_t m = 0; m < rows; m++) memcpy(out + c * rows + m * 64, x + m * k + c, 128);
-    return out;
-}
-#endif
-
 // M rows of x against W in bfloat16
 template <int M>
 static void dense_rows(const uint16_t* w, int64_t n, int64_t k, const uint16_t* x, uint16_t* y) {
-    uint16_t* runs = nullptr;
 #ifdef WIDE
-    if (M > 1) x = runs = by_runs(x, M, k);
-#endif
-#pragma omp parallel for schedule(static)
-    for (int64_t r = 0; r < n; r++) {
-        const uint16_t* p = w + r * k;
-        float found[M];
-#ifdef WIDE
-        __m512 even[M], odd[M];
-        for (int m = 0; m < M; m++) even[m] = odd[m] = _mm512_setzero_ps();
-        for (int64_t c = 0; c < k; c += 64) {
-            _mm_prefetch((const char*)(p + c) + AHEAD, _MM_HINT_T0);
-            _mm_prefetch((const char*)(p + c) + AHEAD + 64, _MM_HINT_T0);
-            const __m512i a = _mm512_loadu_si512(p + c), b = _mm512_loadu_si512(p + c + 32);
-            for (int m = 0; m < M; m++) {
-                even[m] = _mm512_dpbf16_ps(even[m], (__m512bh)a, (__m512bh)_mm512_loadu_si512(x + c * M + m * 64));
-                odd[m] = _mm512_dpbf16_ps(odd[m], (__m512bh)b, (__m512bh)_mm512_loadu_si512(x + c * M + m * 64 + 32));
-            }
-        }
-        for (int m = 0; m < M; m++) found[m] = _mm512_reduce_add_ps(_mm512_add_ps(even[m], odd[m]));
+    in_blocks<M>(Plain(w, k), n, k, x, [&](int64_t r, __m512* total) {
+        for (int m = 0; m < M; m++) y[m * n + r] = to_bf16(_mm512_reduce_add_ps(total[m]));
+    });
 #else
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < n; r++)
         for (int m = 0; m < M; m++) {
-            found[m] = 0;
-            for (int64_t c = 0; c < k; c++) found[m] += of_bf16(p[c]) * of_bf16(x[m * k + c]);
+            float found = 0;
+            for (int64_t c = 0; c < k; c++) found += of_bf16(w[r * k + c]) * of_bf16(x[m * k + c]);
+            y[m * n + r] = to_bf16(found);
         }
 #endif
-        for (int m = 0; m < M; m++) y[m * n + r] = to_bf16(found[m]);
-    }
-    free(runs);
 }
 
 #define BY_KIND(call)                  \
