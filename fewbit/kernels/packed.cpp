@@ -80,7 +80,8 @@ struct Nibbles {
     template <int M> static uint16_t* arranged(const uint16_t* x, int64_t k) { return by_words(x, M, k); }
 
     template <int M, int R>
-    inline void add(int64_t r, int64_t i, int64_t stop, bool, const uint16_t* x, __m512 (*sums)[M]) const {
+    inline void add(int64_t r, int64_t i, int64_t stop, bool rows, const uint16_t* x, __m512 (*sums)[M]) const {
+        const int64_t ahead = rows ? 2 * R * groups * (w.narrow ? 2 : 4) : AHEAD / 4;  // of scales
         __m512 total[R][M];
         for (int q = 0; q < R; q++)
             for (int m = 0; m < M; m++) total[q][m] = sums[q][m];
@@ -95,10 +96,14 @@ struct Nibbles {
                 _mm_prefetch((const char*)p + 2 * R * row, _MM_HINT_T0);  // the same of rows to come
                 const __m512i codes = _mm512_maskz_loadu_epi16(words, p);
                 for (int j = 0; j < 4; j++) v[q][j] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4 * j), table);
-                s[q] = scales(Scales::fetched(w, (r + q) * groups + g, held));
+                s[q] = scales(Scales::fetched(w, (r + q) * groups + g, held, ahead));
             }
             for (int m = 0; m < M; m++) {
-                const __m512i* at = (const __m512i*)(x + (i * M + m) * 128);
+                __m512i at[4];
+                for (int j = 0; j < 4; j++) {
+                    at[j] = _mm512_load_si512(x + (i * M + m) * 128 + 32 * j);
+                    if (R > 1) asm("" : "+v"(at[j]));  // or it is loaded again for each row
+                }
                 for (int q = 0; q < R; q++) {
                     __m512 even = _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)v[q][0], (__m512bh)at[0]);
                     __m512 odd = _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)v[q][1], (__m512bh)at[1]);
