@@ -123,7 +123,7 @@ def compare(given: argparse.Namespace) -> None:
     if model.suffix == ".gguf":
         import fewbit
 
-        dense = given.folder / "dense"
+        dense = given.folder / f"{model.stem}-dense"
         if not dense.exists():
             fewbit.convert(model, dense, "dense")
     held: dict[str, list[dict[str, float]]] = {name: [] for name in ["peer", *names]}
