@@ -69,10 +69,9 @@ def offered(x: Tensor, how: Rounding) -> Codes | None:
         return None
     made, codes = x.fewbit_codes  # type: ignore[attr-defined]
     wanted.how = how
-    if made == how:
-        return codes  # type: ignore[no-any-return]
-    assert codes is None or not wanted.codes_only, f"codes of {made} are all there is, and {how} was asked for"
-    return None
+    alone = codes is not None and wanted.codes_only
+    assert made == how or not alone, f"codes of {made} are all there is, and {how} was asked for"
+    return codes if made == how else None
 
 
 @cache

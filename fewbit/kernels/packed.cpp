@@ -37,7 +37,7 @@ struct Scales {
 
 // Readers know how W lies. `add` brings runs from i to `stop` of R rows of W, from r on, times M rows of x to their sums, SUMS
 // of each, which are added up at the end; `rows` says that other rows come next, not more of these. `arranged` is x as a reader
-// takes it, null where it may stay. span: runs of M rows of x that the first cache holds. BLOCK: rows of W finished together.
+// takes it, null where it may stay. span: runs of M rows of x that the first cache holds. TOGETHER: rows of W finished at once.
 
 // x: [rows, k] -> [runs of 128, rows, 4, 32], zeros behind k: word i of a run's j-th part is its column 4i + j
 static uint16_t* by_words(const uint16_t* x, int64_t rows, int64_t k) {
@@ -65,7 +65,7 @@ static uint16_t* by_words(const uint16_t* x, int64_t rows, int64_t k) {
 // Codes of 4 bits, 128 columns at a time: word i of 32 holds columns 4i to 4i + 3, and looking a word up in a table that is
 // there twice leaves out what lies above its lowest 4 bits
 struct Nibbles {
-    static constexpr int SUMS = 1, BLOCK = 16;
+    static constexpr int SUMS = 1, TOGETHER = 16;
     template <int M> static constexpr int AT_ONCE = M < 4 ? 1 : 2;
     const Weight w;
     const int64_t row, runs, groups, each;  // bytes of a row; of a row, groups of a run
@@ -129,7 +129,7 @@ static uint16_t* by_runs(const uint16_t* x, int64_t rows, int64_t k) {
 // What reads runs of 64 columns, a row at a time
 static const int64_t RUN = 64;
 struct ByRuns {
-    static constexpr int BLOCK = 1;
+    static constexpr int TOGETHER = 1;
     template <int M> static constexpr int AT_ONCE = 1;
     template <int M> static uint16_t* arranged(const uint16_t* x, int64_t k) { return M > 1 ? by_runs(x, M, k) : nullptr; }
 };
@@ -240,19 +240,19 @@ struct Plain : ByRuns {
     }
 };
 
-// M rows of x against n of W; where the first cache does not hold x, blocks of rows meet as much as it holds. finish: what is
+// M rows of x against n of W; where the first cache does not hold x, several rows meet as much as it holds. finish: what is
 // done with the sums of a row
 template <int M, class Reader, class Finish>
-static void in_blocks(const Reader& reader, int64_t n, int64_t k, const uint16_t* x, const Finish& finish) {
+static void in_spans(const Reader& reader, int64_t n, int64_t k, const uint16_t* x, const Finish& finish) {
     constexpr int R = Reader::template AT_ONCE<M>, SUMS = Reader::SUMS * M;
     constexpr int64_t ROWS = 16;
-    const int64_t span = reader.span(M), block = reader.runs > span ? ROWS : Reader::BLOCK;
+    const int64_t span = reader.span(M), many = reader.runs > span ? ROWS : Reader::TOGETHER;
     uint16_t* own = Reader::template arranged<M>(x, k);
     const uint16_t* held = own ? own : x;
 #pragma omp parallel for schedule(static)
-    for (int64_t first = 0; first < n; first += block) {
+    for (int64_t first = 0; first < n; first += many) {
         const Reader w = reader;  // of this thread's own, so that what it knows can stay in registers
-        const int64_t count = n - first < block ? n - first : block;
+        const int64_t count = n - first < many ? n - first : many;
         __m512 total[ROWS][SUMS];
         for (int64_t r = 0; r < count; r++)
             for (int m = 0; m < SUMS; m++) total[r][m] = _mm512_setzero_ps();
@@ -280,9 +280,9 @@ static void rows_times(const Weight& w, const uint16_t* x, const float* sums, ui
         if (w.zeros) take_zeros<M>(w, r * (w.k / w.group), sums, total);
         for (int m = 0; m < M; m++) y[m * w.n + r] = to_bf16(_mm512_reduce_add_ps(total[m]) * w.outer[r]);
     };
-    if (KIND == TABLE32 && w.bits == 4 && (w.group < 128 || w.group % 128 == 0)) in_blocks<M>(Nibbles(w), w.n, w.k, x, finish);
-    else if (w.group > 64) in_blocks<M>(Runs<KIND>(w), w.n, w.k, x, finish);
-    else in_blocks<M>(Grouped<KIND>(w), w.n, w.k, x, finish);
+    if (KIND == TABLE32 && w.bits == 4 && (w.group < 128 || w.group % 128 == 0)) in_spans<M>(Nibbles(w), w.n, w.k, x, finish);
+    else if (w.group > 64) in_spans<M>(Runs<KIND>(w), w.n, w.k, x, finish);
+    else in_spans<M>(Grouped<KIND>(w), w.n, w.k, x, finish);
 #else
     const int64_t groups = w.k / w.group;
 #pragma omp parallel for schedule(static)
@@ -364,7 +364,7 @@ static std::vector<float> group_sums(const uint16_t* x, int64_t count, int64_t l
 template <int M>
 static void dense_rows(const uint16_t* w, int64_t n, int64_t k, const uint16_t* x, uint16_t* y) {
 #ifdef WIDE
-    in_blocks<M>(Plain(w, k), n, k, x, [&](int64_t r, __m512* total) {
+    in_spans<M>(Plain(w, k), n, k, x, [&](int64_t r, __m512* total) {
         for (int m = 0; m < M; m++) y[m * n + r] = to_bf16(_mm512_reduce_add_ps(total[m]));
     });
 #else
