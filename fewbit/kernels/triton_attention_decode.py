@@ -22,6 +22,7 @@ from fewbit.kernels.triton_attention_parts import (
     opening,
     padded,
     paged,
+    pairs,
     precision,
     processors,
     scaled,
@@ -40,7 +41,7 @@ class KeyTile:
 
     numbers: int
     tokens: int  # at most
-    stages: int  # tiles on their way are one less
+    stages: int  # tiles of 16 bits on their way are one less
     programs: int  # that share a multiprocessor
 
 
@@ -51,7 +52,8 @@ MOST_HEADS = 64  # queries of a program
 SMALL, ALONE = KeyTile(4096, 64, 4, 3), KeyTile(16384, 128, 3, 1)
 PAIR, CROWD = KeyTile(8192, 64, 3, 2), KeyTile(8192, 64, 2, 4)
 # Parts there is room for, tokens of one that are worth it, tile. The fewer texts share a multiprocessor, the more of
-# each had better be on its way at once, unless they are codes: making numbers of them takes longer than they do.
+# each had better be on its way at once. Beside a program that is ALONE there is no room for the next kernel's, which
+# would ask for weights before it has its keys.
 SPLITS = ((48, 32, SMALL), (16, 256, ALONE), (4, 1024, ALONE), (2, inf, PAIR), (0, inf, CROWD))
 WARPS = 4
 GATHERED = 16384  # numbers that so many warps gather in registers; more take twice the warps
@@ -88,7 +90,6 @@ def shape(query: Tensor, cache: Cache, table: Table, window: int | None) -> Shap
         least = tokens
     else:
         asked, tile = next((least, tile) for room, least, tile in SPLITS if wanted >= room)
-        tile = PAIR if tile is ALONE and cache.key.element_size() == 1 else tile
         least, (tokens, stages) = int(min(asked, reach)), cut(query, cache, tile)
     parts = max(1, min(-(-reach // least), wanted, MOST_PARTS))
     parts = 1 << parts.bit_length() - 1  # few values: each is compiled for
@@ -100,9 +101,11 @@ def cut(query: Tensor, cache: Cache, tile: KeyTile) -> tuple[int, int]:
     """-> tokens and stages of a tile: of this one, or as far as there is room for it."""
     tokens = min(tile.tokens, max(16, tile.numbers // padded(cache.key.shape[2])))
     tokens = 16 if query.dtype == torch.float32 else tokens  # without matrix units larger tiles spill
-    held = (tile.stages - 1) * tokens * tiled(cache) * cache.key.element_size()
+    size = cache.key.element_size()
+    stages = 1 + (tile.stages - 1) * (2 if size == 1 else 1)  # of codes as many bytes on their way
+    held = (stages - 1) * tokens * tiled(cache) * size
     if held <= shared_bytes(query.device) // tile.programs - SPARE:
-        return tokens, tile.stages
+        return tokens, stages
     return cut(query, cache, SMALL) if tile is ALONE else (tokens, 2)
 
 
@@ -142,8 +145,8 @@ def run(
         window, softcap, heads, query.stride(2), query.stride(1), *cache.key.stride()[:2], *cache.value.stride()[:2],
         *out.stride()[:2], table.pages.stride(0), key_heads, how.parts, how.least, SPLIT=how.parts > 1,
         TOKENS=how.tokens, GROUP=heads // key_heads, BLOCKS=how.blocks, HEADS=how.heads, SIZE=table.size,
-        PRECISION=precision(query.dtype), P=p, GROUPED=group, MANY=many, num_warps=how.warps, num_stages=how.stages,
-        **dims, **early(query.device),
+        PRECISION=precision(query.dtype), P=p, PAIRS=pairs(query.device), GROUPED=group, MANY=many,
+        num_warps=how.warps, num_stages=how.stages, **dims, **early(query.device),
     )  # fmt: skip
     if how.parts > 1 and not itself:
         many = FEW_PARTS if how.parts <= FEW_PARTS else MOST_PARTS
@@ -173,8 +176,8 @@ def _part(
     v_head, o_row, o_head, p_row, key_heads, parts, least,
     GROUP: tl.constexpr, BLOCKS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr,
     SPLIT: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DR: tl.constexpr, DP: tl.constexpr,
-    DVP: tl.constexpr, DRP: tl.constexpr, SHARED: tl.constexpr, P: tl.constexpr, GROUPED: tl.constexpr,
-    MANY: tl.constexpr, EARLY: tl.constexpr,
+    DVP: tl.constexpr, DRP: tl.constexpr, SHARED: tl.constexpr, P: tl.constexpr, PAIRS: tl.constexpr,
+    GROUPED: tl.constexpr, MANY: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     let_next(EARLY)
     request = tl.program_id(0)
@@ -187,8 +190,8 @@ def _part(
     whole, opened = first + step >= length, first
     first += part * step
     last = tl.minimum(first + step, length)
-    if SPLIT:
-        one = one & ((first < last) | ((length == 0) & (part == 0)))
+    if SPLIT and (part > 0) & (first >= last):  # the first part of each text stays and waits
+        return
     pages += request.to(tl.int64) * p_row
     page = paged(pages, first, last, SIZE, TOKENS)
     scaling, unit = scaled(scaling, key_measured, kin), scaled(1.0, value_measured, kin)
@@ -215,7 +218,7 @@ def _part(
     acc, total, top = walk(
         q, rest, tl.zeros([HEADS, DVP], tl.float32), total, top, first, last, last, place, window, pages, page,
         key + kin * k_head, value + kin * v_head, key_scale, value_scale, k_slot, v_slot, key_heads,
-        scaling, softcap, True, SIZE, TOKENS, D, DV, DR, DP, DVP, DRP, SHARED, PRECISION, P, True,
+        scaling, softcap, True, SIZE, TOKENS, D, DV, DR, DP, DVP, DRP, SHARED, PRECISION, P, PAIRS,
     )  # fmt: skip
     if P > 0.0:
         acc = acc / P

@@ -11,7 +11,8 @@ product of its own that joins the scores: 512 + 64 numbers of a latent are not p
 
 PAIRS: codes of a byte are read two at a time, since matrix units are fed 16 bits at a time, and become float16, which
 holds them all and which GPUs make of two at once. Queries and weights follow, brought to its range by powers of two and
-by the largest scale. A product then has two halves: the even and the odd numbers of a head.
+by the largest scale. A product then has two halves: the even and the odd numbers of a head. "ptx": by the instructions
+of NVIDIA's GPUs, a third of what Triton makes of the same, which is "triton".
 """
 
 from functools import cache as once
@@ -20,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fewbit.kernels.cache import Cache
+from fewbit.kernels.cache import E4M3_SINCE, Cache
 from fewbit.kernels.triton_attention import split
 from fewbit.kernels.triton_runtime import power
 
@@ -28,6 +29,28 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1e30)
 LEAST = tl.constexpr(2.0**-6)  # below it e4m3 has one step
 SMALL = tl.constexpr(1.5 * 2.0**14)  # what is added to it and taken away again is rounded to multiples of 2^-9
+
+# Four codes of $2, bytes 0 and 2 to $0 and 1 and 3 to $1, as pairs of float16.
+E4M3_PTX = tl.constexpr("""{
+    .reg .b32 four; .reg .b16 lower, upper;
+    prmt.b32 four, $2, 0, 0x3120;
+    mov.b32 {lower, upper}, four;
+    cvt.rn.f16x2.e4m3x2 $0, lower;
+    cvt.rn.f16x2.e4m3x2 $1, upper;
+}""")
+E5M2_PTX = tl.constexpr("""
+    prmt.b32 $0, $2, 0, 0x2404;
+    and.b32 $1, $2, 0xFF00FF00;
+""")
+INT8_PTX = tl.constexpr("""{
+    .reg .b32 four, lower, upper, bias;
+    mov.b32 bias, 0x64806480;
+    xor.b32 four, $2, 0x80808080;
+    prmt.b32 lower, four, 0x64646464, 0x4240;
+    prmt.b32 upper, four, 0x64646464, 0x4341;
+    sub.f16x2 $0, lower, bias;
+    sub.f16x2 $1, upper, bias;
+}""")
 
 
 @triton.jit
@@ -60,9 +83,13 @@ def as_e4m3(x):
 
 
 @triton.jit
-def halves(pairs, CODE: tl.constexpr):
+def halves(pairs, CODE: tl.constexpr, PAIRS: tl.constexpr):
     """int16 -> the lower and the upper code of each, as float16."""
-    if CODE.is_int():  # 0x6400 is 1024 in float16, whose last bit is 1 there
+    if PAIRS == "ptx":
+        asm: tl.constexpr = INT8_PTX if CODE.is_int() else E5M2_PTX if CODE.is_fp8e5() else E4M3_PTX
+        lower, upper = tl.inline_asm_elementwise(asm, "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True,
+                                                 pack=2)  # fmt: skip
+    elif CODE.is_int():  # 0x6400 is 1024 in float16, whose last bit is 1 there
         lower = ((pairs & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
         upper = (((pairs >> 8) & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
     else:
@@ -139,7 +166,7 @@ def walk(
     are what they are in 16 bits.
     """
     CODE: tl.constexpr = key.dtype.element_ty
-    PAIRED: tl.constexpr = (PAIRS and not SHARED and CODE.primitive_bitwidth == 8 and query.dtype != tl.float32
+    PAIRED: tl.constexpr = (PAIRS != "" and not SHARED and CODE.primitive_bitwidth == 8 and query.dtype != tl.float32
                             and D % 2 + DV % 2 == 0 and DP >= 32 and DVP >= 32)  # fmt: skip
     EACH: tl.constexpr = 2 if PAIRED else 1
     d = tl.arange(0, DP // EACH)
@@ -164,7 +191,7 @@ def walk(
         else:
             keys = tl.load(k_at)
         if PAIRED:
-            keys, odd_keys = halves(keys, CODE)
+            keys, odd_keys = halves(keys, CODE, PAIRS)
             scores = tl.dot(odd_query, odd_keys, tl.dot(query, keys))
         else:
             keys = floats(keys, query)
@@ -213,7 +240,7 @@ def walk(
             else:
                 values = tl.load(v_at)
             if PAIRED:
-                values, odd_values = halves(values, CODE)
+                values, odd_values = halves(values, CODE, PAIRS)
                 acc = tl.dot(weights.to(tl.float16), values, acc * fade[:, None])
                 odd_acc = tl.dot(weights.to(tl.float16), odd_values, odd_acc * fade[:, None])
                 if value_scale is not None:
@@ -242,6 +269,13 @@ def tiled(cache: Cache) -> int:
     """Numbers of a token that tiles hold: of its key, and of a value that is not in it."""
     value_size, size, rest = split(cache)
     return padded(size) + (padded(rest) if rest else 0) + (0 if cache.shared else padded(value_size))
+
+
+@once
+def pairs(device: torch.device) -> str:
+    """PAIRS there."""
+    able = device.type == "cuda" and torch.version.cuda is not None
+    return "ptx" if able and torch.cuda.get_device_capability(device) >= E4M3_SINCE else "triton"
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -153,19 +153,19 @@ def _block(
         acc, total, top = walk(
             q, rest, acc, total, top, first, middle, length, at, window, pages, page, key, value, key_scale,
             value_scale, k_slot, v_slot, key_heads, scaling, softcap, True, SIZE, TOKENS, D, DV, DR, DP, DVP, DRP,
-            SHARED, PRECISION, P, False,
+            SHARED, PRECISION, P, "",
         )  # fmt: skip
     page = paged(pages, middle, common, SIZE, TOKENS)
     acc, total, top = walk(
         q, rest, acc, total, top, middle, common, length, at, window, pages, page, key, value, key_scale, value_scale,
         k_slot, v_slot, key_heads, scaling, softcap, False, SIZE, TOKENS, D, DV, DR, DP, DVP, DRP, SHARED, PRECISION,
-        P, False,
+        P, "",
     )  # fmt: skip
     page = paged(pages, common, highest, SIZE, TOKENS)
     acc, total, top = walk(
         q, rest, acc, total, top, common, highest, length, at, window, pages, page, key, value, key_scale, value_scale,
         k_slot, v_slot, key_heads, scaling, softcap, True, SIZE, TOKENS, D, DV, DR, DP, DVP, DRP, SHARED, PRECISION,
-        P, False,
+        P, "",
     )  # fmt: skip
     if P > 0.0:
         acc = acc / P

@@ -1,10 +1,10 @@
 """Kernels that may begin before the last one ends: between the small ones of a step, launching is half of the time.
 
 Where a GPU can do that (compute capability 9.0), a kernel's first act is to let the next one be launched, and then it
-waits until all that the ones before it have written is there. No program may write or leave before. Read may be what no
-such kernel has made: weights, and what plain kernels or copies have (where texts lie, rotary tables), for those wait as
-ever and are waited for. So a chain of such reads, half of what a small kernel takes, goes between `let_next` and
-`await_last`; `begin` is both.
+waits until all that the ones before it have written is there. No program may write before that; some may leave, but not
+all. Read may be what no such kernel has made: weights, and what plain kernels or copies have (where texts lie, rotary
+tables), for those wait as ever and are waited for. So a chain of such reads, half of what a small kernel takes, goes
+between `let_next` and `await_last`; `begin` is both.
 """
 
 from functools import cache

@@ -157,8 +157,6 @@ def act_mul(
     gate, up = gate.reshape(-1, n), up.reshape(-1, n)
     rows = gate.shape[0]
     how, near = agreed(wanted.how, rows) if wanted and wanted.how and n <= LONGEST else (None, None)
-    if wanted and wanted.mail is None and gate.is_cuda and not torch.cuda.is_current_stream_capturing():
-        wanted.mail = mail(gate.device)  # in a graph it would be made anew each time
     keep = how is None or wanted is None or not wanted.codes_only
     y = gate.new_empty(shape) if keep else nothing(gate.dtype, gate.device).expand(shape)
     by_row, *by_column = scales or (None, None, None)
@@ -174,6 +172,8 @@ def act_mul(
     else:
         codes = room(y, how)
         assert wanted is not None
+        if wanted.mail is None and gate.is_cuda and not torch.cuda.is_current_stream_capturing():
+            wanted.mail = mail(gate.device)  # in a graph it would be made anew each time
         share = min(PIECES, cdiv(n, PIECE)) if rows <= FEW and wanted.mail is not None and near is None else 1
         block, steps, warps = _shape(cdiv(n, share), rows)
         _act_mul_round[(rows * share,)](
