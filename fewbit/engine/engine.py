@@ -24,8 +24,9 @@ from fewbit.engine.pages import PagePool
 from fewbit.engine.params import SamplingParams
 from fewbit.engine.request import PENDING, Delta, Finish, Request, Stream
 from fewbit.engine.runner import Logits
-from fewbit.engine.sampler import Drawn, Row, Sampled, Sampler, prompt_logprobs
+from fewbit.engine.sampler import Drawn, Sampled, Sampler, prompt_logprobs
 from fewbit.engine.sampler_edits import edited
+from fewbit.engine.sampler_row import Row
 from fewbit.engine.scheduler import Scheduler, Work
 from fewbit.engine.start import Loaded, load
 from fewbit.engine.text import Detokenizer, token_text

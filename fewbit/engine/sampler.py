@@ -12,23 +12,11 @@ import torch
 from torch import Tensor
 
 from fewbit.engine.outputs import Logprob
-from fewbit.engine.params import SamplingParams
 from fewbit.engine.sampler_draw import draw
 from fewbit.engine.sampler_edits import edit, edited
+from fewbit.engine.sampler_row import Row
 from fewbit.engine.transfer import Reading, sent
 from fewbit.kernels.triton_runtime import lacking
-
-
-@dataclass(slots=True)
-class Row:
-    """One continuation at one step. ends: the model's own end tokens, banned until min_tokens are there."""
-
-    params: SamplingParams
-    prompt: Sequence[int]
-    output: Sequence[int]
-    seed: int
-    allowed: Tensor | None = None  # [ceil(V / 32)] int32
-    ends: Sequence[int] | frozenset[int] = ()
 
 
 @dataclass(slots=True)

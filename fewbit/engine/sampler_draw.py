@@ -7,15 +7,12 @@ from its own seed and step.
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fewbit.engine.sampler_row import Row
 from fewbit.engine.transfer import sent
-
-if TYPE_CHECKING:
-    from fewbit.engine.sampler import Row
 
 SCALE = float(1 << 40)  # times 2**19 tokens still fits int64
 CACHED = 8192  # logits of a row beyond which a CPU is twice as fast row by row
@@ -28,13 +25,13 @@ def uniform(seed: int, step: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
 
 
-def draw(logits: Tensor, rows: Sequence["Row"]) -> Tensor:
+def draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """logits: [R, V] f32 -> [R] int64."""
     each = 1 if logits.device.type == "cpu" and logits.shape[1] > CACHED else max(1, HELD // logits.shape[1])
     return torch.cat([_draw(logits[i : i + each], rows[i : i + each]) for i in range(0, len(rows), each)])
 
 
-def _draw(logits: Tensor, rows: Sequence["Row"]) -> Tensor:
+def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     values = [[row.params.temperature, row.params.min_p, row.params.top_p, uniform(row.seed, len(row.output))]
               for row in rows]  # fmt: skip
     heat, min_p, top_p, chance = sent(values, torch.float64, logits.device).T.unsqueeze(-1)

@@ -5,30 +5,27 @@ Bias and penalties touch few logits: those are listed on the host, for all rows,
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fewbit.engine import sampler_masks as masks
-
-if TYPE_CHECKING:
-    from fewbit.engine.sampler import Row
+from fewbit.engine.sampler_row import Row
 
 
-def edited(row: "Row") -> bool:
+def edited(row: Row) -> bool:
     return masks.masked(row) or bool(row.params.logit_bias) or _penalized(row)
 
 
-def edit(logits: Tensor, rows: Sequence["Row"]) -> None:
+def edit(logits: Tensor, rows: Sequence[Row]) -> None:
     """Change logits [B, V] f32 in place."""
     _mask(logits, rows)
     _bias(logits, rows)
     _penalize(logits, rows)
 
 
-def _mask(logits: Tensor, rows: Sequence["Row"]) -> None:
+def _mask(logits: Tensor, rows: Sequence[Row]) -> None:
     chosen = [i for i, row in enumerate(rows) if masks.masked(row)]
     if not chosen:
         return
@@ -38,7 +35,7 @@ def _mask(logits: Tensor, rows: Sequence["Row"]) -> None:
     logits[where] = logits[where].masked_fill(banned, -torch.inf)
 
 
-def _bias(logits: Tensor, rows: Sequence["Row"]) -> None:
+def _bias(logits: Tensor, rows: Sequence[Row]) -> None:
     chosen = [i for i, row in enumerate(rows) if row.params.logit_bias]
     if not chosen:
         return
@@ -50,7 +47,7 @@ def _bias(logits: Tensor, rows: Sequence["Row"]) -> None:
     view[at] = view[at] + torch.from_numpy(add).to(logits.device)
 
 
-def _penalize(logits: Tensor, rows: Sequence["Row"]) -> None:
+def _penalize(logits: Tensor, rows: Sequence[Row]) -> None:
     chosen = [i for i, row in enumerate(rows) if _penalized(row)]
     if not chosen:
         return
@@ -64,12 +61,12 @@ def _penalize(logits: Tensor, rows: Sequence["Row"]) -> None:
     view[at] = torch.where(now > 0, now / factor, now * factor) - less
 
 
-def _penalized(row: "Row") -> bool:
+def _penalized(row: Row) -> bool:
     params = row.params
     return params.repetition_penalty != 1 or bool(params.frequency_penalty or params.presence_penalty)
 
 
-def _seen(row: "Row") -> Counter[int]:
+def _seen(row: Row) -> Counter[int]:
     """How often each token stands in the output; with a repetition penalty the prompt's too, as 0 times."""
     found = Counter(row.output)
     if row.params.repetition_penalty != 1:
@@ -82,7 +79,7 @@ def _places(row: int, ids: "dict[int, float] | Counter[int]", vocab: int) -> np.
     return np.fromiter(ids, np.int64, len(ids)) + row * vocab
 
 
-def _terms(row: "Row", seen: Counter[int]) -> np.ndarray:
+def _terms(row: Row, seen: Counter[int]) -> np.ndarray:
     """-> [2, len(seen)] f32: what to divide by, what to take off."""
     counts = np.fromiter(seen.values(), np.float64, len(seen))
     less = row.params.frequency_penalty * counts + row.params.presence_penalty * (counts > 0)

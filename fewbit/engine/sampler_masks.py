@@ -4,26 +4,24 @@ All three are one bit mask a row, int32 words of 32 tokens, made on the host and
 """
 
 import functools
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fewbit.engine.sampler import Row
+from fewbit.engine.sampler_row import Row
 
 
-def masked(row: "Row") -> bool:
+def masked(row: Row) -> bool:
     return row.allowed is not None or row.params.allowed_token_ids is not None or waiting(row)
 
 
-def waiting(row: "Row") -> bool:
+def waiting(row: Row) -> bool:
     """Too short to end yet, and with ends that could be banned."""
     return len(row.output) < row.params.min_tokens and bool(row.ends or row.params.stop_token_ids)
 
 
-def bits(row: "Row", vocab: int) -> np.ndarray:
+def bits(row: Row, vocab: int) -> np.ndarray:
     """-> [ceil(vocab / 32)] uint32."""
     words = _grammar(row, vocab)
     if row.params.allowed_token_ids is not None:
@@ -41,7 +39,7 @@ def open_bits(words: Tensor, vocab: int) -> Tensor:
     return ((words.unsqueeze(-1) >> places) & 1).bool().flatten(1)[:, :vocab]
 
 
-def _grammar(row: "Row", vocab: int) -> np.ndarray:
+def _grammar(row: Row, vocab: int) -> np.ndarray:
     count = (vocab + 31) // 32
     if row.allowed is None:
         words = np.full(count, 0xFFFFFFFF, dtype=np.uint32)

@@ -11,7 +11,8 @@ from fewbit.engine import guided_guard
 from fewbit.engine.guided import Grammars, Matcher
 from fewbit.engine.guided_source import StructuredOutputs
 from fewbit.engine.params import SamplingParams
-from fewbit.engine.sampler import Row, Sampler
+from fewbit.engine.sampler import Sampler
+from fewbit.engine.sampler_row import Row
 from fewbit.errors import RequestError
 from tests.engine.tokenizers import byte_fallback, byte_level
 from tests.yardstick import within

@@ -17,9 +17,10 @@ from transformers.generation.logits_process import (
 
 from fewbit.engine import sampler_draw
 from fewbit.engine.params import SamplingParams
-from fewbit.engine.sampler import Row, Sampled, Sampler, prompt_logprobs
+from fewbit.engine.sampler import Sampled, Sampler, prompt_logprobs
 from fewbit.engine.sampler_draw import draw, uniform
 from fewbit.engine.sampler_edits import edit
+from fewbit.engine.sampler_row import Row
 
 V = 1003  # no multiple of 32, nor of a vector
 torch.set_num_threads(1)

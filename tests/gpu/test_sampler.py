@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fewbit.engine.params import SamplingParams
-from fewbit.engine.sampler import Row, Sampler
+from fewbit.engine.sampler import Sampler
+from fewbit.engine.sampler_row import Row
 from fewbit.kernels.triton_argmax import argmax
 from tests.kernels.test_triton_argmax import named
 
