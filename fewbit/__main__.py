@@ -1,11 +1,32 @@
 """The `fewbit` command and `python -m fewbit`: an interrupt ends quietly from the first import to the last."""
 
+import atexit
+import contextlib
 import os
 import signal
 import sys
+import threading
 
 
 def main() -> None:
+    try:
+        run()
+    except SystemExit as leaving:
+        if leaving.code == 130 and any(thread.daemon for thread in threading.enumerate()):
+            leave(130)
+        raise
+
+
+def leave(code: int) -> None:
+    """End while an engine is being built: Python's own end would stop its thread within C++, which aborts of that."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+def run() -> None:
     heard, told = os.pipe()
     for end in (heard, told):
         os.set_blocking(end, False)

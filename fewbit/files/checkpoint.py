@@ -238,7 +238,7 @@ def _root(folder: Path) -> Path:
 
 
 def _read_object(folder: Path, name: str) -> dict[str, Any]:
-    value = load_json(_inside(folder, name), str(folder / name))
+    value = load_json(_inside(folder, name), str(folder / name), infinite=True)  # configs of state space models hold it
     if not isinstance(value, dict):
         raise CheckpointError(f"{folder / name}: is a JSON {type(value).__name__}, an object is expected")
     return value

@@ -1,4 +1,4 @@
-"""Strict JSON: UTF-8, no duplicate keys, no NaN or Infinity, nesting and size bounded before parsing.
+"""Strict JSON: UTF-8, no duplicate keys, no NaN, no Infinity unless asked for, nesting and size bounded before parsing.
 
 Used for safetensors headers, index files and configs, all of which may come from strangers.
 """
@@ -7,7 +7,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from fewbit.errors import CheckpointError
 from fewbit.files.disk import DiskFile, short
@@ -21,12 +21,14 @@ _SQUARE = bytes.maketrans(b"{}", b"[]")
 _OTHERS = bytes(set(range(256)) - set(b'[]{}"'))
 
 
-def load_json(source: Path | str | bytes | bytearray, where: str, max_bytes: int = 100 << 20) -> Any:
-    """The value in a file (a path) or in bytes; `where` names it in errors."""
+def load_json(
+    source: Path | str | bytes | bytearray, where: str, max_bytes: int = 100 << 20, infinite: bool = False
+) -> Any:
+    """The value in a file (a path) or in bytes; `where` names it in errors. infinite: Infinity is a number."""
     data = source if isinstance(source, (bytes, bytearray)) else _read(Path(source), where, max_bytes)
     _check_size(len(data), where, max_bytes)
     _check_depth(data, where)
-    value = _parse(_decode(data, where), where)
+    value = _parse(_decode(data, where), where, infinite)
     if _SURROGATE.search(data):
         _check_surrogates(value, where)
     return value
@@ -66,14 +68,16 @@ def _decode(data: bytes | bytearray, where: str) -> str:
         raise CheckpointError(f"{where}: not UTF-8 at byte {e.start}") from e
 
 
-def _parse(text: str, where: str) -> Any:
+def _parse(text: str, where: str, infinite: bool) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
             raise CheckpointError(f"{where}: duplicate key {short(_first_repeated([key for key, _ in pairs]))}")
         return found
 
-    def constant(word: str) -> NoReturn:
+    def constant(word: str) -> float:
+        if infinite and word in ("Infinity", "-Infinity"):
+            return float(word)
         raise CheckpointError(f"{where}: {word} is not a JSON number")
 
     def finite(word: str) -> float:

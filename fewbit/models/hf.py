@@ -38,7 +38,8 @@ def read_config(source: Mapping[str, Any], code: Path | None = None) -> PreTrain
 
     code: a folder that is trusted; nothing is imported from it but a type that transformers does not have.
     """
-    raw = {key: value for key, value in source.items() if key not in ("quantization_config", "compression_config")}
+    raw = {key: numbers(value) for key, value in source.items()
+           if key not in ("quantization_config", "compression_config")}  # fmt: skip
     model_type, named = raw.get("model_type"), raw.get("auto_map")
     if model_type not in CONFIG_MAPPING:
         if code is None or not isinstance(named, Mapping) or "AutoConfig" not in named:
@@ -52,6 +53,17 @@ def read_config(source: Mapping[str, Any], code: Path | None = None) -> PreTrain
         return CONFIG_MAPPING[model_type].from_dict(raw)
     except Exception as error:  # config classes validate in ways of their own
         raise CheckpointError(f"config.json: not a config of {model_type}: {error}") from error
+
+
+def numbers(value: Any) -> Any:
+    """With {"__float__": "Infinity"}, as transformers writes what JSON has no number for, as that number."""
+    if isinstance(value, list):
+        return [numbers(one) for one in value]
+    if not isinstance(value, Mapping):
+        return value
+    if list(value) == ["__float__"] and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+        return float(value["__float__"])
+    return {key: numbers(one) for key, one in value.items()}
 
 
 def _unknown(raw: Mapping[str, Any], code: Path | None) -> list[str]:

@@ -1,6 +1,7 @@
 """Strict JSON agrees with the standard library on sound text and refuses the rest in linear time."""
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -83,6 +84,14 @@ def test_hostile_text_takes_linear_time(text: bytes) -> None:
     with pytest.raises(CheckpointError):
         load_json(text, "x")
     assert within(time.process_time() - start, 3)
+
+
+def test_infinity_where_it_is_asked_for() -> None:
+    text = b'{"limit": [0.0, Infinity, -Infinity]}'
+    assert load_json(text, "x.json", infinite=True) == {"limit": [0.0, math.inf, -math.inf]}
+    for other in (b"[NaN]", b"[1e400]"):
+        with pytest.raises(CheckpointError, match="is not a JSON number"):
+            load_json(other, "x.json", infinite=True)
 
 
 def test_size_is_bounded_before_reading(tmp_path: Path) -> None:

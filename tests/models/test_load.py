@@ -1,6 +1,7 @@
 """load: what transformers computes, from a folder that transformers saved; quantized on the way when asked."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,15 @@ def test_a_config_that_makes_no_sense(tmp_path: Path) -> None:
         with pytest.raises((CheckpointError, UnsupportedError), match=r"config\.json"):
             load(tmp_path)
         (tmp_path / "config.json").write_text(before)
+
+
+def test_infinity_in_a_config(tmp_path: Path) -> None:
+    """As transformers writes it now, and as it did: a state space model's limit of a step."""
+    theirs = saved.model("mamba2", time_step_limit=[0.0, math.inf])
+    saved.save(theirs, tmp_path)
+    for limit in ({"__float__": "Infinity"}, math.inf):
+        edit_config(tmp_path, lambda config, limit=limit: config.update(time_step_limit=[0.0, limit]))
+        assert torch.equal(saved.logits(load(tmp_path)), saved.logits(theirs))
 
 
 def test_generation_config_is_read(tmp_path: Path) -> None:

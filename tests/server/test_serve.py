@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,8 @@ import pytest
 from tests.server.served import until
 
 VERB = "import torch; torch.set_num_threads(1); from fewbit.cli.serving import serve; import typer; typer.run(serve)"
+WHOLE = ("import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); sys.argv.insert(1, 'serve'); "
+         "from fewbit.__main__ import main; main()")  # fmt: skip
 DYING = ("from fewbit.engine.engine import Engine; step = Engine.step\n"
          "def fails(self):\n    raise MemoryError('the card is gone')\nEngine.step = fails\n")  # fmt: skip
 
@@ -99,6 +102,16 @@ def test_a_second_interrupt_cuts_off_what_runs(folder: Path, start: Callable[...
         assert child.ended() == 0
         assert isinstance(asked[-1].exception(), httpx.HTTPError)
     assert "Traceback" not in child.said[-1]
+
+
+@pytest.mark.parametrize("after", [0.0, 0.2, 0.4, 0.6])
+def test_an_interrupt_while_loading(folder: Path, after: float) -> None:
+    child = Child(folder, "--port", 0, code=WHOLE)
+    assert child.process.stderr and next(line for line in child.process.stderr if "loading" in line)
+    time.sleep(after)  # the engine's thread is in C++ most of the time
+    child.process.send_signal(signal.SIGINT)
+    assert child.ended(60) in ((130, 0) if after else (130,))  # it may have been up by then
+    assert not {"Traceback", "terminate"} & set(child.said[-1].split())
 
 
 def test_an_engine_that_dies(folder: Path, start: Callable[..., Child]) -> None:
