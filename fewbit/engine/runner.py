@@ -158,7 +158,7 @@ class Paged:
 
     def _logits(self, step: Step, ids: Tensor, positions: Tensor, keep: Tensor | None) -> Tensor:
         asked: dict[str, Any] = {"logits_to_keep": keep} if self.keeps and keep is not None else {}
-        with stepping(step), torch.inference_mode():
+        with stepping(step), torch.no_grad():  # inference mode does not count changes in place: see Merged
             out: Tensor = self.model(
                 input_ids=ids[None], position_ids=positions[None], use_cache=False, **asked
             ).logits[0]
@@ -218,7 +218,7 @@ class Alone:
         start = held if cache is not None and held == work.start == work.stop - 1 else 0
         ids = torch.tensor([stream.tokens[start : work.stop]], device=self.device)
         asked = {self.cache: cache if start else None, "use_cache": True} if self.cache else {"use_cache": False}
-        with torch.inference_mode():
+        with torch.no_grad():
             out = self.model(input_ids=ids, **asked)
         stream.state = (work.stop, getattr(out, self.cache)) if self.cache else None
         logits: Tensor = out.logits[0][[work.start - start + row for row in rows]]

@@ -55,10 +55,15 @@ Codes = tuple[Tensor, Tensor]
 Unscaled = tuple[Tensor, Tensor | None, Tensor | None]  # [..., N], and float32 [M, 1] and [N] that it is to be times
 
 
+def version(x: Tensor) -> int:
+    """How often a tensor was changed in place, as far as torch counts: in inference mode it does not."""
+    return 0 if x.is_inference() else x._version
+
+
 def offer(made: Tensor, wanted: Wanted, codes: Codes | None) -> Tensor:
     """A tensor just made, so that its reader can say how it rounds it, with codes where it has."""
     held: Any = made
-    held.fewbit_wanted, held.fewbit_codes = wanted, (wanted.how, codes)
+    held.fewbit_wanted, held.fewbit_codes = wanted, (wanted.how, codes, version(made))
     return made
 
 
@@ -67,11 +72,11 @@ def offered(x: Tensor, how: Rounding) -> Codes | None:
     wanted: Wanted | None = getattr(x, "fewbit_wanted", None)
     if wanted is None or how.columns or how.given:
         return None
-    made, codes = x.fewbit_codes  # type: ignore[attr-defined]
+    made, codes, then = x.fewbit_codes  # type: ignore[attr-defined]
     wanted.how = how
-    alone = codes is not None and wanted.codes_only
-    assert made == how or not alone, f"codes of {made} are all there is, and {how} was asked for"
-    return codes if made == how else None
+    fits, alone = made == how and then == version(x), codes is not None and wanted.codes_only
+    assert fits or not alone, f"codes of {made} are all there is, and {how} was asked for, or x is another by now"
+    return codes if fits else None
 
 
 @cache

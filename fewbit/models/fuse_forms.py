@@ -23,7 +23,8 @@ from fewbit.modules.norm import TIMES, NormForm
 from fewbit.modules.rotary import FORMS, RotaryForm
 
 LIMIT = 1e-6  # relative, in float32
-REACH = torch.tensor([1.0, 1.0, 30.0, 30.0, 1e3, 1e3])[:, None, None]  # a limit shows only in values beyond it
+REACH = torch.tensor([1.0, 1.0, 30.0, 1e3, 1e5, 1e5])[:, None, None]  # a limit shows only in values beyond it
+SPREAD = torch.tensor([1.0, 30.0, 1e3, 1e5, 1e-2, 1e-3, 1e-3, 1e-4])[:, None, None]  # eps matters in small ones
 HEAD = 16
 Types = tuple[torch.dtype, torch.dtype]
 ALIKE = tuple((dtype, dtype) for dtype in (torch.float32, torch.bfloat16))
@@ -37,7 +38,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 @torch.no_grad()
 def norm_form(module: nn.Module, width: int) -> NormForm | str | None:
     """None: it is nothing like a norm."""
-    x = random(6, 5, width) * torch.tensor([1.0, 30.0, 1e-2, 1e-3, 1e-3, 1e-4])[:, None, None]  # eps matters in some
+    x = random(len(SPREAD), 5, width) * SPREAD
     narrow, small = deepcopy(module).bfloat16(), x.bfloat16()
     wanted, rounded = module(x), narrow(small)
     errors = {f: off(norm.norm(x, *parameters(module), f), wanted) for f in norm_forms(module)}

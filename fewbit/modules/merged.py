@@ -1,7 +1,8 @@
 """Merged linears: those that read one tensor become one multiplication, and each gives its slice of what comes of it.
 
 The first that is called multiplies for all. What it made is kept for the others under the very tensor it read, and let
-go with the last of them; one that is called with another tensor multiplies anew, which is right and slow.
+go with the last of them; one that is called with another tensor, or with one that was changed in place since,
+multiplies anew, which is right and slow.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.errors import SpecError, UnsupportedError
+from fewbit.kernels.input_rounding import version
 from fewbit.kernels.select import select
 from fewbit.modules.linear import Linear, as_run
 from fewbit.modules.watched import watched
@@ -24,11 +26,12 @@ class Merged:
     def __init__(self, linear: Linear, sizes: Sequence[int]):
         self.linear, self.sizes = linear, list(sizes)
         self.x: Tensor | None = None
+        self.version = 0
         self.waiting: list[Tensor | None] = []
 
     def run(self, index: int, x: Tensor) -> Tensor:
-        if x is not self.x or self.waiting[index] is None:
-            self.x, self.waiting = x, list(self.linear(x).split(self.sizes, -1))
+        if x is not self.x or version(x) != self.version or self.waiting[index] is None:
+            self.x, self.version, self.waiting = x, version(x), list(self.linear(x).split(self.sizes, -1))
         y, self.waiting[index] = self.waiting[index], None
         if all(left is None for left in self.waiting):
             self.x, self.waiting = None, []

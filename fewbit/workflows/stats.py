@@ -16,6 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fewbit.algos.algo import Need, Stats
 from fewbit.errors import RequestError, UnsupportedError
+from fewbit.kernels.input_rounding import version
 from fewbit.models.fill import is_stack
 from fewbit.modules.attention import WATCH_KV
 from fewbit.modules.experts import WATCH
@@ -256,8 +257,7 @@ def _has(stack: nn.Module, projection: str) -> bool:
 
 
 def _key(x: Tensor) -> Key:
-    version = 0 if x.is_inference() else x._version
-    return x.data_ptr(), x.shape, x.stride(), x.dtype, x.device, version
+    return x.data_ptr(), x.shape, x.stride(), x.dtype, x.device, version(x)
 
 
 def _agree(held: Held) -> None:

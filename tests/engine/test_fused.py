@@ -18,8 +18,10 @@ from fewbit.models import build
 from fewbit.modules import glu, norm, paged, residual, rotary
 from fewbit.modules.merged import Slice
 from fewbit.modules.norm import Norm
+from tests.compat import small
 from tests.engine.test_engine import GREEDY, drain, prompts, tokens
 from tests.models import saved
+from tests.own_code import with_code
 from tests.tiny import llama
 
 MIXED = Path(__file__).parents[1] / "data" / "gguf-q2_k-llamacpp-qwen2"  # v in another type than q and k
@@ -222,3 +224,36 @@ def test_when_it_is_asked_for() -> None:
 def test_unknown() -> None:
     with pytest.raises(RequestError, match="fusion='of': known are off, auto, strict"):
         EngineConfig.of(model="x", fusion="of")
+
+
+IN_PLACE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
+class OwnConfig(LlamaConfig):
+    model_type = "fewbit_own"
+class OwnMLP(LlamaMLP):
+    scale = 1.0
+    def forward(self, x):
+        gate = self.act_fn(self.gate_proj(x))
+        if self.scale != 1.0:
+            x.mul_(self.scale)
+        return self.down_proj(gate * self.up_proj(x))
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.mlp.__class__ = OwnMLP
+            if layer.self_attn.layer_idx >= 2:  # the twin has no such layer
+                layer.mlp.scale = 1.25
+"""
+
+
+def test_what_is_changed_in_place_between_siblings(tmp_path: Path) -> None:
+    folder = with_code(small.folder(tmp_path / "own", num_hidden_layers=4), IN_PLACE)
+    options = {"trust_remote_code": True, "dtype": "float32"}
+    plain, fused = started(folder, fusion="off", **options), started(folder, **options)
+    assert fused.loaded.model.fewbit_fused.count("merged") == 8
+    assert answers(plain) == answers(fused)
+    for engine in (plain, fused):
+        engine.shutdown()

@@ -14,7 +14,7 @@ from fewbit.engine import proof
 from fewbit.engine.fusion import KINDS
 from fewbit.kernels import attend, fused, packed, rounded, tiles
 from fewbit.kernels.compiled import left_to_torch
-from fewbit.models import build, fuse, fuse_look, hf, twin
+from fewbit.models import build, fuse, fuse_forms, fuse_look, hf, twin
 from fewbit.models.fuse_place import put_back
 from fewbit.models.fuse_values import Decision, Fused, Plan
 from fewbit.models.shrink import shrink
@@ -23,7 +23,7 @@ from fewbit.modules.glu import Gating, GluForm
 from fewbit.modules.latent import LatentForm
 from fewbit.modules.linear import Linear
 from fewbit.modules.merged import Slice
-from fewbit.modules.norm import Norm
+from fewbit.modules.norm import Norm, NormForm
 from fewbit.modules.router import Choice, Groups, RouteForm
 from fewbit.quant.formats import FORMATS
 from tests.models import saved
@@ -217,6 +217,19 @@ GATES: tuple[tuple[str, dict[str, float], Gating, glu.Half], ...] = (
 def test_gates_with_numbers(model_type: str, changes: dict[str, float], found: Gating, half: glu.Half) -> None:
     """Read off the module; a limit is seen although few values are ever beyond it."""
     assert gating(model_type, **changes) == GluForm(found, "gate_up_proj", "", "down_proj", half)
+
+
+def test_a_limit_far_out_is_seen() -> None:
+    """Of what a norm reads and of what a gate does, though hardly any value is ever beyond it."""
+    made = saved.model("llama").model
+    normed, gated = made.norm.forward, made.layers[0].mlp.act_fn.forward
+    assert isinstance(fuse_forms.norm_form(made.norm, made.config.hidden_size), NormForm)
+    made.norm.forward = lambda x: normed(x.clamp(-200, 200))
+    assert "of no norm that is known" in str(fuse_forms.norm_form(made.norm, made.config.hidden_size))
+    names, width = ("gate_proj", "up_proj", "down_proj"), made.config.hidden_size
+    assert isinstance(fuse_forms.glu_form(made.layers[0].mlp, names, width), GluForm)
+    made.layers[0].mlp.act_fn.forward = lambda x: gated(x.clamp(max=3e4))
+    assert "of no gated MLP that is known" in str(fuse_forms.glu_form(made.layers[0].mlp, names, width))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -64,6 +64,15 @@ def test_another_tensor_multiplies_anew() -> None:
         torch.testing.assert_close(slices[i](given), alone[i](given))
 
 
+def test_a_tensor_that_was_changed_in_place_multiplies_anew() -> None:
+    alone, slices = dense(), merge(dense())
+    x = torch.randn(2, 64)
+    with torch.no_grad():
+        for one, slice in zip(alone, slices, strict=True):
+            torch.testing.assert_close(slice(x), one(x))
+            x.mul_(1.25)
+
+
 def test_weights_are_views_that_move_with_the_whole() -> None:
     model = nn.ModuleList(merge(dense()))
     assert [n for n, _ in model.named_parameters()] == ["0.whole.weight", "0.whole.bias"]
