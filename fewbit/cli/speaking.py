@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fewbit.cli.show import Json, Model, shares, table
+from fewbit.cli.show import Json, Model, Trust, shares, table
 
 MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Most tokens of an answer.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")]
@@ -25,11 +25,11 @@ Length = Annotated[int | None, typer.Option("--max-model-len", help="Longest con
 
 def engine_options(
     dtype: Dtype = "auto", device: Device = "auto", quantization: Quantization = None, max_model_len: Length = None,
-    fusion: Fusion = "auto",
+    fusion: Fusion = "auto", trust_remote_code: Trust = False,
 ) -> dict[str, Any]:  # fmt: skip
     """What every verb that starts an engine takes, under EngineConfig's names."""
     return {"dtype": dtype, "device": device, "quantization": quantization, "max_model_len": max_model_len,
-            "fusion": fusion}  # fmt: skip
+            "fusion": fusion, "trust_remote_code": trust_remote_code}  # fmt: skip
 
 
 @shares(engine_options)

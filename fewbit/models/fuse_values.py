@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from fewbit.modules.experts import ATTRIBUTE, Experts
 from fewbit.modules.glu import GluForm
 from fewbit.modules.latent import LatentForm
 from fewbit.modules.mixture import MixtureForm
@@ -89,13 +90,17 @@ class Signature:
     @classmethod
     def of(cls, module: nn.Module, numbers: bool) -> "Signature":
         """numbers: also those attributes that are no sizes."""
-        kind = type(module)
-        children = tuple((name, type(child).__name__) for name, child in module._modules.items())
-        held = tuple((name, p.dim()) for name, p in module._parameters.items() if p is not None)
+        kind, stack = type(module), module._modules.get(ATTRIBUTE)
+        children = tuple((n, type(child).__name__) for n, child in module._modules.items() if n != ATTRIBUTE)
+        held = {name: p.dim() for name, p in module._parameters.items() if p is not None}
+        held |= dict.fromkeys(stack.parts, 3) if isinstance(stack, Experts) else {}  # quantized is as good
         plain = {n: v for n, v in vars(module).items() if type(v) in (bool, float, str) and n[0] != "_"}
         plain.pop("training", None)
         return cls(
-            f"{kind.__module__}.{kind.__qualname__}", children, held, tuple(sorted(plain.items())) if numbers else ()
+            f"{kind.__module__}.{kind.__qualname__}",
+            children,
+            tuple(sorted(held.items())),
+            tuple(sorted(plain.items())) if numbers else (),
         )
 
 

@@ -70,7 +70,8 @@ def _unknown(raw: Mapping[str, Any], code: Path | None) -> list[str]:
     known = f"transformers {VERSION} knows {len(CONFIG_MAPPING.keys())} types"
     near = [f"{known}; architectures says {raw.get('architectures')}"]
     if "auto_map" in raw:
-        would = "trust_remote_code=True would import and run it" if code is None else "none of it is an AutoConfig"
+        trust = "trust_remote_code=True would import and run it (--trust-remote-code)"
+        would = trust if code is None else "none of it is an AutoConfig"
         near.append(f"auto_map names code in the checkpoint; {would}")
     return near
 

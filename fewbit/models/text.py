@@ -32,5 +32,7 @@ def _read(folder: Path, asked: Path, trusted: bool) -> Any:
         return hf.tokenizer(folder, trusted)
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0].strip()
-        more = "; trust_remote_code=True would import and run it" if "custom code" in first else ""
+        more = (
+            "; trust_remote_code=True would import and run it (--trust-remote-code)" if "custom code" in first else ""
+        )
         raise CheckpointError(f"{asked}: no tokenizer can be read: {first}{more}") from error

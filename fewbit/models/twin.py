@@ -113,7 +113,8 @@ def fill(model: nn.Module, source: Memory) -> None:
 
 
 def told(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"
+    reasons = error.reasons if isinstance(error, UnsupportedError) else ()
+    return "; ".join([f"{type(error).__name__}: {first_line(error)}", *reasons])
 
 
 def first_line(error: Exception) -> str:

@@ -10,7 +10,7 @@ from fewbit.models.fuse_count import Counted, counted
 from fewbit.models.fuse_values import Decision, Plan, lines
 from fewbit.models.observe import observe
 from fewbit.models.observe_wiring import Wiring
-from fewbit.models.twin import first_line
+from fewbit.models.twin import told
 from fewbit.models.verify import model_config
 
 
@@ -60,4 +60,4 @@ def fusion(path: str | Path, trust_remote_code: bool = False) -> Fusion:
     try:
         return Fusion(plan, wiring, counted(config))
     except Exception as error:  # what a model's own code raises is the finding
-        return Fusion(plan, wiring, None, f"{type(error).__name__}: {first_line(error)}")
+        return Fusion(plan, wiring, None, told(error))

@@ -15,7 +15,7 @@ from fewbit.engine.params import SamplingParams
 from fewbit.engine.request import Request
 from fewbit.errors import RequestError, UnsupportedError
 from fewbit.models import build
-from fewbit.modules import glu, norm, paged, residual, rotary
+from fewbit.modules import experts, glu, norm, paged, residual, rotary
 from fewbit.modules.merged import Slice
 from fewbit.modules.norm import Norm
 from tests.compat import small
@@ -65,6 +65,19 @@ def test_all_of_an_architecture(model_type: str, tmp_path: Path) -> None:
     plain, fused = (started(folder, dtype="float32", fusion=way) for way in ("off", "strict"))
     assert answers(plain) == answers(fused)
     assert fused.loaded.model.fewbit_fused.count("sums") and fused.loaded.model.fewbit_fused.count("glu")
+    for engine in (plain, fused):
+        engine.shutdown()
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_experts_that_are_quantized(model_type: str, tmp_path: Path) -> None:
+    """They are fused as dense ones are, which the plan has seen."""
+    folder = saved.save(saved.model(model_type), tmp_path)
+    options = {"dtype": "float32", "quantization": "int4-g32"}
+    plain, fused = (started(folder, fusion=way, **options) for way in ("off", "strict"))
+    assert answers(plain) == answers(fused)
+    gates = [path for path, module in fused.loaded.model.named_modules() if hasattr(module, experts.GATE)]
+    assert gates and all(path.endswith("experts") for path in gates)
     for engine in (plain, fused):
         engine.shutdown()
 

@@ -136,6 +136,15 @@ def test_verify(own: Path, cache: Path, tmp_path: Path) -> None:
     assert "none of it is an AutoConfig" in str(fewbit.verify(own, trust_remote_code=True)[0])
 
 
+def test_verbs_that_speak(plain: Path, own: Path, cache: Path) -> None:
+    asked = ["hello", "--max-tokens", "4", "--dtype", "float32"]
+    refused = CliRunner().invoke(app, ["complete", str(own), *asked])
+    assert isinstance(refused.exception, UnsupportedError) and "(--trust-remote-code)" in str(refused.exception)
+    want = CliRunner().invoke(app, ["complete", str(plain), *asked])
+    found = CliRunner().invoke(app, ["complete", str(own), *asked, "--trust-remote-code"])
+    assert found.exit_code == 0 and found.stdout == want.stdout
+
+
 def test_inspect(plain: Path, own: Path, cache: Path, tmp_path: Path) -> None:
     """Headers need no trust; what is read off the architecture does."""
     scales = tmp_path / "scales.st"
@@ -185,3 +194,11 @@ def test_the_flag(verb: str, own: Path, cache: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, (done.output, done.exception)
     if verb.startswith("quantize"):
         assert "--text FILE --trust-remote-code" in done.output
+
+
+def test_why_an_architecture_cannot_be_looked_at(plain: Path) -> None:
+    edit_config(plain, lambda config: config.update(hidden_act="nonsense"))
+    found = fusion(plain)
+    assert found.kernels is None
+    for text in (found.why, found.plan.refused[0].reason):
+        assert "does not compute here" in text and "no twin: KeyError: 'nonsense'" in text
