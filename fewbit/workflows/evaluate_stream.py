@@ -126,4 +126,4 @@ def check_ids(layers: Layers, largest: int, context: int) -> None:
         raise RequestError(f"token {largest} is not in the vocabulary of {layers.source.path}, which has {size}")
     most = getattr(layers.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(most, int) and context > most:
-        raise RequestError(f"context={context}: {layers.source.path} knows {most} positions; a shorter context works")
+        raise RequestError(f"context={context}: {layers.source.path} knows {most} positions; --context {most} works")

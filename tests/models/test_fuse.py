@@ -219,6 +219,11 @@ def test_gates_with_numbers(model_type: str, changes: dict[str, float], found: G
     assert gating(model_type, **changes) == GluForm(found, "gate_up_proj", "", "down_proj", half)
 
 
+def test_a_rotary_embedding_that_is_no_form() -> None:
+    found = fuse_forms.rotary_form(lambda q, k, cos, sin: (q, k), "")
+    assert found == "its values are those of no rotary embedding that is known, the nearest is off by 1.7"
+
+
 def test_a_limit_far_out_is_seen() -> None:
     """Of what a norm reads and of what a gate does, though hardly any value is ever beyond it."""
     made = saved.model("llama").model
