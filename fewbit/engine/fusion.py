@@ -24,7 +24,7 @@ from fewbit.inc.session import Session
 from fewbit.models import fuse
 from fewbit.models.fuse_place import put_back
 from fewbit.models.fuse_values import Decision, Fused, Kind, refusals
-from fewbit.models.twin import first_line
+from fewbit.models.twin import first_line, told
 
 if TYPE_CHECKING:
     from fewbit.engine.start import Loaded
@@ -87,7 +87,7 @@ def compare(loaded: "Loaded") -> None:
     try:
         with own_code(model, kinds) as modules:
             wanted = logits(loaded)
-            found = math.inf if got is None else distance(got, wanted)
+            found = math.inf if isinstance(got, Exception) else distance(got, wanted)
             limit = TIMES * distance(noisy(loaded, modules), wanted) if found else 0.0
     except Exception as error:  # whatever a model definition raises on this device
         LOG.info("fused modules were not held against transformers' code, which fails: %s", first_line(error))
@@ -97,6 +97,7 @@ def compare(loaded: "Loaded") -> None:
     if found > limit:
         left = guilty(loaded, kinds, wanted, limit)
         why = f"logits of a few tokens differ by {found:.2g} from transformers' code, rounding allows {limit:.2g}"
+        why = f"a few tokens fail with what is fused, {told(got)}" if isinstance(got, Exception) else why
         now = (replace(d, reason=why) if d.kept and d.kind in left else d for d in fused.decisions)
         setattr(model, fuse.ATTRIBUTE, replace(fused, decisions=tuple(now)))
 
@@ -117,7 +118,7 @@ def guilty(loaded: "Loaded", kinds: Collection[Kind], wanted: Tensor, limit: flo
     for kind in kinds:
         with own_code(loaded.model, [kind]):
             got = attempt(loaded)
-        if got is not None and distance(got, wanted) <= limit:
+        if isinstance(got, Tensor) and distance(got, wanted) <= limit:
             put_back(loaded.model, [kind])
             return [kind]
     put_back(loaded.model, kinds)
@@ -144,11 +145,11 @@ def noisy(loaded: "Loaded", modules: Sequence[nn.Module]) -> Tensor:
         return logits(loaded)
 
 
-def attempt(loaded: "Loaded") -> Tensor | None:
+def attempt(loaded: "Loaded") -> Tensor | Exception:
     try:
         return logits(loaded)
-    except Exception:  # a kernel that fails is one that differs
-        return None
+    except Exception as error:  # a kernel that fails is one that differs
+        return error
 
 
 def logits(loaded: "Loaded") -> Tensor:
