@@ -9,6 +9,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from fewbit.engine import proof
 from fewbit.engine.config import EngineConfig
+from fewbit.engine.parallel_group import Group
 from fewbit.engine.params import SamplingParams
 from fewbit.engine.request import Request, Stream
 from fewbit.engine.scheduler import Work
@@ -53,17 +55,19 @@ def attention(config: EngineConfig, architecture: Any) -> str:
     return found
 
 
-def settle(config: EngineConfig, loaded: "Loaded", alone: bool) -> None:
-    """Hold a fused model against transformers' code, and say what was refused, each once; strict raises it.
+def fused(model: nn.Module) -> bool:
+    return isinstance(getattr(model, fuse.ATTRIBUTE, None), Fused)
 
-    alone: this is no rank, whose forward would wait for the others'.
-    """
-    if not isinstance(getattr(loaded.model, fuse.ATTRIBUTE, None), Fused):
+
+def settle(config: EngineConfig, loaded: "Loaded") -> None:
+    """Hold a fused model against transformers' code, and say what was refused, each once; strict raises it."""
+    if not fused(loaded.model):
         return
-    if alone:
+    if loaded.team is None:
         compare(loaded)
-    else:
-        loaded.late = proof.late(loaded.model.config)
+    elif loaded.device.type == "cpu":
+        loaded.team.command("compare")
+        loaded.team.guarded(partial(compare, loaded, loaded.team.group))
     decisions = getattr(loaded.model, fuse.ATTRIBUTE).decisions
     if config.fusion == STRICT:
         refuse(config, decisions)
@@ -77,29 +81,32 @@ def refuse(config: EngineConfig, decisions: Iterable[Decision]) -> None:
         raise UnsupportedError(told, reasons)
 
 
-def compare(loaded: "Loaded") -> None:
-    """A few tokens both ways. Where they part, the kind is put back without which they do not; all, where none is."""
-    model, fused = loaded.model, getattr(loaded.model, fuse.ATTRIBUTE)
-    kinds = [kind for kind in KINDS if fused.count(kind)]
+def compare(loaded: "Loaded", group: Group | None = None) -> None:
+    """A few tokens both ways. Where they part, the kind is put back without which they do not; all, where none is.
+
+    group: of ranks, which do this in step.
+    """
+    model, report = loaded.model, getattr(loaded.model, fuse.ATTRIBUTE)
+    kinds = [kind for kind in KINDS if report.count(kind)]
     if not kinds:
         return
     got = attempt(loaded)
     try:
         with own_code(model, kinds) as modules:
             wanted = logits(loaded)
-            found = math.inf if isinstance(got, Exception) else distance(got, wanted)
-            limit = TIMES * distance(noisy(loaded, modules), wanted) if found else 0.0
+            found = apart(got, wanted, group)
+            limit = TIMES * apart(noisy(loaded, modules), wanted, group) if found else 0.0
     except Exception as error:  # whatever a model definition raises on this device
         LOG.info("fused modules were not held against transformers' code, which fails: %s", first_line(error))
         return
     LOG.debug("fused modules and transformers' code: logits of %d tokens differ by %.2g, allowed %.2g", TOKENS, found,
               limit)  # fmt: skip
     if found > limit:
-        left = guilty(loaded, kinds, wanted, limit)
+        left = guilty(loaded, kinds, wanted, limit, group)
         why = f"logits of a few tokens differ by {found:.2g} from transformers' code, rounding allows {limit:.2g}"
         why = f"a few tokens fail with what is fused, {told(got)}" if isinstance(got, Exception) else why
-        now = (replace(d, reason=why) if d.kept and d.kind in left else d for d in fused.decisions)
-        setattr(model, fuse.ATTRIBUTE, replace(fused, decisions=tuple(now)))
+        now = (replace(d, reason=why) if d.kept and d.kind in left else d for d in report.decisions)
+        setattr(model, fuse.ATTRIBUTE, replace(report, decisions=tuple(now)))
 
 
 @contextmanager
@@ -113,12 +120,14 @@ def own_code(model: nn.Module, kinds: Collection[Kind]) -> Iterator[list[nn.Modu
             one.again()
 
 
-def guilty(loaded: "Loaded", kinds: Collection[Kind], wanted: Tensor, limit: float) -> Collection[Kind]:
+def guilty(
+    loaded: "Loaded", kinds: Collection[Kind], wanted: Tensor, limit: float, group: Group | None
+) -> Collection[Kind]:
     """The kinds that are put back."""
     for kind in kinds:
         with own_code(loaded.model, [kind]):
             got = attempt(loaded)
-        if isinstance(got, Tensor) and distance(got, wanted) <= limit:
+        if apart(got, wanted, group) <= limit:
             put_back(loaded.model, [kind])
             return [kind]
     put_back(loaded.model, kinds)
@@ -163,6 +172,12 @@ def logits(loaded: "Loaded") -> Tensor:
         return runner.run([Work(stream, 0, len(ids))]).rows
     finally:
         runner.free()
+
+
+def apart(got: Tensor | Exception, wanted: Tensor, group: Group | None) -> float:
+    """The distance, as rank 0 finds it."""
+    found = math.inf if isinstance(got, Exception) else distance(got, wanted)
+    return found if group is None else float(group.broadcast(torch.tensor([found], dtype=torch.float64)))
 
 
 def distance(got: Tensor, wanted: Tensor) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fewbit.engine import fusion
 from fewbit.engine.batch import Flight
 from fewbit.engine.config import EngineConfig
 from fewbit.engine.limits import Limits, measured
@@ -83,6 +84,8 @@ def serve(wire: Wire, told: dict[str, Any]) -> None:
         command = json.loads(data)
         if command["command"] == "connect":
             group.connect()
+        elif command["command"] == "compare":
+            fusion.compare(loaded, group)
         elif command["command"] == "measure":
             wire.tell(measured=measured(config, loaded))
         elif command["command"] == "runner":

@@ -88,7 +88,11 @@ class Loaded:
 
     def single(self, pages: int) -> Runner:
         """For one text that is no request's. Its cache is of the model's type: a narrower one rounds what differs."""
-        return Paged(self.model, pages, self.page, None) if self.paged else Alone(self.model, "")
+        if not self.paged:
+            return Alone(self.model, "")
+        made = Paged(self.model, pages, self.page, None)
+        made.late = self.late
+        return made
 
     def watch(self) -> bool:
         """Begin to measure, where INC's config says so: what ran until now was no text."""
@@ -161,13 +165,18 @@ def load(config: EngineConfig, group: Group | None = None) -> Loaded:
     session = gaudi.session(config, group)
     cached(config, session)
     device, format = torch.device(device_named(config.device)), online(config) if session is None else None
-    if config.tensor_parallel_size == 1 or group is not None:
+    if group is not None:
         return loaded(config, device, format, group, session)
+    if config.tensor_parallel_size == 1:
+        found = loaded(config, device, format, None, session)
+        fusion.settle(config, found)
+        return found
     team = Team(config, device.type)
     try:
         found = loaded(config, device, format, team.group, session)
         found.team = team
         team.connect(digest(found.model))
+        fusion.settle(config, found)
     except BaseException:
         team.close()
         raise
@@ -205,7 +214,7 @@ def loaded(
     held, longest = CACHES.get(config.kv_cache_dtype), getattr(text, "max_position_embeddings", None)
     made = Loaded(model, tokenizer, device, held, config.block_size, ends(model, tokenizer), text.vocab_size,
                   int(longest or 1 << 20), session=session)  # fmt: skip
-    fusion.settle(config, made, alone=group is None)
+    made.late = group is None or not fusion.fused(model) or proof.late(model.config)
     return made
 
 

@@ -97,10 +97,9 @@ def test_siblings_of_several_formats(caplog: pytest.LogCaptureFixture) -> None:
         started(MIXED, fusion="strict")
     (reason,) = found.value.reasons
     assert "q_proj + k_proj + v_proj (model.layers.0.self_attn and 1 more): left as it is, int3" in reason
-    model = build.load(MIXED, fuse=True)
     with caplog.at_level(logging.INFO, "fewbit.engine"):
-        fusion.settle(EngineConfig.of(model="x"), SimpleNamespace(model=model), alone=False)  # type: ignore[arg-type]
-    assert [record.message for record in caplog.records] == [f"not fused: {reason}"]
+        started(MIXED).shutdown()
+    assert [m for m in caplog.messages if m.startswith("not fused")] == [f"not fused: {reason}"]
 
 
 @pytest.mark.parametrize("options", [{}, {"kv_cache_dtype": "fp8", "kv_scale": 1.0}])
@@ -247,11 +246,11 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 class OwnConfig(LlamaConfig):
     model_type = "fewbit_own"
 class OwnMLP(LlamaMLP):
-    scale = 1.0
+    late = 0
     def forward(self, x):
         gate = self.act_fn(self.gate_proj(x))
-        if self.scale != 1.0:
-            x.mul_(self.scale)
+        if self.late:
+            x.mul_(1.25)
         return self.down_proj(gate * self.up_proj(x))
 class OwnForCausalLM(LlamaForCausalLM):
     config_class = OwnConfig
@@ -260,7 +259,7 @@ class OwnForCausalLM(LlamaForCausalLM):
         for layer in self.model.layers:
             layer.mlp.__class__ = OwnMLP
             if layer.self_attn.layer_idx >= 2:  # the twin has no such layer
-                layer.mlp.scale = 1.25
+                layer.mlp.late = 1
 """
 
 
@@ -272,3 +271,22 @@ def test_what_is_changed_in_place_between_siblings(tmp_path: Path) -> None:
     assert answers(plain) == answers(fused)
     for engine in (plain, fused):
         engine.shutdown()
+
+
+SWITCHED = IN_PLACE.replace("x.mul_(1.25)", "gate = gate.abs()")
+
+
+def test_ranks_are_held_against_the_model_too(tmp_path: Path) -> None:
+    """An activation that the twin has not seen: each alone, and two in step."""
+    folder = with_code(small.folder(tmp_path / "own", num_hidden_layers=4), SWITCHED)
+    options = {"trust_remote_code": True, "dtype": "float32"}
+    found = []
+    for more in ({"fusion": "off"}, {}, {"tensor_parallel_size": 2}):
+        engine = started(folder, **options, **more)
+        found.append(answers(engine))
+        if "fusion" not in more:
+            assert {d.kind for d in engine.loaded.model.fewbit_fused.decisions if d.refused} == {"glu"}
+        engine.shutdown()
+    assert found[0] == found[1] == found[2]
+    with pytest.raises(UnsupportedError, match="logits of a few tokens differ"):
+        started(folder, fusion="strict", tensor_parallel_size=2, **options)
