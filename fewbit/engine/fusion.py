@@ -77,8 +77,8 @@ def settle(config: EngineConfig, loaded: "Loaded") -> None:
 
 def refuse(config: EngineConfig, decisions: Iterable[Decision]) -> None:
     if reasons := refusals(decisions):
-        told = f"{config.model}: fusion=strict, and not all can be fused; auto leaves these as transformers has them"
-        raise UnsupportedError(told, reasons)
+        said = f"{config.model}: fusion=strict, and not all can be fused; auto leaves these as transformers has them"
+        raise UnsupportedError(said, reasons)
 
 
 def compare(loaded: "Loaded", group: Group | None = None) -> None:
@@ -94,8 +94,8 @@ def compare(loaded: "Loaded", group: Group | None = None) -> None:
     try:
         with own_code(model, kinds) as modules:
             wanted = logits(loaded)
-            found = apart(got, wanted, group)
-            limit = TIMES * apart(noisy(loaded, modules), wanted, group) if found else 0.0
+            found = agreed(got, wanted, group)
+            limit = TIMES * agreed(noisy(loaded, modules), wanted, group) if found else 0.0
     except Exception as error:  # whatever a model definition raises on this device
         LOG.info("fused modules were not held against transformers' code, which fails: %s", first_line(error))
         return
@@ -127,7 +127,7 @@ def guilty(
     for kind in kinds:
         with own_code(loaded.model, [kind]):
             got = attempt(loaded)
-        if apart(got, wanted, group) <= limit:
+        if agreed(got, wanted, group) <= limit:
             put_back(loaded.model, [kind])
             return [kind]
     put_back(loaded.model, kinds)
@@ -174,7 +174,7 @@ def logits(loaded: "Loaded") -> Tensor:
         runner.free()
 
 
-def apart(got: Tensor | Exception, wanted: Tensor, group: Group | None) -> float:
+def agreed(got: Tensor | Exception, wanted: Tensor, group: Group | None) -> float:
     """The distance, as rank 0 finds it."""
     found = math.inf if isinstance(got, Exception) else distance(got, wanted)
     return found if group is None else float(group.broadcast(torch.tensor([found], dtype=torch.float64)))
