@@ -6,8 +6,8 @@ its own sizes, parameters and device make of a kernel shows there, and where log
 
 import logging
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from fewbit.engine import proof
 from fewbit.engine.config import EngineConfig
-from fewbit.engine.parallel_group import Group
 from fewbit.engine.params import SamplingParams
 from fewbit.engine.request import Request, Stream
 from fewbit.engine.scheduler import Work
@@ -63,11 +62,7 @@ def settle(config: EngineConfig, loaded: "Loaded") -> None:
     """Hold a fused model against transformers' code, and say what was refused, each once; strict raises it."""
     if not fused(loaded.model):
         return
-    if loaded.team is None:
-        compare(loaded)
-    elif loaded.device.type == "cpu":
-        loaded.team.command("compare")
-        loaded.team.guarded(partial(compare, loaded, loaded.team.group))
+    compare(loaded)
     decisions = getattr(loaded.model, fuse.ATTRIBUTE).decisions
     if config.fusion == STRICT:
         refuse(config, decisions)
@@ -81,62 +76,76 @@ def refuse(config: EngineConfig, decisions: Iterable[Decision]) -> None:
         raise UnsupportedError(said, reasons)
 
 
-def compare(loaded: "Loaded", group: Group | None = None) -> None:
-    """A few tokens both ways. Where they part, the kind is put back without which they do not; all, where none is.
-
-    group: of ranks, which do this in step.
-    """
+def compare(loaded: "Loaded") -> None:
+    """A few tokens both ways. Where they part, the kind is put back without which they do not; all, where none is."""
     model, report = loaded.model, getattr(loaded.model, fuse.ATTRIBUTE)
     kinds = [kind for kind in KINDS if report.count(kind)]
     if not kinds:
         return
     got = attempt(loaded)
     try:
-        with own_code(model, kinds) as modules:
-            wanted = logits(loaded)
-            found = agreed(got, wanted, group)
-            limit = TIMES * agreed(noisy(loaded, modules), wanted, group) if found else 0.0
+        wanted = logits(loaded, kinds)
+        found = distance(got, wanted)
+        limit = TIMES * distance(logits(loaded, kinds, noisy=True), wanted) if found else 0.0
     except Exception as error:  # whatever a model definition raises on this device
+        loaded.check()
         LOG.info("fused modules were not held against transformers' code, which fails: %s", first_line(error))
         return
     LOG.debug("fused modules and transformers' code: logits of %d tokens differ by %.2g, allowed %.2g", TOKENS, found,
               limit)  # fmt: skip
     if found > limit:
-        left = guilty(loaded, kinds, wanted, limit, group)
+        alone = (kind for kind in kinds if distance(attempt(loaded, [kind]), wanted) <= limit)
+        left = [first] if (first := next(alone, None)) else kinds
+        leave(loaded, left)
         why = f"logits of a few tokens differ by {found:.2g} from transformers' code, rounding allows {limit:.2g}"
         why = f"a few tokens fail with what is fused, {told(got)}" if isinstance(got, Exception) else why
         now = (replace(d, reason=why) if d.kept and d.kind in left else d for d in report.decisions)
         setattr(model, fuse.ATTRIBUTE, replace(report, decisions=tuple(now)))
 
 
-@contextmanager
-def own_code(model: nn.Module, kinds: Collection[Kind]) -> Iterator[list[nn.Module]]:
-    """Within, modules of these kinds are transformers' own. -> those whose outputs they may round elsewhere."""
-    back = put_back(model, kinds)
-    try:
-        yield [one.module for one in back if one.kind != "sums"]
-    finally:
-        for one in back:
-            one.again()
-
-
-def guilty(
-    loaded: "Loaded", kinds: Collection[Kind], wanted: Tensor, limit: float, group: Group | None
-) -> Collection[Kind]:
-    """The kinds that are put back."""
-    for kind in kinds:
-        with own_code(loaded.model, [kind]):
-            got = attempt(loaded)
-        if agreed(got, wanted, group) <= limit:
-            put_back(loaded.model, [kind])
-            return [kind]
+def leave(loaded: "Loaded", kinds: Sequence[Kind]) -> None:
+    """To transformers' code, on every rank."""
+    if loaded.team is not None:
+        loaded.team.command("leave", kinds=list(kinds))
     put_back(loaded.model, kinds)
-    return kinds
 
 
-def noisy(loaded: "Loaded", modules: Sequence[nn.Module]) -> Tensor:
-    """Logits where what these modules give is rounded once more: how far apart two right ways may be."""
-    generator = torch.Generator(loaded.device).manual_seed(0)
+def attempt(loaded: "Loaded", left: Collection[Kind] = ()) -> Tensor | Exception:
+    try:
+        return logits(loaded, left)
+    except Exception as error:  # a kernel that fails is one that differs
+        loaded.check()
+        return error
+
+
+def logits(loaded: "Loaded", left: Collection[Kind] = (), noisy: bool = False) -> Tensor:
+    """Of a few tokens, by all ranks: [TOKENS, V], in the model's type."""
+    mine = partial(own_logits, loaded, left, noisy)
+    return mine() if loaded.team is None else loaded.team.logits(mine, left, noisy)
+
+
+def own_logits(loaded: "Loaded", left: Collection[Kind], noisy: bool) -> Tensor:
+    """This rank's part of it. left: to transformers' code meanwhile. noisy: what that gives is rounded once more, which
+    is how far apart two right ways may be."""
+    with ExitStack() as stack:
+        back = put_back(loaded.model, left)
+        for one in back:
+            stack.callback(one.again)
+        if noisy:
+            hook = rounding(torch.Generator(loaded.device).manual_seed(0))
+            for module in (one.module for one in back if one.kind != "sums"):
+                stack.callback(module.register_forward_hook(hook).remove)
+        ids = loaded.tokenizer(TEXT)["input_ids"] if loaded.tokenizer is not None else []
+        ids = [i for i in (*ids, *range(10, 10 + TOKENS)) if i < loaded.vocab][:TOKENS]
+        stream = Stream(Request("", ids, SamplingParams(prompt_logprobs=0)), 0, 0, ids)
+        stream.pages = list(range(-(-len(ids) // loaded.page)))
+        runner = loaded.single(len(stream.pages))
+        stack.callback(runner.free)
+        return runner.run([Work(stream, 0, len(ids))]).rows
+
+
+def rounding(generator: torch.Generator) -> Callable[..., Any]:
+    """A hook that rounds what a module gives once more."""
 
     def rounded(t: Tensor) -> Tensor:
         eps = torch.finfo(t.dtype).eps / 2
@@ -148,43 +157,16 @@ def noisy(loaded: "Loaded", modules: Sequence[nn.Module]) -> Tensor:
             return rounded(made)
         return tuple(rounded(t) if isinstance(t, Tensor) and t.is_floating_point() else t for t in made)
 
-    with ExitStack() as stack:
-        for module in modules:
-            stack.callback(module.register_forward_hook(hook).remove)
-        return logits(loaded)
+    return hook
 
 
-def attempt(loaded: "Loaded") -> Tensor | Exception:
-    try:
-        return logits(loaded)
-    except Exception as error:  # a kernel that fails is one that differs
-        return error
-
-
-def logits(loaded: "Loaded") -> Tensor:
-    """Of a few tokens: [TOKENS, V], in the model's type."""
-    ids = loaded.tokenizer(TEXT)["input_ids"] if loaded.tokenizer is not None else []
-    ids = [i for i in (*ids, *range(10, 10 + TOKENS)) if i < loaded.vocab][:TOKENS]
-    stream = Stream(Request("", ids, SamplingParams(prompt_logprobs=0)), 0, 0, ids)
-    stream.pages = list(range(-(-len(ids) // loaded.page)))
-    runner = loaded.single(len(stream.pages))
-    try:
-        return runner.run([Work(stream, 0, len(ids))]).rows
-    finally:
-        runner.free()
-
-
-def agreed(got: Tensor | Exception, wanted: Tensor, group: Group | None) -> float:
-    """The distance, as rank 0 finds it."""
-    found = math.inf if isinstance(got, Exception) else distance(got, wanted)
-    return found if group is None else float(group.broadcast(torch.tensor([found], dtype=torch.float64)))
-
-
-def distance(got: Tensor, wanted: Tensor) -> float:
+def distance(got: Tensor | Exception, wanted: Tensor) -> float:
     """Relative, of logits without their mean; the median of tokens, for an expert chosen by a hair moves one far.
 
     A divergence of probabilities would be blind where a model is unsure: docs/log.md has figures.
     """
+    if isinstance(got, Exception):
+        return math.inf
     if not bool(wanted.isfinite().all()):  # they say nothing
         return 0.0
     a, b = (t.float() - t.float().mean(-1, keepdim=True) for t in (got, wanted))

@@ -11,13 +11,14 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from fewbit.engine.batch import Flight
 from fewbit.engine.config import EngineConfig
@@ -124,36 +125,55 @@ class Team:
         found = [self.guarded(mine)]
         return found + [tuple(self.answer(rank)["measured"]) for rank in self.ranks]
 
-    def capture(self, mine: Callable[[], None], prompts: bool) -> None:
-        """All record what they do together, or none does: a graph has rows that a step without it has not.
+    def together(self, name: str, mine: Callable[[], Any], what: str, **values: Any) -> tuple[Any, list[str]]:
+        """What all ranks run, and each may fail at. -> rank 0's result, and of every rank why it failed, or ""
 
-        Whoever fails alone leaves the others waiting for what it no longer does: that ends the engine.
+        Whoever fails alone leaves the others waiting for what it no longer does: that ends the engine. what: it cannot.
         """
-        self.command("capture", prompts=prompts)
+        self.command(name, **values)
         said, over = [""], threading.Event()
 
         def hear() -> None:
             with suppress(FewbitError):  # `check` raises it
-                said.extend(self.answer(rank)["captured"] for rank in self.ranks)
+                said.extend(self.answer(rank)["failed"] for rank in self.ranks)
             if any(said) and not over.wait(NOTICE):
                 self.group.abort()
 
         hearing = threading.Thread(target=hear, daemon=True)
         hearing.start()
-        try:
-            self.guarded(mine)
-        except (RuntimeError, UnsupportedError) as error:
-            said[0] = first_line(error)
+        found, said[0] = tried(partial(self.guarded, mine))
         over.set()
         hearing.join(NOTICE if said[0] else None)
         self.check()
         if hearing.is_alive() or self.group.aborted:
-            why = next(filter(None, said))
-            raise FewbitError(f"tensor parallel: one rank alone could not record CUDA graphs: {why}; --enforce-eager "
-                              "does without")  # fmt: skip
+            self.alone(said, what)
+        return found, said
+
+    def alone(self, said: Sequence[str], what: str) -> NoReturn:
+        """End the engine: a rank failed where others did not."""
+        self.lost = f"one rank alone {what.format(next(filter(None, said)))}"
+        self._failed.set()
+        self.check()
+        raise AssertionError
+
+    def capture(self, mine: Callable[[], None], prompts: bool) -> None:
+        """All record what they do together, or none does: a graph has rows that a step without it has not."""
+        what = "could not record CUDA graphs: {}; --enforce-eager does without"
+        _, said = self.together("capture", mine, what, prompts=prompts)
         if any(said):
             self.command("forget")
             raise UnsupportedError(next(filter(None, said)))
+
+    def logits(self, mine: Callable[[], Tensor], left: Collection[str], noisy: bool) -> Tensor:
+        """Of a few tokens, as engine.fusion asks for them."""
+        what = "could not run a few tokens: {}; --fusion off runs none"
+        found, said = self.together("logits", mine, what, left=list(left), noisy=noisy)
+        if any(said) and not all(said):
+            self.alone(said, what)
+        if found is None:
+            raise UnsupportedError(said[0])
+        made: Tensor = found
+        return made
 
     def step(self, works: Sequence[Work], flight: Flight | None, run: Callable[..., Logits]) -> Logits:
         flight = flight if any(work.pending for work in works) else None
@@ -232,6 +252,14 @@ class Lockstep:
 
     def free(self) -> None:
         self.inner.free()
+
+
+def tried(call: Callable[[], Any]) -> tuple[Any, str]:
+    """-> its result, and why there is none."""
+    try:
+        return call(), ""
+    except Exception as error:  # whatever ranks run together: the others are to hear of it
+        return None, first_line(error)
 
 
 def digest(model: Any) -> str:

@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +16,11 @@ from fewbit.engine import fusion
 from fewbit.engine.batch import Flight
 from fewbit.engine.config import EngineConfig
 from fewbit.engine.limits import Limits, measured
-from fewbit.engine.parallel import digest
+from fewbit.engine.parallel import digest, tried
 from fewbit.engine.parallel_group import Group
 from fewbit.engine.parallel_wire import STEP, Receiver, Wire
 from fewbit.engine.start import load
-from fewbit.errors import UnsupportedError
-from fewbit.models.twin import first_line
+from fewbit.models.fuse_place import put_back
 
 BEAT = 0.5  # seconds between looks at whether rank 0 still lives
 
@@ -55,15 +55,6 @@ def say(wire: Wire, error: BaseException) -> None:
         return
 
 
-def captured(runner: Any, prompts: bool) -> str:
-    """Record graphs with the others. -> why there are none"""
-    try:
-        runner.capture(lambda *_: None, prompts)
-    except (RuntimeError, UnsupportedError) as error:
-        return first_line(error)
-    return ""
-
-
 def serve(wire: Wire, told: dict[str, Any]) -> None:
     torch.set_num_threads(told["threads"])
     config = EngineConfig.of(**told["config"])
@@ -84,14 +75,16 @@ def serve(wire: Wire, told: dict[str, Any]) -> None:
         command = json.loads(data)
         if command["command"] == "connect":
             group.connect()
-        elif command["command"] == "compare":
-            fusion.compare(loaded, group)
+        elif command["command"] == "logits":
+            wire.tell(failed=tried(partial(fusion.own_logits, loaded, command["left"], command["noisy"]))[1])
+        elif command["command"] == "leave":
+            put_back(loaded.model, command["kinds"])
         elif command["command"] == "measure":
             wire.tell(measured=measured(config, loaded))
         elif command["command"] == "runner":
             runner = loaded.own_runner(Limits(**command["limits"]))
         elif command["command"] == "capture":
-            wire.tell(captured=captured(runner, command["prompts"]))
+            wire.tell(failed=tried(partial(runner.capture, lambda *_: None, command["prompts"]))[1])
         elif command["command"] == "forget":
             runner.forget()
         elif command["command"] == "finish":

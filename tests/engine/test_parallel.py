@@ -93,7 +93,7 @@ class Recording:
         with suppress(EOFError, OSError):
             self.told.append(json.loads(wire.receive()[1])["command"])
             self.free.wait(wait)
-            wire.tell(captured=said)
+            wire.tell(failed=said)
             self.told.append(json.loads(wire.receive()[1])["command"])
 
 
@@ -120,6 +120,20 @@ def test_who_fails_to_record_alone_ends_the_engine(monkeypatch: pytest.MonkeyPat
     assert recording.aborted.is_set()
     with Recording("", 20) as recording, pytest.raises(FewbitError, match=r"one rank alone .*: out of memory; --enf"):
         recording.team.capture(fails, True)
+
+
+def test_all_run_a_few_tokens_or_none() -> None:
+    with Recording("") as recording:
+        assert recording.team.logits(lambda: torch.ones(1), ["glu"], False) == 1
+    with Recording("x") as recording, pytest.raises(UnsupportedError, match="out of memory"):
+        recording.team.logits(fails, [], False)
+    for said, mine in (("no room", lambda: torch.ones(1)), ("", fails)):
+        with Recording(said) as recording:
+            with pytest.raises(FewbitError, match=r"one rank alone could not run a few tokens: .*; --fusion") as found:
+                recording.team.logits(mine, [], True)
+            assert not isinstance(found.value, UnsupportedError)
+            with pytest.raises(FewbitError, match="one rank alone"):  # who goes on hears it again
+                recording.team.command("measure")
 
 
 def pids(of: Engine) -> list[int]:

@@ -11,6 +11,7 @@ from fewbit.engine.engine import Engine
 from fewbit.engine.params import SamplingParams
 from fewbit.engine.request import Request
 from fewbit.models import hf, twin
+from fewbit.modules import experts
 from tests.engine.test_engine import AHEAD, GREEDY, drain, prompts, tokens
 from tests.engine.test_kv_cache import logprobs
 from tests.models import saved
@@ -77,6 +78,17 @@ def test_types(model_type: str, tmp_path: Path) -> None:
     paged = engine.loaded.paged
     assert (engine.runner.ahead and engine.runner.graphs is not None) == paged
     assert answers(engine, 90, **GREEDY_ONLY) == answers(started(path, "cpu", dtype="float32"), 90, **GREEDY_ONLY)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("quantization", ["int4-g32", "nvfp4-a16", "fp8-channel"])
+def test_experts_that_are_quantized(quantization: str, model_type: str, tmp_path: Path) -> None:
+    """Their gates are kernels, and the tokens those of transformers' own layers."""
+    path = saved.save(saved.model(model_type), tmp_path / "model")
+    options = {"dtype": "float32", "quantization": quantization, "activations": "off"}
+    plain, fused = (started(path, "cuda", fusion=way, **options) for way in ("off", "strict"))
+    assert any(hasattr(module, experts.GATE) for module in fused.loaded.model.modules())
+    assert answers(fused, 90, **GREEDY_ONLY) == answers(plain, 90, **GREEDY_ONLY)
 
 
 GREEDY_ONLY = {"temperature": GREEDY["temperature"]}

@@ -16,8 +16,11 @@ from fewbit.engine.engine import Engine
 from fewbit.engine.params import SamplingParams
 from fewbit.engine.request import Request
 from fewbit.errors import FewbitError
+from tests.compat import small
+from tests.engine.test_fused import SWITCHED
 from tests.engine.test_parallel import GREEDY, gone, pids, same, texts
 from tests.models import saved
+from tests.own_code import with_code
 from tests.tiny import llama
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")]
@@ -89,6 +92,29 @@ def test_two_ranks_round_to_fp8_as_one(tmp_path: Path) -> None:
     cost = (one - logprobs(path, 1)).abs().mean()
     assert len(two) == 124 and cost > 0.01
     assert (two - one).abs().mean() < 0.6 * cost, ((two - one).abs().mean(), cost)
+
+
+def test_ranks_are_held_against_the_model(tmp_path: Path) -> None:
+    """An activation that the twin has not seen: both ranks leave it to the model's code."""
+    path = with_code(small.folder(tmp_path / "own", num_hidden_layers=4), SWITCHED)
+    found = []
+    for more in ({"size": 1, "fusion": "off"}, {"size": 1}, {"size": 2}):
+        of = engine(path, **more, trust_remote_code=True)
+        if "fusion" not in more:
+            assert {d.kind for d in of.loaded.model.fewbit_fused.decisions if d.refused} == {"glu"}
+        found.append(texts(of, 12, 90))
+        of.shutdown()
+    same(found[0], found[1])
+    same(found[0], found[2])
+
+
+@pytest.mark.parametrize("name", ["llama", "experts", "latents"])
+def test_ranks_refuse_nothing(name: str, folder: Path, tmp_path: Path) -> None:
+    kind, _ = MODELS[name]
+    path = folder if kind == "llama" else saved.save(saved.model(kind), tmp_path / "model")
+    for dtype in ("float32", "bfloat16"):
+        of = engine(path, 2, dtype=dtype, fusion="strict", enforce_eager=True)
+        of.shutdown()
 
 
 def test_a_dead_rank_ends_the_engine(folder: Path) -> None:
