@@ -10,9 +10,7 @@ from fewbit.engine.params import SamplingParams
 from fewbit.engine.request import Request, Stream
 from fewbit.engine.runner import Alone, Paged
 from fewbit.engine.scheduler import Work
-from fewbit.kernels.compiled import left_to_torch
-from fewbit.models import fuse, hf, twin
-from fewbit.models.fill import settle
+from fewbit.models import hf, twin
 from fewbit.models.shrink import shrink
 from fewbit.modules import paged
 
@@ -34,19 +32,6 @@ def check(config: Any) -> twin.Verdict:
         except Exception as error:  # whatever a model definition raises without masks and caches is the finding
             _SEEN[key] = twin.Verdict(math.inf, paged.NAME, f"{type(error).__name__}: {twin.first_line(error)}")
     return _SEEN[key]
-
-
-def late(config: Any) -> bool:
-    """The same of a fused twin whose attention turns queries and keys, if they come to it as they were handed on."""
-    small = shrink(config)
-    key = "late" + type(config).__name__ + small.to_json_string(use_diff=False)
-    if key not in _SEEN:
-        try:
-            with left_to_torch():
-                _SEEN[key] = twin.Verdict(_error(small, True), paged.NAME)
-        except Exception as error:  # Astray, or whatever a model definition raises
-            _SEEN[key] = twin.Verdict(math.inf, paged.NAME, twin.first_line(error))
-    return _SEEN[key].exact
 
 
 def attention(config: Any) -> str:
@@ -88,16 +73,13 @@ def whole_run(runner: Alone, work: Work) -> torch.Tensor:
     return runner.run([Work(replace(work.stream, state=None), 0, work.stop)]).rows
 
 
-def _error(small: Any, fused: bool = False) -> float:
+def _error(small: Any) -> float:
     truth = twin.random(small)
     ids = torch.randint(10, 100, (2, twin.LENGTH + 1), generator=torch.Generator().manual_seed(0))
     lengths = (twin.LENGTH + 1, twin.LENGTH - 4)
     with torch.no_grad():
         expected = [truth(input_ids=row[None, :n]).logits[0] for row, n in zip(ids, lengths, strict=True)]
     _, model = twin.filled(small, paged.NAME)
-    if fused:
-        fuse.apply(model, fuse.plan(small))
-        settle(model)
     runner = Paged(model, 16, SIZE, None)
     everything = SamplingParams(prompt_logprobs=0)
     streams = [Stream(Request(str(i), row[:n].tolist(), everything), 0, 0, row[:n].tolist())
@@ -116,6 +98,4 @@ def _error(small: Any, fused: bool = False) -> float:
                 starts[i] = stop
         for work, logits in zip(works, runner.run(works).each(), strict=True):
             got[int(work.stream.request.id)].append(logits)
-    if fused and not runner.late:
-        return math.inf
     return max(twin.relative(torch.cat(g), e) for g, e in zip(got, expected, strict=True))

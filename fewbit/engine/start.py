@@ -62,7 +62,6 @@ class Loaded:
     longest: int  # tokens that its positions reach
     team: Team | None = None  # the other ranks
     session: Session | None = None  # of INC
-    late: bool = True  # attention may turn queries and keys
 
     @property
     def paged(self) -> bool:
@@ -83,16 +82,12 @@ class Loaded:
             return Alone(self.model, proof.cache_of(self.model.config))
         made = Paged(self.model, limits.pages, self.page, self.cache_dtype, apart(self.model), limits.most_running,
                      limits.max_len, limits.budget)  # fmt: skip
-        made.exact, made.late = self.watch(), self.late
+        made.exact = self.watch()
         return made
 
     def single(self, pages: int) -> Runner:
         """For one text that is no request's. Its cache is of the model's type: a narrower one rounds what differs."""
-        if not self.paged:
-            return Alone(self.model, "")
-        made = Paged(self.model, pages, self.page, None)
-        made.late = self.late
-        return made
+        return Paged(self.model, pages, self.page, None) if self.paged else Alone(self.model, "")
 
     def watch(self) -> bool:
         """Begin to measure, where INC's config says so: what ran until now was no text."""
@@ -212,10 +207,8 @@ def loaded(
         tokenizer = None  # token ids in, token ids out
     text = model.config.get_text_config()
     held, longest = CACHES.get(config.kv_cache_dtype), getattr(text, "max_position_embeddings", None)
-    made = Loaded(model, tokenizer, device, held, config.block_size, ends(model, tokenizer), text.vocab_size,
+    return Loaded(model, tokenizer, device, held, config.block_size, ends(model, tokenizer), text.vocab_size,
                   int(longest or 1 << 20), session=session)  # fmt: skip
-    made.late = group is None or not fusion.fused(model) or proof.late(model.config)
-    return made
 
 
 def cached(config: EngineConfig, session: Session | None) -> kv.Asked:

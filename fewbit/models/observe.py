@@ -35,11 +35,7 @@ def observe(config: Any) -> Wiring:
                 _WIRINGS[key] = looked_at(small, twin.require(config))
         return _WIRINGS[key]
     except Exception as error:  # whatever a model definition raises on this config is the finding
-        return Wiring(name, "", (), Stream(reasons=(told(error),)), (Refused(name, told(error)),))
-
-
-def told(error: Exception) -> str:
-    return twin.told(error)
+        return Wiring(name, "", (), Stream(reasons=(twin.told(error),)), (Refused(name, twin.told(error)),))
 
 
 def looked_at(small: Any, attention: str) -> Wiring:
@@ -59,7 +55,7 @@ def looked_at(small: Any, attention: str) -> Wiring:
         wiring = replace(wiring, stream=ends(seen, bench, layers))
         return wiring if wiring.stream.reasons else replace(wiring, stream=rotatable(wiring, small, state, bench))
     except Exception as error:  # what the layers showed stays true
-        return replace(wiring, stream=Stream(reasons=(told(error),)))
+        return replace(wiring, stream=Stream(reasons=(twin.told(error),)))
 
 
 def rotatable(wiring: Wiring, small: Any, state: dict[str, torch.Tensor], bench: Bench) -> Stream:

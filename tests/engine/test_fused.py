@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fewbit.engine import fusion, proof
+from fewbit.engine import fusion
 from fewbit.engine.config import EngineConfig
 from fewbit.engine.engine import Engine
 from fewbit.engine.params import SamplingParams
@@ -129,10 +129,16 @@ def test_what_comes_to_attention_otherwise_is_turned_before(
     assert any("turned before attention" in record.message for record in caplog.records)
 
 
-@pytest.mark.parametrize(("model_type", "late"), [("llama", True), ("gemma3_text", True), ("phi", False)])
-def test_ranks_ask_the_twin(model_type: str, late: bool) -> None:
-    """They do not run a few tokens both ways, as one process does."""
-    assert proof.late(saved.model(model_type).config) is late
+def test_ranks_turn_before_attention_alike(tmp_path: Path) -> None:
+    """What comes to attention is a copy: each begins its step again, with what ranks exchange in it."""
+    folder = saved.save(saved.model("phi", num_key_value_heads=4), tmp_path)
+    one, two = (started(folder, dtype="float32", tensor_parallel_size=size) for size in (1, 2))
+    assert two.loaded.model.fewbit_fused.count("rotary")
+    assert answers(one) == answers(two)
+    for engine in (one, two):
+        runner: Any = engine.runner
+        assert not getattr(runner, "inner", runner).late
+        engine.shutdown()
 
 
 def test_nothing_that_is_left_is_lost() -> None:
