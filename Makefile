@@ -46,8 +46,8 @@ bench: .venv/ready
 bench-gpu:  ## tokens a second of the engine beside vLLM's on one NVIDIA GPU; makes 16 GB of random weights once (DIR=)
 	$(PYTHON) benchmarks/gpu_engine.py $(or $(DIR),.cache/bench-gpu) --repeat 1
 
-test-gpu:  ## on a machine with a GPU, in the environment that is there; kernels compile in eight processes at once
-	$(PYTHON) -m pytest -m "gpu and not slow" -n 8 -p no:cacheprovider -p no:benchmark
+test-gpu:  ## on a machine with a GPU, in the environment that is there; kernels compile in all processors at once
+	$(PYTHON) -m pytest -m "gpu and not slow" -n auto --maxprocesses 14 -p no:cacheprovider -p no:benchmark
 
 clean:
 	rm -rf .venv .cache build *.egg-info

@@ -26,6 +26,7 @@ from fewbit.modules.paged import AnyCache, Span, Step, Table, stepping
 from fewbit.modules.rotary import Astray
 
 LOG = logging.getLogger("fewbit.engine")
+LATE = "fewbit_late"  # of a model: False where queries and keys do not come to attention as they were handed on
 
 
 def rounder(count: int) -> int:
@@ -90,7 +91,7 @@ class Paged:
         self.slots = Slots(size, self.device)
         self.graphs: Graphs | None = None
         self.tapes: Tapes | None = None
-        self.late = True  # attention turns queries and keys, until a model is met where they come to it otherwise
+        self.late = getattr(model, LATE, True)  # attention turns queries and keys
         self.exact = False  # no rows beyond the last text, which somebody who watches would take for text
 
     def capture(self, tell: Callable[[int, int], None], prompts: bool = True) -> None:
@@ -154,6 +155,7 @@ class Paged:
         except Astray as error:
             LOG.info("queries and keys are turned before attention: %s", error)
             self.late = step.late = False
+            setattr(self.model, LATE, False)
             return self._logits(step, ids, positions, keep)
 
     def _logits(self, step: Step, ids: Tensor, positions: Tensor, keep: Tensor | None) -> Tensor:

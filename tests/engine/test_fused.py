@@ -126,7 +126,7 @@ def test_what_comes_to_attention_otherwise_is_turned_before(
     monkeypatch.setattr(rotary.Turning, "gave", lambda *_: False)
     with caplog.at_level(logging.INFO, "fewbit.engine"):
         assert answers(started(folder)) == wanted
-    assert any("turned before attention" in record.message for record in caplog.records)
+    assert sum("turned before attention" in record.message for record in caplog.records) == 1
 
 
 def test_ranks_turn_before_attention_alike(tmp_path: Path) -> None:
