@@ -128,7 +128,8 @@ class Team:
     def together(self, name: str, mine: Callable[[], Any], what: str, **values: Any) -> tuple[Any, list[str]]:
         """What all ranks run, and each may fail at. -> rank 0's result, and of every rank why it failed, or ""
 
-        Whoever fails alone leaves the others waiting for what it no longer does: that ends the engine. what: it cannot.
+        Whoever fails alone leaves the others waiting for what it no longer does: that ends the engine. what: it could
+        not, with {} for why.
         """
         self.command(name, **values)
         said, over = [""], threading.Event()
