@@ -13,16 +13,21 @@ import torch
 
 import fewbit
 from tests.tiny import llama
-
-
-def run(*args: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fewbit", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+from tests.verbs import run
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return llama(tmp_path_factory.mktemp("cli") / "model")
+
+
+@pytest.mark.parametrize(("path", "code"), [("MODEL", 0), ("/no/such/model", 1)])
+def test_a_process_of_its_own(model: Path, path: str, code: int) -> None:
+    """What comes out of it is all that comes out; the others are run within this one."""
+    command = [sys.executable, "-m", "fewbit", "inspect", path.replace("MODEL", str(model)), "--json"]
+    done, here = subprocess.run(command, capture_output=True, text=True), run(*command[3:])
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (code, here.stdout, here.stderr)
+    assert here.returncode == code and bool(here.stdout) != bool(here.stderr)
 
 
 def test_inspect_and_verify(model: Path) -> None:

@@ -1,14 +1,13 @@
 """Emulated and really quantized, both served: equal where kernels are the oracle, explained where they are not."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from fewbit import served
 from tests.server.served import model as tiny
+from tests.verbs import run
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +45,6 @@ def test_the_guilty_module_is_named(model: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_command(model: Path) -> None:
-    asked = ["certify", "fp8-tensor", "--model", str(model), "--tokens", "64", "--json"]
-    command = [sys.executable, "-m", "fewbit", *asked]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = run("certify", "fp8-tensor", "--model", model, "--tokens", 64, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)[0]["tokens"] == 64

@@ -97,10 +97,17 @@ class Recording:
             self.told.append(json.loads(wire.receive()[1])["command"])
 
 
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failed call is asked early whether a rank died."""
+    monkeypatch.setattr(parallel, "NOTICE", 0.2)
+
+
 def fails() -> None:
     raise RuntimeError("out of memory\nand more")
 
 
+@pytest.mark.usefixtures("soon")
 def test_all_record_graphs_or_none() -> None:
     with Recording("") as recording:
         recording.team.capture(lambda: None, True)
@@ -112,9 +119,9 @@ def test_all_record_graphs_or_none() -> None:
         assert recording.told == ["capture", "forget"] and not recording.group.aborted
 
 
-def test_who_fails_to_record_alone_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("soon")
+def test_who_fails_to_record_alone_ends_the_engine() -> None:
     """The others wait within a kernel for what it no longer sends: rank 0, or another."""
-    monkeypatch.setattr(parallel, "NOTICE", 0.2)
     with Recording("no room") as recording, pytest.raises(FewbitError, match=r"one rank alone .*: no room; --enforce"):
         recording.team.capture(lambda: recording.aborted.wait(20) and None, True)
     assert recording.aborted.is_set()
@@ -122,6 +129,7 @@ def test_who_fails_to_record_alone_ends_the_engine(monkeypatch: pytest.MonkeyPat
         recording.team.capture(fails, True)
 
 
+@pytest.mark.usefixtures("soon")
 def test_all_run_a_few_tokens_or_none() -> None:
     with Recording("") as recording:
         assert recording.team.logits(lambda: torch.ones(1), ["glu"], False) == 1

@@ -1,8 +1,6 @@
 """Kernels of a layer, counted: as a GPU's profiler counted them in transformers' own code, and after fusing."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ from transformers import AutoConfig
 
 from fewbit.models.fuse_count import Count, counted
 from tests.tiny import llama
+from tests.verbs import run
 
 # (plain, fused); a profile on an H200 gave 37, 53 and 81 for llama, qwen3 and gemma3
 SEEN = {"llama": (37, 8), "qwen3": (53, 10), "gemma3_text": (81, 10), "phi3": (36, 8), "mistral": (37, 8),
@@ -49,11 +48,9 @@ def test_views_are_free() -> None:
 
 def test_inspect(tmp_path: Path) -> None:
     llama(tmp_path)
-    command = [sys.executable, "-m", "fewbit", "inspect", str(tmp_path), "--fusion"]
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120, check=True)
-    found = json.loads(done.stdout)["fusion"]
+    found = json.loads(run("inspect", tmp_path, "--fusion", "--json").stdout)["fusion"]
     assert found["kernels_per_layer"] == {"plain": 37, "fused": 8}
     assert found["groups"] == ["q_proj + k_proj + v_proj", "gate_proj + up_proj"] and not found["refused"]
     assert {"norms", "wiring", "rotary", "gated", "sums"} <= found.keys()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert "llama: 8 kernels a layer outside attention, 37 in its own code" in done.stdout
+    said = run("inspect", tmp_path, "--fusion").stdout
+    assert "llama: 8 kernels a layer outside attention, 37 in its own code" in said

@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from fewbit.server import batch, load
 from fewbit.server.config import ServerConfig
 from tests.server.echo_engine import EchoEngine
 from tests.server.served import Running, engine, model, running
+from tests.verbs import run
 
 
 @pytest.fixture(scope="module")
@@ -79,35 +78,30 @@ def test_load_tells_what_failed(server: Running) -> None:
         load.models(keyed.url)
 
 
-def cli(*args: object, given: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fewbit", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, input=given, timeout=120)
-
-
 def test_verbs(folder: Path, tmp_path: Path, server: Running) -> None:
-    done = cli("complete", folder, "abc", "--max-tokens", 4)
+    done = run("complete", folder, "abc", "--max-tokens", 4)
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
-    assert cli("complete", folder, "-", "--max-tokens", 4, given="abc").stdout == done.stdout
-    talk = cli("chat", folder, "--max-tokens", 4, "--temperature", 0, given="hello\nagain\n")
+    assert run("complete", folder, "-", "--max-tokens", 4, given="abc").stdout == done.stdout
+    talk = run("chat", folder, "--max-tokens", 4, "--temperature", 0, given="hello\nagain\n")
     assert talk.returncode == 0 and len(talk.stdout.splitlines()) >= 2, talk.stderr
     (tmp_path / "in.jsonl").write_text("\n".join(line(i) for i in range(3)))
     for status, words in ((0, "3 answered, 0 failed"), (1, "is there already")):
-        ran = cli("run-batch", folder, "-i", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl")
+        ran = run("run-batch", folder, "-i", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl")
         assert ran.returncode == status and words in ran.stdout + ran.stderr
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 3
     for input, output, words in (("none", "new", "no such file"), ("in.jsonl", "none/new", "no folder")):
-        ran = cli("run-batch", folder, "-i", tmp_path / input, "-o", tmp_path / output)
+        ran = run("run-batch", folder, "-i", tmp_path / input, "-o", tmp_path / output)
         assert ran.returncode == 1 and words in ran.stderr and "Errno" not in ran.stderr
 
 
 def test_bench(folder: Path, server: Running) -> None:
-    one = cli("bench", "latency", folder, "--input-len", 8, "--output-len", 4, "--repeat", 1, "--json")
+    one = run("bench", "latency", folder, "--input-len", 8, "--output-len", 4, "--repeat", 1, "--json")
     found = json.loads(one.stdout)
     assert found["output_tokens"] == 4 and 0 < found["first"] < found["seconds"]
-    many = cli("bench", "throughput", folder, "--num-prompts", 5, "--input-len", 8, "--output-len", 4)
+    many = run("bench", "throughput", folder, "--num-prompts", 5, "--input-len", 8, "--output-len", 4)
     assert many.returncode == 0 and "5 x 8 + 4 tokens" in many.stdout
     asked = ("--num-prompts", 3, "--input-len", 8, "--output-len", 3, "--json")
-    both = cli("bench", "serve", "--url", server.url, "--peer-url", server.url, "--vocab", 200, *asked)
+    both = run("bench", "serve", "--url", server.url, "--peer-url", server.url, "--vocab", 200, *asked)
     assert both.returncode == 0 and [f["completed"] for f in json.loads(both.stdout)] == [3, 3]
-    beyond = cli("bench", "serve", "--url", server.url, *asked)  # ids up to 1000, of a vocabulary of 264
+    beyond = run("bench", "serve", "--url", server.url, *asked)  # ids up to 1000, of a vocabulary of 264
     assert beyond.returncode == 1 and "400" in json.loads(beyond.stdout)[0]["errors"][0]
