@@ -16,6 +16,7 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
+struct __align__(8) Two { u32 x, y; };
 struct __align__(16) Four { u32 x, y, z, w; };
 struct __align__(16) Numbers { float v[4]; };
 
@@ -25,6 +26,9 @@ typedef int Sum;
 typedef float Sum;
 #endif
 
+#ifdef INSTRUCTIONS  // a file of what stands for those below, where all of this runs on a CPU (tests/kernels/few_cpu.h)
+#include INSTRUCTIONS
+#else
 // Into shared memory, past the L1: weights are read once. Groups of copies are waited for in their order.
 __device__ __forceinline__ void copy(void *to, const void *from) {
     const u32 at = (u32)__cvta_generic_to_shared(to);
@@ -52,6 +56,12 @@ template <typename T> __device__ __forceinline__ const T *further(const T *at, u
 __device__ __forceinline__ Four four(const void *at) {
     Four v;
     asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
+    return v;
+}
+
+__device__ __forceinline__ Two two(const void *at) {
+    Two v;
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at));
     return v;
 }
 
@@ -104,6 +114,53 @@ __device__ __forceinline__ float widened(u16 v) {
     return out;
 #endif
 }
+
+// x & 0x000f000f | y: left to the compiler that is two instructions.
+__device__ __forceinline__ u32 low_bits(u32 x, u32 y) {
+    u32 v;
+    asm("lop3.b32 %0, %1, 0x000f000f, %2, 0xEA;" : "=r"(v) : "r"(x), "r"(y));
+    return v;
+}
+
+// Pairs of 16 bits; the product is of bfloat16.
+__device__ __forceinline__ u32 less(u32 x, u32 y) {
+#if TYPE == 0
+    asm("sub.rn.bf16x2 %0, %0, %1;" : "+r"(x) : "r"(y));
+#else
+    asm("sub.rn.f16x2 %0, %0, %1;" : "+r"(x) : "r"(y));
+#endif
+    return x;
+}
+
+__device__ __forceinline__ u32 product(u32 x, u32 y) {
+    asm("mul.rn.bf16x2 %0, %0, %1;" : "+r"(x) : "r"(y));
+    return x;
+}
+
+// Rows of x as the second operand of two products: four times 8 rows by 8 columns; lane 8 i + j says where row j of i is.
+__device__ __forceinline__ void rows_of(u32 (&b)[4], const char *at) {
+    const u32 from = (u32)__cvta_generic_to_shared(at);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(from));
+}
+
+// All blocks of a cluster have come here; or all read no other's memory any more.
+__device__ __forceinline__ void meet() {
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void leave() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// What another block has in that place of its memory.
+__device__ __forceinline__ float other(const float *at, int block) {
+    u32 there;
+    float v;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"((u32)__cvta_generic_to_shared(at)), "r"(block));
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(there));
+    return v;
+}
+#endif
 
 // What the sum of a row of x (m) and one of W (n) becomes. rows, columns, bias: scales and more, or null.
 struct Finish {
@@ -205,11 +262,9 @@ few_rows(const char *w, const char *x, Finish finish, int bytes) {
 #if TYPE == 0
 #define MAGIC 0x43004300u  // 128 in bfloat16, whose last bit is worth 1
 #define MIDDLE 0x43084308u
-#define LESS "sub.rn.bf16x2"
 #else
 #define MAGIC 0x64006400u  // 1024 in float16
 #define MIDDLE 0x64086408u
-#define LESS "sub.rn.f16x2"
 #endif
 
 // e2m1 has its bits put where bfloat16 (float16) has such, which is too small by 2^126 (2^14) and costs no arithmetic:
@@ -227,8 +282,7 @@ few_rows(const char *w, const char *x, Finish finish, int bytes) {
 template <int p> __device__ __forceinline__ u32 pair(u32 codes, u32 zero) {
     u32 v;
 #if CODES == 0
-    asm("lop3.b32 %0, %1, 0x000f000f, %2, 0xEA;" : "=r"(v) : "r"(codes >> 4 * p), "r"(MAGIC));
-    asm(LESS " %0, %0, %1;" : "+r"(v) : "r"(zero));
+    v = less(low_bits(codes >> 4 * p, MAGIC), zero);
 #elif TYPE == 0  // one product puts the sign and the rest in their places, and more beside them
     constexpr int at = p % 2 * 4;
     v = (p < 2 ? codes : codes >> 8) & 0x000f000fu << at;
@@ -244,34 +298,20 @@ template <int p> __device__ __forceinline__ u32 pair(u32 codes, u32 zero) {
 // Two numbers of x as the product wants them.
 __device__ __forceinline__ u32 raised(u32 x) {
 #if CODES != 0 && TYPE == 0
-    asm("mul.rn.bf16x2 %0, %0, %1;" : "+r"(x) : "r"(0x5f805f80u));
-#endif
+    return product(x, 0x5f805f80u);
+#else
     return x;
-}
-
-// Rows of x as the second operand of two products: four times 8 rows by 8 columns; lane 8 i + j says where row j of i is.
-__device__ __forceinline__ void rows_of(u32 (&b)[4], const char *at) {
-    const u32 from = (u32)__cvta_generic_to_shared(at);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(from));
+#endif
 }
 
 // Scales of 8 rows.
 #if CODES == 0
 typedef Four Scales;
+__device__ __forceinline__ Scales scales_at(const void *at) { return four(at); }
 #else
-struct __align__(8) Scales { u32 x, y; };
+typedef Two Scales;
+__device__ __forceinline__ Scales scales_at(const void *at) { return two(at); }
 #endif
-
-__device__ __forceinline__ Scales scales_at(const void *at) {
-    Scales v;
-#if CODES == 0
-    v = four(at);
-#else
-    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at));
-#endif
-    return v;
-}
 
 // Those of rows g + 16 r and g + 16 r + 8.
 __device__ __forceinline__ void two_of(const Scales &v, int r, float &above, float &below) {
@@ -281,9 +321,8 @@ __device__ __forceinline__ void two_of(const Scales &v, int r, float &above, flo
 #else
     const u32 word = r < 2 ? v.x : v.y;
 #if CODES == 1  // as bfloat16 too small by 2^120
-    u32 two = __byte_perm(word, 0, r % 2 ? 0x4342 : 0x4140) << 4;
-    asm("mul.rn.bf16x2 %0, %0, %1;" : "+r"(two) : "r"(0x7b807b80u));
-    above = __uint_as_float(two << 16), below = __uint_as_float(two & 0xffff0000u);
+    const u32 both = product(__byte_perm(word, 0, r % 2 ? 0x4342 : 0x4140) << 4, 0x7b807b80u);
+    above = __uint_as_float(both << 16), below = __uint_as_float(both & 0xffff0000u);
 #else
     const u32 both = word >> r % 2 * 16;
     above = __uint_as_float(both << 23 & 0x7f800000u), below = __uint_as_float(both << 15 & 0x7f800000u);
@@ -460,21 +499,14 @@ few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, cons
 #else
     __shared__ float block[OUTS * 64];
     for (int i = threadIdx.x; i < OUTS * 64; i += WARPS * 32) block[i] = over_warps(i);
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+    meet();
     for (int i = rank * WARPS * 32 + threadIdx.x; i < OUTS * 64; i += SPLIT * WARPS * 32) {
-        const u32 here = (u32)__cvta_generic_to_shared(block + i);
         float total = 0;
 #pragma unroll
-        for (int q = 0; q < SPLIT; q++) {
-            u32 at;
-            float v;
-            asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(here), "r"(q));
-            asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(at));
-            total += v;
-        }
+        for (int q = 0; q < SPLIT; q++) total += other(block + i, q);
         finish(total * UNIT, i / 64, tile * 64 + i % 64);
     }
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");  // memory stays
+    leave();  // its memory stays until then
 #endif
 }
 #endif

@@ -1,0 +1,125 @@
+"""few.cu as it is, run on a CPU: what its kernels add up, without the GPU that times them."""
+
+import ctypes
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewbit.kernels import few
+from fewbit.quant import elements
+
+HERE = Path(__file__).parent
+CXX = shutil.which("g++") or shutil.which("clang++")
+N, K = 128, 640
+UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+pytestmark = pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> "Built":
+    return Built(tmp_path_factory.mktemp("few"))
+
+
+class Built:
+    """Kernels, compiled once for every set of definitions."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.library = folder, cache(self._library)
+
+    def _library(self, defines: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
+        made = self.folder / ("_".join(f"{name}{value}" for name, value in defines) + ".so")
+        flags = ["-O1", "-w", "-std=c++17", "-shared", "-fPIC", *(f"-D{name}={value}" for name, value in defines)]
+        places = ["-I", str(Path(few.__file__).parent), "-I", str(HERE), str(HERE / "few_cpu.cpp")]
+        subprocess.run([str(CXX), *flags, *places, "-o", str(made)], check=True, timeout=120)
+        return ctypes.CDLL(str(made))
+
+    def run(
+        self, x: Tensor, w: Tensor, n: int, out: torch.dtype, length: int, blocks: int,
+        scales: Tensor | None = None, zeros: Tensor | None = None, **defines: int,
+    ) -> Tensor:  # fmt: skip
+        y = torch.full((len(x), n), torch.nan, dtype=out)
+        kind = {"TYPE": few.TYPES[x.dtype], "OUT": few.TYPES[out], "TILES": -(-len(x) // few.TILE), "WARPS": 2}
+        at = [ctypes.c_void_p(0 if t is None else t.data_ptr()) for t in (w, x, y, scales, zeros)]
+        self.library(tuple((kind | defines).items())).run(*at, len(x), n, length, blocks)
+        return y
+
+
+def near(y: Tensor, want: Tensor, size: Tensor) -> None:
+    """One rounding of the result, and sums in float32."""
+    assert bool(((y.double() - want).abs() <= UNIT[y.dtype] * want.abs() + K * 2.0**-24 * size).all())
+
+
+@pytest.mark.parametrize("kind", few.TYPES, ids=str)
+@pytest.mark.parametrize("high", [1, 2])
+def test_rows(built: Built, kind: torch.dtype, high: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(size, K, generator=draw) * 20 for size in (16, 64))
+    x, w = ((t.round().clamp(-127, 127) if kind is torch.int8 else t / 20).to(kind).contiguous() for t in (x, w))
+    out = kind if kind in few.HALVES else torch.bfloat16
+    given = {"DEPTH": 3, "HIGH": high, "SPLIT": 0}
+    for m in (1, 7, 16):
+        y = built.run(x[:m], w, 64, out, K * x.element_size(), 64 // (few.ROWS * high), **given)
+        near(y, x[:m].double() @ w.double().T, x[:m].double().abs() @ w.double().abs().T)
+
+
+def fragments(codes: Tensor) -> Tensor:
+    """[N, K] of 4 bits -> [K / 16, N / 64, 32, 4] words: lane 4 g + t has rows g and g + 8, columns 2 t and 2 t + 8."""
+    n, k = codes.shape
+    c = codes.long().view(n // 64, 4, 2, 8, k // 16, 2, 4, 2)  # tile, r, below, g, piece, late, t, odd
+    place = torch.arange(2).view(1, 1, 2, 1, 1, 1, 1, 1) * 2 + torch.arange(2).view(1, 1, 1, 1, 1, 2, 1, 1)
+    place = (place + torch.arange(2) * 4) * 4
+    words = (c << place).sum((2, 5, 7))  # tile, r, g, piece, t
+    return words.permute(3, 0, 2, 4, 1).reshape(k // 16, n // 64, 32, 4).to(torch.uint32).contiguous()
+
+
+def by_rows(of_groups: Tensor) -> Tensor:
+    """[N, groups] -> [groups, N / 64, 8, 8], of row g + 8 j at [g, j]."""
+    n, groups = of_groups.shape
+    return of_groups.T.reshape(groups, n // 64, 8, 8).transpose(2, 3).contiguous()
+
+
+def laid(
+    built: Built, x: Tensor, values: Tensor, codes: Tensor, scales: Tensor, group: int, zeros: Tensor | None = None,
+    **defines: int,
+) -> None:  # fmt: skip
+    """In any company, and with two columns to a row where there may be: the same bits."""
+    words, found = fragments(codes), []
+    defines = {"GROUP": group, "ZEROS": 0, "SPLIT": 1, **defines}
+    for m, spread in ((1, 2), (4, 2), (4, 1), (8, 1), (16, 1)):
+        if spread == 1 or group < 128:
+            given = defines | {"SPREAD": spread}
+            found.append(built.run(x[:m], words, N, x.dtype, K, N // 64, by_rows(scales), zeros, **given))
+            size = x[:m].double().abs() @ values.abs().double().T
+            near(found[-1], x[:m].double() @ values.double().T, size + size.amax())
+    assert all(torch.equal(y, found[-1][: len(y)]) for y in found)
+
+
+@pytest.mark.parametrize("group", few.GROUPS[few.INTEGERS][:3])
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("dtype", few.HALVES, ids=str)
+def test_whole_numbers(built: Built, dtype: torch.dtype, zeros: bool, group: int) -> None:
+    draw = torch.Generator().manual_seed(group)
+    codes, zero = (torch.randint(0, 16, (N, k), generator=draw) for k in (K, K // group))
+    scales = (torch.rand(N, K // group, generator=draw) + 0.1).to(dtype)
+    x, zero = torch.randn(16, K, generator=draw).to(dtype), zero if zeros else torch.full_like(zero, 8)
+    values = (codes - zero.repeat_interleave(group, 1)) * scales.double().repeat_interleave(group, 1)
+    packed = (by_rows(zero) << torch.arange(8) * 4).sum(-1).to(torch.uint32)
+    laid(built, x, values, codes, scales, group, packed, CODES=few.INTEGERS, ZEROS=int(zeros))
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [(few.NVFP4, torch.bfloat16), (few.NVFP4, torch.float16),
+                                             (few.MXFP4, torch.bfloat16)], ids=str)  # fmt: skip
+def test_floats_of_4_bits(built: Built, kind: int, dtype: torch.dtype) -> None:
+    (group,), draw = few.GROUPS[kind], torch.Generator().manual_seed(kind)
+    element, span = (elements.E4M3, (0x20, 0x50)) if kind == few.NVFP4 else (elements.E8M0, (120, 132))
+    codes = torch.randint(0, 16, (N, K), generator=draw)
+    scales = torch.randint(*span, (N, K // group), generator=draw).to(torch.uint8)
+    times = elements.decode(scales, element).double().repeat_interleave(group, 1)
+    values = elements.decode(codes.to(torch.uint8), elements.E2M1).double() * times
+    laid(built, torch.randn(16, K, generator=draw).to(dtype), values, codes, scales, group, CODES=kind)
