@@ -3,14 +3,14 @@
     python benchmarks/gpu_kernels.py [--quick] [--only fp8-channel,int4-g128] [--shapes 6144x4096]
 
 Rows of the table are kernel, format and shape; a cell that failed says why below it. Inputs are bfloat16, so roundings
-of the input are inside. `rowwise` is torch._scaled_mm with scales of rows, which `scaled` does without.
+of the input are inside. `rowwise` is torch._scaled_mm with scales of rows, which `scaled` does without. `floor` is what
+an H200 takes to move the bytes or to multiply, whichever is longer.
 """
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ ROWS = (1, 16, 64, 256, 4096)
 NAMES = ("fp8-tensor", "fp8-channel", "fp8-tensor-static", "fp8-block", "int4-g128", "int4-g128-bf16", "nvfp4-a16",
          "mxfp4-a16", "int8-channel-a8", "int4-g128-a8fp8", "mxfp8", "q4_k")  # fmt: skip
 QUICK = ("fp8-tensor", "fp8-channel", "int4-g128-bf16", "nvfp4-a16", "int4-g128-a8fp8")
+BYTES, PRODUCTS = 4.26e6, {16: 787e6, 8: 1480e6}  # of a microsecond; by bits of x
 BEYOND = 160 << 20  # bytes of weights that a replay walks through
 CUDA = torch.device("cuda")
 Call = Callable[[Tensor], Tensor]
@@ -107,6 +108,13 @@ def all_cases(names: tuple[str, ...], n: int, k: int) -> Iterator[Case]:
                 yield Case(kernel.name, name, lambda kernel=kernel, name=name: packed(kernel, name, n, k), bits)
 
 
+def floor(case: Case, n: int, k: int, m: int) -> float:
+    """Microseconds."""
+    act = form_of(case.format).act if case.format in FORMATS else None
+    bits = 8 if act is not None and act.element.bits <= 8 else 16
+    return max((case.nbytes + 2 * m * (n + k)) / BYTES, 2 * m * n * k / PRODUCTS[bits])
+
+
 def measured(calls: list[Call], x: Tensor, seconds: float) -> float:
     """-> microseconds of a call: the median of replays of one graph that makes all calls in turn."""
     for call in calls[:2]:
@@ -161,15 +169,23 @@ def told(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
+def show(cells: Sequence[object], widths: Sequence[int]) -> None:
+    print("  ".join(str(text).rjust(w) for text, w in zip(cells, widths, strict=True)), flush=True)
+
+
 def table(names: tuple[str, ...], shapes: tuple[tuple[int, int], ...], rows: tuple[int, ...], seconds: float) -> None:
     head = ["kernel", "format", "N", "K", *(f"M={m}" for m in rows), "prepack ms", "s"]
     widths = [16, 18, 6, 6, *[8] * len(rows), 10, 6]
-    print("  ".join(text.rjust(w) for text, w in zip(head, widths, strict=True)))
+    show(head, widths)
     for n, k in shapes:
+        last = ""
         for case in all_cases(names, n, k):
+            if case.format != last:
+                least = [f"{floor(case, n, k, m):.1f}" for m in rows]
+                show(["floor", case.format, n, k, *least, "", ""], widths)
+                last = case.format
             cells, failed = row(case, k, rows, seconds)
-            line: list[Any] = [case.kernel, case.format, n, k, *cells]
-            print("  ".join(str(text).rjust(w) for text, w in zip(line, widths, strict=True)), flush=True)
+            show([case.kernel, case.format, n, k, *cells], widths)
             for reason in failed:
                 print(f"    {reason}", flush=True)
             torch.cuda.empty_cache()
