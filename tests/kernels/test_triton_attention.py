@@ -391,7 +391,7 @@ def test_parts_that_are_worth_it(room: int, window: int | None, monkeypatch: pyt
     from fewbit.kernels import triton_attention_decode as decode
 
     lengths = (1, 63, 64, 65, 129, 200, 390, 2100)
-    case = Case(requests=tuple((1, n) for n in lengths), how={"sliding_window": window})
+    case = Case((2, 1), requests=tuple((1, n) for n in lengths), how={"sliding_window": window})
     made = make(case)
     key_heads = made.key.shape[1]
     monkeypatch.setattr(decode, "processors", lambda _: room * len(lengths) * key_heads // decode.PROGRAMS)
