@@ -6,7 +6,7 @@ import torch
 from fewbit.modules import latent
 from fewbit.modules.rotary import FORMS, RotaryForm
 from tests.kernels import test_triton_fused
-from tests.kernels.test_triton_fused import DTYPES, near, random
+from tests.kernels.test_triton_fused import TURNS, near, random
 
 pytestmark = test_triton_fused.pytestmark
 
@@ -15,8 +15,7 @@ def told(form: RotaryForm, wide: bool) -> tuple[bool, bool, str, bool]:
     return form.reads == "neighbours", form.writes == "neighbours", form.table, form.wide or wide
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize(("dtype", "tables"), [*((d, d) for d in DTYPES), (torch.bfloat16, torch.float32)], ids=str)
+@pytest.mark.parametrize(("form", "dtype", "tables"), TURNS, ids=str)
 def test_assemble(form: RotaryForm, dtype: torch.dtype, tables: torch.dtype) -> None:
     """Odd numbers of heads and channels, parts of merged products, one table for all texts, some channels unturned."""
     from fewbit.kernels import triton_latent
@@ -35,8 +34,7 @@ def test_assemble(form: RotaryForm, dtype: torch.dtype, tables: torch.dtype) -> 
             assert a.stride(-1) == 1
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize(("dtype", "tables"), [*((d, d) for d in DTYPES), (torch.bfloat16, torch.float32)], ids=str)
+@pytest.mark.parametrize(("form", "dtype", "tables"), TURNS, ids=str)
 def test_join(form: RotaryForm, dtype: torch.dtype, tables: torch.dtype) -> None:
     """One key for all heads; of queries the last channels alone are written."""
     from fewbit.kernels import triton_latent
