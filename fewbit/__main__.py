@@ -5,20 +5,21 @@ import contextlib
 import os
 import signal
 import sys
-import threading
 
 
 def main() -> None:
     try:
         run()
     except SystemExit as leaving:
-        if leaving.code == 130 and any(thread.daemon for thread in threading.enumerate()):
+        if leaving.code == 130:
             leave(130)
         raise
 
 
 def leave(code: int) -> None:
-    """End while an engine is being built: Python's own end would stop its thread within C++, which aborts of that."""
+    """Without Python's own end: that stops an engine's thread within C++, where it aborts, and dies of the signal after
+    all where an interrupt came within an exec, as dataclasses have them.
+    """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):

@@ -137,6 +137,22 @@ def test_an_interrupt_that_an_import_swallows(interrupt: bool, code: int) -> Non
     assert done.returncode == code and ("Traceback" in done.stderr) == (code == 1), done.stderr
 
 
+WITHIN = """
+import fewbit.cli
+from fewbit.__main__ import main
+fewbit.cli.main = lambda: exec("raise KeyboardInterrupt")
+main()
+"""
+
+
+def test_an_interrupt_within_an_exec(tmp_path: Path) -> None:
+    """Python would die of the signal at its end, though it was caught."""
+    (tmp_path / "within.py").write_text(WITHIN)
+    command = [sys.executable, "-m", "within"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130 and not done.stderr
+
+
 @pytest.mark.parametrize("after", [0.0, 0.3, 1.0, 2.5, 5.0])
 def test_interrupt_of_verify(model: Path, after: float) -> None:
     """Ctrl-C at any time from our first import on, the slow ones included, ends quietly."""
