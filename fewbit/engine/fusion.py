@@ -6,7 +6,7 @@ its own sizes, parameters and device make of a kernel shows there, and where log
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -96,18 +96,13 @@ def compare(loaded: "Loaded") -> None:
     if found > limit:
         alone = (kind for kind in kinds if distance(attempt(loaded, [kind]), wanted) <= limit)
         left = [first] if (first := next(alone, None)) else kinds
-        leave(loaded, left)
+        if loaded.team is not None:
+            loaded.team.command("put_back", kinds=left)
+        put_back(model, left)
         why = f"logits of a few tokens differ by {found:.2g} from transformers' code, rounding allows {limit:.2g}"
         why = f"a few tokens fail with what is fused, {told(got)}" if isinstance(got, Exception) else why
         now = (replace(d, reason=why) if d.kept and d.kind in left else d for d in report.decisions)
         setattr(model, fuse.ATTRIBUTE, replace(report, decisions=tuple(now)))
-
-
-def leave(loaded: "Loaded", kinds: Sequence[Kind]) -> None:
-    """To transformers' code, on every rank."""
-    if loaded.team is not None:
-        loaded.team.command("leave", kinds=list(kinds))
-    put_back(loaded.model, kinds)
 
 
 def attempt(loaded: "Loaded", left: Collection[Kind] = ()) -> Tensor | Exception:
@@ -125,8 +120,10 @@ def logits(loaded: "Loaded", left: Collection[Kind] = (), noisy: bool = False) -
 
 
 def own_logits(loaded: "Loaded", left: Collection[Kind], noisy: bool) -> Tensor:
-    """This rank's part of it. left: to transformers' code meanwhile. noisy: what that gives is rounded once more, which
-    is how far apart two right ways may be."""
+    """This rank's part of it. left: to transformers' code meanwhile.
+
+    noisy: what that gives is rounded once more, which is how far apart two right ways may be.
+    """
     with ExitStack() as stack:
         back = put_back(loaded.model, left)
         for one in back:

@@ -77,7 +77,7 @@ def serve(wire: Wire, told: dict[str, Any]) -> None:
             group.connect()
         elif command["command"] == "logits":
             wire.tell(failed=tried(partial(fusion.own_logits, loaded, command["left"], command["noisy"]))[1])
-        elif command["command"] == "leave":
+        elif command["command"] == "put_back":
             put_back(loaded.model, command["kinds"])
         elif command["command"] == "measure":
             wire.tell(measured=measured(config, loaded))

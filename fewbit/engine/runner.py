@@ -91,7 +91,6 @@ class Paged:
         self.slots = Slots(size, self.device)
         self.graphs: Graphs | None = None
         self.tapes: Tapes | None = None
-        self.late = getattr(model, LATE, True)  # attention turns queries and keys
         self.exact = False  # no rows beyond the last text, which somebody who watches would take for text
 
     def capture(self, tell: Callable[[int, int], None], prompts: bool = True) -> None:
@@ -149,13 +148,13 @@ class Paged:
 
     def _model(self, step: Step, ids: Tensor, positions: Tensor, keep: Tensor | None) -> Tensor:
         """ids, positions: [T] -> logits of the rows to keep, of all where None."""
-        step.late = self.late
+        step.late = getattr(self.model, LATE, True)  # attention turns queries and keys
         try:
             return self._logits(step, ids, positions, keep)
         except Astray as error:
             LOG.info("queries and keys are turned before attention: %s", error)
-            self.late = step.late = False
             setattr(self.model, LATE, False)
+            step.late = False
             return self._logits(step, ids, positions, keep)
 
     def _logits(self, step: Step, ids: Tensor, positions: Tensor, keep: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ from fewbit.engine.config import EngineConfig
 from fewbit.engine.engine import Engine
 from fewbit.engine.params import SamplingParams
 from fewbit.engine.request import Request
+from fewbit.engine.runner import LATE
 from fewbit.errors import RequestError, UnsupportedError
 from fewbit.models import build
 from fewbit.modules import experts, glu, norm, paged, residual, rotary
@@ -109,7 +110,7 @@ def test_attention_turns_what_it_attends_to(
     """Rotate hands on what it was given, and the answers are those of a model that turns before attention."""
     folder = llama(tmp_path)
     engine, plain = started(folder, **options), started(folder, **options)
-    plain.runner.late = False  # type: ignore[attr-defined]
+    setattr(plain.loaded.model, LATE, False)
     claimed, found = rotary.claimed, []
     monkeypatch.setattr(paged.rotary, "claimed", lambda *given: found.append(claimed(*given)) or found[-1])
     late = answers(engine)
@@ -131,13 +132,12 @@ def test_what_comes_to_attention_otherwise_is_turned_before(
 
 def test_ranks_turn_before_attention_alike(tmp_path: Path) -> None:
     """What comes to attention is a copy: each begins its step again, with what ranks exchange in it."""
-    folder = saved.save(saved.model("phi", num_key_value_heads=4), tmp_path)
+    folder = saved.save(saved.model("phi"), tmp_path)
     one, two = (started(folder, dtype="float32", tensor_parallel_size=size) for size in (1, 2))
     assert two.loaded.model.fewbit_fused.count("rotary")
     assert answers(one) == answers(two)
     for engine in (one, two):
-        runner: Any = engine.runner
-        assert not getattr(runner, "inner", runner).late
+        assert not getattr(engine.loaded.model, LATE)
         engine.shutdown()
 
 
