@@ -26,7 +26,7 @@ from fewbit.quant.spec import Format
 SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 ROWS = (1, 16, 64, 256, 4096)
 NAMES = ("fp8-tensor", "fp8-channel", "fp8-tensor-static", "fp8-block", "int4-g128", "int4-g128-bf16", "nvfp4-a16",
-         "mxfp4-a16", "int8-channel-a8", "int4-g128-a8fp8", "mxfp8", "q4_k")  # fmt: skip
+         "mxfp4-a16", "int8-channel-a8", "int4-g128-a8fp8", "mxfp8", "q4_k", "q5_k", "q6_k", "q8_0")  # fmt: skip
 QUICK = ("fp8-tensor", "fp8-channel", "int4-g128-bf16", "nvfp4-a16", "int4-g128-a8fp8")
 BYTES, PRODUCTS = 4.26e6, {16: 787e6, 8: 1480e6}  # of a microsecond; by bits of x
 BEYOND = 160 << 20  # bytes of weights that a replay walks through

@@ -10,7 +10,7 @@
 // Compiled for: TYPE of x (0 bfloat16, 1 float16, 2 e4m3, 3 int8), OUT of y (0, 1), TILES of 8 rows of x, WARPS of a
 // block, SPLIT blocks to a sum; rows (SPLIT 0): DEPTH copies under way, HIGH tiles of W to a warp; laid: CODES 0 integers
 // under scales of x's type, 1 e2m1 under e4m3, 2 e2m1 under e8m0, GROUP columns to a scale, ZEROS 1 where each has a
-// zero, SPREAD (1, 2) columns of a tile of x to a row.
+// zero of 4 bits, 2 one of x's type, SPREAD (1, 2) columns of a tile of x to a row.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -262,9 +262,11 @@ few_rows(const char *w, const char *x, Finish finish, int bytes) {
 #if TYPE == 0
 #define MAGIC 0x43004300u  // 128 in bfloat16, whose last bit is worth 1
 #define MIDDLE 0x43084308u
+#define ONES 0x3f803f80u
 #else
 #define MAGIC 0x64006400u  // 1024 in float16
 #define MIDDLE 0x64086408u
+#define ONES 0x3c003c00u
 #endif
 
 // e2m1 has its bits put where bfloat16 (float16) has such, which is too small by 2^126 (2^14) and costs no arithmetic:
@@ -330,18 +332,26 @@ __device__ __forceinline__ void two_of(const Scales &v, int r, float &above, flo
 #endif
 }
 
-// w: [k / 16, n / 64, 32 lanes, 4 words]; scales: [k / GROUP, n / 64, 8, 8], of row g + 8 j at [g, j], and so zeros of 4
-// bits. A block makes 64 columns of y over its share of K; the SPLIT blocks of a cluster add up in one another's memory.
+// Four of them, of rows g + 8 j and g + 8 j + 32.
+__device__ __forceinline__ void all_of(const Scales &v, Numbers &low, Numbers &high) {
+    two_of(v, 0, low.v[0], low.v[1]), two_of(v, 1, low.v[2], low.v[3]);
+    two_of(v, 2, high.v[0], high.v[1]), two_of(v, 3, high.v[2], high.v[3]);
+}
+
+// w: [k / 16, n / 64, 32 lanes, 4 words]; scales: [k / GROUP, n / 64, 8, 8], of row g + 8 j at [g, j], and so zeros. Those
+// of x's type are between codes: what they take away is the sum of x times them, for which units multiply x by ones too.
+// A block makes 64 columns of y over its share of K; the SPLIT blocks of a cluster add up in one another's memory.
 //
 // Up to 4 rows of x leave half of a tile idle. With SPREAD each has two columns of it, one with the x of every other
 // group and nothing of the rest, so that sums of two groups meet their scales at once, in the order of one column.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, const u32 *zeros, int k) {
+few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, const void *zeros, int k) {
     constexpr int TIMES = GROUP < 128 ? 128 / GROUP : 1, EACH = 8 / TIMES;  // scales of a run of 128 columns; pieces to each
     constexpr int STRIDE = SPLIT * WARPS, ROW = 256 + 16, HALF = TILES * 8 * ROW;  // rows of x lie in banks of their own
     constexpr bool SHARED = TIMES > 1;  // lanes make numbers of scales for one another
     constexpr int OUTS = TILES * 8 / SPREAD;  // rows of x that there is room for
-    constexpr int MADE = SHARED ? TIMES * 256 : 0, MINE = (TIMES + 3) / 4;
+    constexpr int MADE = SHARED ? TIMES * (ZEROS == 2 ? 512 : 256) : 0, MINE = (TIMES + 3) / 4;
+    static_assert(ZEROS < 2 || SHARED, "");
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int tile = blockIdx.x / SPLIT, rank = blockIdx.x % SPLIT, tiles = finish.n / 64, runs = k / 128;
     int run = rank * WARPS + warp;
@@ -350,6 +360,9 @@ few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, cons
     char *own = memory + warp * (4096 + 2 * HALF + MADE);  // codes of a run, rows of x of two runs, scales of a run
     Four *ring = (Four *)own + lane;
     Numbers *numbers = (Numbers *)(own + 4096 + 2 * HALF);  // [TIMES, 2, 8], of rows g + 8 j, j 0 to 3 and 4 to 7
+#if ZEROS == 2
+    Numbers *fewer = numbers + TIMES * 16;  // so what sums of x are times, for zeros
+#endif
     let_next();
 #pragma unroll
     for (int i = 0; i < 8; i++) {
@@ -359,17 +372,25 @@ few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, cons
     const int first = SHARED ? lane / 8 : 0, row = SHARED ? lane % 8 : g;  // of the scales that this lane looks up
     const Scales *of = scales + ((u64)first * tiles + tile) * 8 + row;
     Scales scale[MINE];
-#if ZEROS
+#if ZEROS == 1
     u32 zero[TIMES];
+#elif ZEROS
+    Scales zero[MINE];
 #endif
     auto look_up = [&](int r) {
         const u32 group = GROUP < 128 ? r * TIMES : r * 128 / GROUP;
 #pragma unroll
         for (int s = 0; s < MINE; s++)
             if (first + 4 * s < TIMES) scale[s] = scales_at(further(of, group + 4 * s, tiles * 8 * sizeof(Scales)));
-#if ZEROS
+#if ZEROS == 1
 #pragma unroll
-        for (int s = 0; s < TIMES; s++) zero[s] = word(further(zeros + tile * 8 + g, group + s, tiles * 32));
+        for (int s = 0; s < TIMES; s++)
+            zero[s] = word(further((const u32 *)zeros + tile * 8 + g, group + s, tiles * 32));
+#elif ZEROS
+#pragma unroll
+        for (int s = 0; s < MINE; s++)
+            if (first + 4 * s < TIMES)
+                zero[s] = scales_at(further((const Scales *)zeros + (of - scales), group + 4 * s, tiles * 8 * sizeof(Scales)));
 #endif
     };
     if (run < runs) look_up(run);
@@ -393,14 +414,23 @@ few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, cons
 #pragma unroll
         for (int s = 0; s < MINE && SHARED; s++) {
             Numbers low, high;
-            two_of(scale[s], 0, low.v[0], low.v[1]), two_of(scale[s], 1, low.v[2], low.v[3]);
-            two_of(scale[s], 2, high.v[0], high.v[1]), two_of(scale[s], 3, high.v[2], high.v[3]);
+            all_of(scale[s], low, high);
             if (first + 4 * s < TIMES) {
                 numbers[(first + 4 * s) * 16 + row] = low;
                 numbers[(first + 4 * s) * 16 + 8 + row] = high;
             }
+#if ZEROS == 2
+            Numbers less, least;
+            all_of(zero[s], less, least);
+#pragma unroll
+            for (int j = 0; j < 4; j++) less.v[j] = (8 - less.v[j]) * low.v[j], least.v[j] = (8 - least.v[j]) * high.v[j];
+            if (first + 4 * s < TIMES) {
+                fewer[(first + 4 * s) * 16 + row] = less;
+                fewer[(first + 4 * s) * 16 + 8 + row] = least;
+            }
+#endif
         }
-#if ZEROS
+#if ZEROS == 1
         u32 nil[TIMES];
 #pragma unroll
         for (int s = 0; s < TIMES; s++) nil[s] = zero[s];
@@ -416,6 +446,9 @@ few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, cons
         }
         float part[TILES][4][4];
         u32 b[TILES][4];  // of two pieces
+#if ZEROS == 2
+        float whole[TILES][4];  // sums of x
+#endif
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             const int s = i / EACH;
@@ -431,7 +464,7 @@ few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, cons
             }
 #pragma unroll
             for (int r = 0; r < 4; r++) {
-#if ZEROS
+#if ZEROS == 1
                 const u32 z0 = MAGIC | ((nil[s] >> 8 * r) & 15) * 0x10001u;
                 const u32 z1 = MAGIC | ((nil[s] >> (8 * r + 4)) & 15) * 0x10001u;
 #else
@@ -446,14 +479,32 @@ few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, cons
                     mma(part[j][r], a0, a1, a2, a3, b[j][i % 2 * 2], b[j][i % 2 * 2 + 1]);
                 }
             }
+#if ZEROS == 2
+#pragma unroll
+            for (int j = 0; j < TILES; j++) {
+#pragma unroll
+                for (int v = 0; v < 4; v++) whole[j][v] = i % (EACH * SPREAD) ? whole[j][v] : 0;
+                mma(whole[j], ONES, ONES, ONES, ONES, b[j][i % 2 * 2], b[j][i % 2 * 2 + 1]);
+            }
+#endif
 #pragma unroll
             for (int r = 0; r < 4 && (i + 1) % (EACH * SPREAD) == 0; r++) {
 #if SPREAD > 1
                 const Numbers one = numbers[(s - 1) * 16 + r / 2 * 8 + g], two = numbers[s * 16 + r / 2 * 8 + g];
+#if ZEROS == 2
+                const Numbers less = fewer[(s - 1) * 16 + r / 2 * 8 + g], least = fewer[s * 16 + r / 2 * 8 + g];
+#endif
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
-                    const float first = __fmaf_rn(part[0][r][2 * h], one.v[r % 2 * 2 + h], sum[0][r][h]);
-                    sum[0][r][h] = __fmaf_rn(part[0][r][2 * h + 1], two.v[r % 2 * 2 + h], first);
+                    float v = __fmaf_rn(part[0][r][2 * h], one.v[r % 2 * 2 + h], sum[0][r][h]);
+#if ZEROS == 2
+                    v = __fmaf_rn(whole[0][0], less.v[r % 2 * 2 + h], v);
+#endif
+                    v = __fmaf_rn(part[0][r][2 * h + 1], two.v[r % 2 * 2 + h], v);
+#if ZEROS == 2
+                    v = __fmaf_rn(whole[0][1], least.v[r % 2 * 2 + h], v);
+#endif
+                    sum[0][r][h] = v;
                 }
 #else
                 float above, below;
@@ -463,11 +514,18 @@ few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, cons
                 } else {
                     two_of(given, r, above, below);
                 }
+#if ZEROS == 2
+                const Numbers less = fewer[s * 16 + r / 2 * 8 + g];
+#endif
 #pragma unroll
                 for (int j = 0; j < TILES; j++)
 #pragma unroll
-                    for (int v = 0; v < 4; v++)
+                    for (int v = 0; v < 4; v++) {
                         sum[j][r][v] = __fmaf_rn(part[j][r][v], v < 2 ? above : below, sum[j][r][v]);
+#if ZEROS == 2
+                        sum[j][r][v] = __fmaf_rn(whole[j][v % 2], less.v[r % 2 * 2 + v / 2], sum[j][r][v]);
+#endif
+                    }
 #endif
             }
             if (i % 2) {

@@ -105,10 +105,11 @@ def laid(
 ) -> Tensor:  # fmt: skip
     """x: [M, K]; w, scales, zeros: codes of 4 bits [n, K] as humming holds them -> [M, n].
 
-    outer: [1], columns: [n] float32, which the sums are times.
+    zeros: of 4 bits, or of x's type. outer: [1], columns: [n] float32, which the sums are times.
     """
     y = x.new_empty(len(x), n)
-    run = _by_layout(x.device, x.dtype, _tiles(len(x)), _spread(len(x), how), how, zeros is not None, n)
+    between = 0 if zeros is None else 2 if zeros.dtype == x.dtype else 1
+    run = _by_layout(x.device, x.dtype, _tiles(len(x)), _spread(len(x), how), how, between, n)
     finish, k = _finish(y, outer, columns, bias), ctypes.c_int(x.shape[1])
     run(n // TALL * run.cluster, _stream(x), (_at(w), _at(x), finish, _at(scales), _at(zeros), k))
     return y
@@ -137,13 +138,13 @@ def _by_rows(device: torch.device, kind: torch.dtype, out: torch.dtype, tiles: i
 
 @cache
 def _by_layout(
-    device: torch.device, kind: torch.dtype, tiles: int, spread: int, how: Laid, zeros: bool, n: int
+    device: torch.device, kind: torch.dtype, tiles: int, spread: int, how: Laid, zeros: int, n: int
 ) -> Function:
     high, processors = n // TALL, _processors(device)
     warps, split = next(shape for most, shape in LAID if high <= most * processors)
     defines = {"TYPE": TYPES[kind], "OUT": TYPES[kind], "TILES": tiles, "SPREAD": spread, "WARPS": warps,
-               "GROUP": how.group, "CODES": how.codes, "ZEROS": int(zeros), "SPLIT": split}  # fmt: skip
-    shared = warps * (4096 + tiles * 4352 + (how.times * 256 if how.times > 1 else 0))
+               "GROUP": how.group, "CODES": how.codes, "ZEROS": zeros, "SPLIT": split}  # fmt: skip
+    shared = warps * (4096 + tiles * 4352 + (how.times * (512 if zeros == 2 else 256) if how.times > 1 else 0))
     if high * split <= processors:  # each has a processor to itself: two on one leave another idle
         shared = max(shared, _shared_bytes(device) // 2 + 1)
     return _function("few_laid", device, defines, shared, split)

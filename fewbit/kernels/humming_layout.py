@@ -14,6 +14,7 @@ from fewbit.quant.elements import E8M0, F32, Element
 from fewbit.quant.spec import Format, QuantSpec, Scale
 
 Kind = Literal["tensor", "channel", "group", "block"]
+Zeros = Literal["", "codes", "values"]
 FLOATS = {
     "e4m3": "float8e4m3", "e4m3-240": "float8e4m3", "e5m2": "float8e5m2", "e2m1": "float4e2m1", "e2m3": "float6e2m3",
     "e3m2": "float6e3m2",
@@ -34,7 +35,7 @@ class Layout:
     group: int  # columns of a group or block, 0 = all
     scale: str  # number type of scales of groups and blocks
     outer: bool  # float32 scales of the whole tensor or of rows, beside those of groups
-    zeros: bool
+    zeros: Zeros  # of groups: whole ones, or such as scales are, (code - zero) * scale as well
     input: Rounding | None
 
     @property
@@ -43,9 +44,9 @@ class Layout:
 
 
 def layout(form: Format, dtype: torch.dtype, rounded: bool) -> Layout | str:
-    """-> the layout, or why there is none. rounded: scales may lose bits to the type computed in."""
+    """-> the layout, or why there is none. rounded: scales and zeros may lose bits to the type computed in."""
     spec = form.weight
-    codes, placed = _codes(spec.element), _placed(spec)
+    codes, placed = _codes(spec.element), _placed(spec, rounded and not form.act)
     how = rounding(form.act) if form.act else None
     if codes is None:
         return f"takes integers of 2 to 8 bits, e4m3, e5m2, e2m1, e2m3 and e3m2, not {spec.element.name}"
@@ -53,9 +54,12 @@ def layout(form: Format, dtype: torch.dtype, rounded: bool) -> Layout | str:
         if isinstance(found, str):
             return found
     kind, group = placed
-    scale = _scale(spec.scales[0].element, kind, dtype, how is not None, rounded)
-    reason = (None if scale in KNOWN else scale) or _zeros(spec) or _meeting(spec, kind, group, how, dtype)
-    return reason or Layout(codes, kind, group, scale, len(spec.scales) == 2, bool(spec.zeros), how)
+    outer = any(map(_is_outer, spec.scales[1:]))
+    folded = len(spec.scales) == 2 and not outer
+    scale = PLAIN[dtype] if folded else _scale(spec.scales[0].element, kind, dtype, how is not None, rounded)
+    reason = (None if scale in KNOWN else scale) or _zeros(spec, rounded) or _meeting(spec, kind, group, how, dtype)
+    zeros: Zeros = "" if not spec.zeros else "codes" if spec.zeros_in_codes else "values"
+    return reason or Layout(codes, kind, group, scale, outer, zeros, how)
 
 
 KNOWN = {*STORED.values(), *NARROW.values(), "float32"}
@@ -67,10 +71,11 @@ def _codes(element: Element) -> str | None:
     return FLOATS.get(element.name)
 
 
-def _placed(spec: QuantSpec) -> tuple[Kind, int] | str:
-    """-> where scales are applied and how many columns share one."""
+def _placed(spec: QuantSpec, folds: bool) -> tuple[Kind, int] | str:
+    """-> where scales are applied and how many columns share one. folds: two planes may become one."""
     inner, *outer = spec.scales or (None,)
-    if inner is None or inner.op != "mul" or len(outer) > 1 or not all(map(_is_outer, outer)):
+    ours = all(_is_outer(scale) or (folds and scale.op == "mul") for scale in outer)
+    if inner is None or inner.op != "mul" or len(outer) > 1 or not ours:
         return "takes one plane of scales that multiply, or two where the second is float32, of rows or of the tensor"
     rows, columns = inner.block
     kinds: dict[tuple[int, int], Kind] = {(0, 0): "tensor", (1, 0): "channel", BLOCK: "block"}
@@ -100,12 +105,15 @@ def _scale(element: Element, kind: Kind, dtype: torch.dtype, narrow_input: bool,
     return f"scales in {name} would be rounded to {own}"
 
 
-def _zeros(spec: QuantSpec) -> str | None:
+def _zeros(spec: QuantSpec, rounded: bool) -> str | None:
     if not spec.zeros:
         return None
-    ours = spec.element.kind == "int" and len(spec.zeros) == 1 and spec.zeros_in_codes
-    same = ours and spec.zeros[0].block == spec.scales[0].block and spec.scales[0].block != BLOCK
-    return None if same else "takes integer zeros in the blocks of the scales"
+    block = spec.scales[0].block
+    same = spec.element.kind == "int" and spec.zeros[0].block == block and block != BLOCK
+    if not spec.zeros_in_codes:
+        between = same and rounded and block[0] == 1 and block[1] > 0 and not spec.element.signed
+        return None if between else "zeros between codes would be rounded, or are in other blocks than the scales"
+    return None if same and len(spec.zeros) == 1 else "takes integer zeros in the blocks of the scales"
 
 
 def _meeting(spec: QuantSpec, kind: Kind, group: int, how: Rounding | None, dtype: torch.dtype) -> str | None:

@@ -96,7 +96,8 @@ def _laid(w: QTensor, config: Any, how: Layout, dtype: torch.dtype) -> few.Laid 
     whole = config.pad_shape_n == config.pad_shape_k == 0 and how.group in few.GROUPS[codes]
     if not whole or other or (codes in few.LARGEST and int(scale_codes(w, "scale0").max()) > few.LARGEST[codes]):
         return None
-    return few.Laid(codes, how.group)
+    laid = few.Laid(codes, how.group)
+    return None if how.zeros == "values" and laid.times == 1 else laid
 
 
 def emptied(q: Quantized) -> Quantized:

@@ -22,6 +22,7 @@ TILE = 128
 STORED = {"float8e4m3": torch.float8_e4m3fn, "float8e8m0": torch.float8_e8m0fnu, "float32": torch.float32,
           "bfloat16": torch.bfloat16, "float16": torch.float16}  # fmt: skip
 LOST = 2.0**-8  # of a scale that is rounded: more than that is no rounding but the end of a type's range
+FAR = 2.0**15  # codes away from a group without a scale, which is a zero alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +69,24 @@ def scales(w: QTensor, how: Layout, dtype: torch.dtype) -> Scales | None:
         return _of_rows(w, how, dtype)
     n, k = w.shape
     outer, columns = _outer(w) if how.outer else (None, None)
-    stored = scale_codes(w, "scale0")
+    stored = scale_codes(w, "scale0") if how.outer or how.scale.startswith("float8") else _of_groups(w, how)
     plane = stored.view(STORED[how.scale]) if stored.dtype == torch.uint8 else _cast(stored.float(), STORED[how.scale])
     if plane is None or (how.scale == "float8e8m0" and dtype == torch.float16 and _range(stored) > 29):
         return None  # float16 holds powers of two from -14 to 15
     rows = padded(n) // TILE if how.kind == "block" else padded(n)
     return Scales(how.kind, _room(plane, rows, padded(k, how.group) // how.group), outer, columns)
+
+
+def _of_groups(w: QTensor, how: Layout) -> Tensor:
+    """One plane, whatever it is stored as."""
+    value = scale_values(w)
+    return torch.where(value == 0, _zero_values(w).abs() / FAR, value) if how.zeros == "values" else value
+
+
+def _zero_values(w: QTensor) -> Tensor:
+    found = zero_values(w)
+    assert found is not None
+    return found
 
 
 def _outer(w: QTensor) -> tuple[Tensor, Tensor | None]:
@@ -127,10 +140,16 @@ def _power(values: Tensor) -> Tensor:
     return torch.exp2(torch.floor(torch.log2(top)) - 6).view(1)
 
 
-def zeros(w: QTensor, how: Layout) -> Tensor | None:
-    """-> [N * bits / 32, groups] int32, packed along the rows; None where a zero is outside of the codes."""
+def zeros(w: QTensor, how: Layout, found: Scales) -> Tensor | None:
+    """-> [N, groups] as scales are, or [N * bits / 32, groups] int32, packed along the rows; None where one is outside
+    of that type or of the codes."""
     n, k = w.shape
-    value = zero_values(w).expand(n, -1) + (2 ** (how.bits - 1) if w.spec.element.signed else 0)
+    value = _zero_values(w).expand(n, -1)
+    if how.zeros == "values":
+        plane = found.plane[:n, : value.shape[-1]].float()
+        zero = torch.where(plane == 0, 0.0, value / plane).to(found.plane.dtype)
+        return _room(zero, *found.plane.shape) if bool(zero.isfinite().all()) else None
+    value = value + (2 ** (how.bits - 1) if w.spec.element.signed else 0)
     if bool(((value < 0) | (value >= 2**how.bits)).any()):
         return None
     groups = padded(k, how.group) // how.group if how.kind == "group" else 1
@@ -155,7 +174,7 @@ def config(w: QTensor, how: Layout, found: Scales, dtype: torch.dtype) -> Any:
         input_quant_mode=kind, input_scale_group_size=columns,
         weight_scale_group_size=group, weight_scale_group_size_n=TILE if found.kind == "block" else 0,
         weight_scale_type=found.kind, weight_scale_2_type="none" if found.outer is None else "tensor",
-        has_zero_point=how.zeros,
+        has_zero_point=bool(how.zeros), is_fp_zero_point=how.zeros == "values",
     )  # fmt: skip
 
 
@@ -169,7 +188,7 @@ def tensors(w: QTensor, how: Layout, dtype: torch.dtype) -> tuple[Any, dict[str,
     from humming.transform import prepare_fp16_e8m0_scale, transform_humming_tensors
 
     found = scales(w, how, dtype) if fits(w, how) else None
-    zero = zeros(w, how) if found and how.zeros else None
+    zero = zeros(w, how, found) if found and how.zeros else None
     if found is None or (how.zeros and zero is None):
         return None
     held = {"weight": words(w, how), "weight_scale": found.plane, "zero_point": zero, "weight_scale_2": found.outer}

@@ -100,7 +100,8 @@ KERNELS: tuple[Kernel, ...] = (
         "humming-rounded", "linear", ("cuda",), HALVES, partial(humming_linear.supports, rounded=True),
         partial(humming_linear.prepack_linear, rounded=True), humming_linear.run_linear, (7, 5),
         owns=True, unscaled=humming_linear.run_unscaled,
-        note="the same, with group scales rounded to the 16-bit type of the inputs, by at most 2**-8 of each",
+        note="the same, with group scales and zeros between codes rounded to the 16-bit type of the inputs, by at most "
+        "2**-8 of each",
     ),
     Kernel(
         "triton", "linear", ("cuda",), FLOATS, triton_linear.supports, coded.coded, triton_linear.run_linear,

@@ -19,9 +19,10 @@ from fewbit.kernels import few
 from fewbit.kernels.registry import Kernel, kernels
 from fewbit.models.device import present
 from fewbit.quant import elements
+from fewbit.quant.blocks import regrid
 from fewbit.quant.formats import FORMATS, get
 from fewbit.quant.qtensor import Planes, QTensor, Quantized, planes_of, scale_of, store
-from fewbit.quant.reference import assign, decode, encode, fake_quant
+from fewbit.quant.reference import assign, decode, encode, fake_quant, zero_values
 from fewbit.quant.spec import Format, QuantSpec
 from fewbit.workflows import schemes
 
@@ -32,7 +33,7 @@ UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-1
 PARTS = {"humming": 8, "humming-rounded": 8}  # roundings to the 16-bit type within a sum: parts of K are added so
 PLACED = 9  # float16 holds sums up to so many powers of two below their scale, so that they do not overflow
 EXACT, EQUAL = ("exact", "in ", "within"), ("equal", "as ")  # how words begin that are no complaint
-SCALES = {"humming-rounded": 2.0**-8}  # how far a kernel's values may be off, because it rounds scales and says so
+SCALES = {"humming-rounded": 2.0**-8}  # how far values may be off, because a kernel rounds scales and zeros and says so
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +148,7 @@ def _values(
     top = _top(q.format.act)
     x = (torch.eye(K) * top).to(dtype)
     seen = fake_quant(x, q.format.act, q.act) if q.format.act else x
-    found = [_read(got, seen, values, kernel) for got in _runs(kernel, q, x.to(device))]
+    found = [_read(got, seen, values, moved(q.weight), kernel) for got in _runs(kernel, q, x.to(device))]
     return next((each for each in found if not each[0].startswith(EXACT)), found[0])
 
 
@@ -159,7 +160,13 @@ def _runs(kernel: Kernel, q: Quantized, x: Tensor) -> Iterator[Tensor]:
         yield torch.cat([_run(kernel, q, part).cpu() for part in x.split(few.TILE)])
 
 
-def _read(got: Tensor, seen: Tensor, values: Tensor, kernel: Kernel) -> tuple[str, Tensor]:
+def moved(w: QTensor) -> Tensor:
+    """By how much zeros that lie between codes move each value: where scales are rounded, those are as well."""
+    zeros = None if w.spec.zeros_in_codes else zero_values(w)
+    return torch.zeros(()) if zeros is None else regrid(zeros, w.shape, w.spec.zeros[0].block, (1, 1)).abs()
+
+
+def _read(got: Tensor, seen: Tensor, values: Tensor, moved: Tensor, kernel: Kernel) -> tuple[str, Tensor]:
     """got: what came of `seen`, a matrix with numbers on its diagonal alone."""
     dtype, factor = got.dtype, seen.diagonal().double()[:, None]
     for word, held in (("exact", values), (f"in {str(dtype).removeprefix('torch.')}", values.to(dtype).float())):
@@ -170,7 +177,7 @@ def _read(got: Tensor, seen: Tensor, values: Tensor, kernel: Kernel) -> tuple[st
     if least := _least(kernel, got, want):
         return f"exact from {least:.1e} up", values
     back = (got.double() / factor).T
-    off = float(((back - values).abs() / values.abs().clamp_min(1e-30))[values != 0].max())
+    off = float(((back - values).abs() / (values.abs() + moved).clamp_min(1e-30))[values != 0].max())
     allowed = SCALES.get(kernel.name, 0.0)
     word = f"within {allowed:.1e}" if off <= allowed + 2 * UNIT[dtype] else f"off by {off:.1e}"
     return word, values

@@ -8,11 +8,13 @@ from torch import Tensor
 
 from fewbit.kernels import few, humming_linear
 from fewbit.kernels.dense import dense_linear
+from fewbit.kernels.humming_layout import Layout, layout
 from fewbit.quant.elements import BF16, F16
 from fewbit.quant.formats import FORMATS
 from fewbit.quant.join import join
 from fewbit.quant.qtensor import Quantized
 from fewbit.quant.reference import decode, encode
+from tests.kernels.test_humming_weight import read_back
 
 pytestmark = [
     pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
@@ -101,6 +103,32 @@ def test_laid(dtype: torch.dtype, group: int, zeros: str) -> None:
         assert weight is not None and scale is not None
         two = few.laid(x.repeat(2, 1), weight, n, held.laid, scale, zero, outer)
         assert torch.equal(two[8:], two[:8]) and torch.equal(two[:8], humming_linear.run_linear(x, held))
+
+
+@pytest.mark.parametrize("name", ["q4_k", "q4_1"])
+@pytest.mark.parametrize("dtype", few.HALVES, ids=str)
+def test_zeros_between_codes(name: str, dtype: torch.dtype) -> None:
+    """Of the numbers that are there, which are rounded ones; some groups are a zero alone."""
+    form = FORMATS[name]
+    how = layout(form, dtype, True)
+    assert isinstance(how, Layout) and how.zeros == "values"
+    for n, k in ((128, 512), (256, 1024 + 512), (6144, 512), (9216, 512)):
+        draw = torch.Generator().manual_seed(n)
+        given = torch.randn(n, k, generator=draw) * 0.1 + torch.randn(n, 1, generator=draw) * 0.05
+        given[3, 32:64], given[5, :32] = -0.25, 0.0
+        stored = encode(given, form.weight)
+        values, w = read_back(stored, how, dtype).to(CUDA), stored.to(CUDA)
+        held = humming_linear.prepack_linear(Quantized(form, w), dtype, rounded=True)
+        assert isinstance(held, humming_linear.Held) and held.laid == few.Laid(few.INTEGERS, 32)
+        x, bias = torch.randn(8, k, device=CUDA).to(dtype), torch.randn(n, device=CUDA).to(dtype)
+        size = x.double().abs() @ (values.abs() + 2 * decode(w).abs().amax(1, True)).double().T
+        for m in (1, 2, 3, 4, 5, 8):
+            y, want = humming_linear.run_linear(x[:m], held), x[:m].double() @ values.double().T
+            assert bool(((y.double() - want).abs() <= UNIT[dtype] * want.abs() + k * 2.0**-24 * size[:m]).all())
+            assert torch.equal(y, humming_linear.run_linear(x, held)[:m])
+        want = x.double() @ values.double().T + bias.double()
+        off = (humming_linear.run_linear(x, held, bias).double() - want).abs()
+        assert bool((off <= 2 * UNIT[dtype] * (want.abs() + 1)).all())
 
 
 @pytest.mark.parametrize("name, dtype", [

@@ -33,7 +33,7 @@ COMMON = {*KEY, "int8-channel", "int8-channel-asym", "int8-g64", "int8-g64-asym"
           "int5-g64", "int4-channel", "int4-tensor", "int4-tensor-asym", "int4-g32", "int3-g64", "int3-g64-asym",
           "int2-g64", "int2-channel-asym", "fp8-tensor-a16", "fp8-channel-a16", "fp8-block-a16", "fp8-1x128",
           "fp8-e5m2-tensor", "mxfp8", "mxfp8-a16", "mxfp6-e3m2-a16", "mxfp6-e2m3-a16", "mxint8", "mxint8-a16",
-          "int8-tensor-a8", "q8_0", "q4_0"}  # fmt: skip
+          "int8-tensor-a8", "q8_0", "q4_0", "q4_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"}  # fmt: skip
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 

@@ -115,6 +115,18 @@ def test_whole_numbers(built: Built, dtype: torch.dtype, zeros: bool, group: int
     laid(built, x, values, codes, scales, group, packed, CODES=few.INTEGERS, ZEROS=int(zeros))
 
 
+@pytest.mark.parametrize("group", [32, 64])
+@pytest.mark.parametrize("dtype", few.HALVES, ids=str)
+def test_zeros_between_codes(built: Built, dtype: torch.dtype, group: int) -> None:
+    draw = torch.Generator().manual_seed(group)
+    codes = torch.randint(0, 16, (N, K), generator=draw)
+    scales = (torch.rand(N, K // group, generator=draw) + 0.1).to(dtype)
+    zeros = (torch.rand(N, K // group, generator=draw) * 40 - 12).to(dtype)
+    values = (codes - zeros.double().repeat_interleave(group, 1)) * scales.double().repeat_interleave(group, 1)
+    x = torch.randn(16, K, generator=draw).to(dtype)
+    laid(built, x, values, codes, scales, group, by_rows(zeros), CODES=few.INTEGERS, ZEROS=2)
+
+
 @pytest.mark.parametrize(("kind", "dtype"), [(few.NVFP4, torch.bfloat16), (few.NVFP4, torch.float16),
                                              (few.MXFP4, torch.bfloat16)], ids=str)  # fmt: skip
 def test_floats_of_4_bits(built: Built, kind: int, dtype: torch.dtype) -> None:

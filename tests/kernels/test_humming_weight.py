@@ -13,7 +13,7 @@ from fewbit.quant.formats import FORMATS
 from fewbit.quant.join import join
 from fewbit.quant.pack import pack, unpack
 from fewbit.quant.qtensor import QTensor, Quantized
-from fewbit.quant.reference import decode, encode
+from fewbit.quant.reference import decode, encode, scale_values, zero_values
 from fewbit.quant.spec import Format
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -22,7 +22,7 @@ CASES = [
     if isinstance(layout(form, dtype, rounded), Layout)
     and not (rounded and isinstance(layout(form, dtype, False), Layout))
 ]  # fmt: skip
-N, COLUMNS = 136, {"64": 320, "128": 384}
+N, COLUMNS = 136, {"64": 320, "128": 384, "_k": 512}
 
 
 def told(name: str | Format, dtype: torch.dtype, rounded: bool = False) -> Layout:
@@ -38,7 +38,8 @@ def test_values_survive(name: str, dtype: torch.dtype, rounded: bool) -> None:
     values = torch.randn(n, k, generator=torch.Generator().manual_seed(len(name))) / 16
     w = encode(values * (torch.rand(n, 1) + 0.5), FORMATS[name].weight)
     want = decode(w)
-    bound = (2.0**-8 if rounded and how.kind != "block" else 2.0**-23) * want.abs()
+    moved = 2.01 * zero_values(w).abs().repeat_interleave(how.group, 1) if how.zeros == "values" else 0.0  # type: ignore[union-attr]
+    bound = (2.0**-8 if rounded and how.kind != "block" else 2.0**-23) * (want.abs() + moved)
     off = (read_back(w, how, dtype) - want).abs()
     assert bool((off <= bound).all()), float((off / want.abs().clamp(min=1e-9)).max())
 
@@ -50,8 +51,12 @@ def read_back(w: QTensor, how: Layout, dtype: torch.dtype) -> Tensor:
     assert codes.shape == (padded(n), padded(k, how.group))
     whole = w.spec.element.kind == "int"
     x = codes.float() if whole else elements.decode(codes, w.spec.element)
-    if how.zeros:
-        packed = zeros(w, how)
+    if how.zeros == "values":
+        zero = zeros(w, how, found)
+        assert zero is not None and zero.dtype == dtype and zero.shape == found.plane.shape
+        x -= zero.float().repeat_interleave(how.group, 1)
+    elif how.zeros:
+        packed = zeros(w, how, found)
         assert packed is not None
         zero = unpack(packed.mT.contiguous().view(torch.uint8), how.bits, padded(n)).mT.float()
         x -= zero.repeat_interleave(x.shape[1] // zero.shape[1], 1)
@@ -76,6 +81,18 @@ def test_outer_scales_of_several_tensors(name: str) -> None:
     assert whole.format.weight.scales[1].block == (1, 0)
     how, want = told(whole.format, torch.bfloat16), torch.cat([decode(part) for part in parts])
     torch.testing.assert_close(read_back(whole.weight, how, torch.bfloat16), want, rtol=2.0**-22, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["q4_1", "q2_k", "q4_k", "q5_k"])
+def test_groups_that_are_a_zero_alone(name: str, dtype: torch.dtype) -> None:
+    """Their scale is 0, so that no zero in codes could be."""
+    given = torch.randn(128, 256, generator=torch.Generator().manual_seed(0))
+    given[:, 32:64], given[:, 64:96] = -0.75, 0.0
+    w = encode(given, FORMATS[name].weight)
+    want, found = decode(w), read_back(w, told(name, dtype, True), dtype)
+    assert bool((scale_values(w) == 0).any()) and bool(found.isfinite().all())
+    torch.testing.assert_close(found[:, 32:96], want[:, 32:96], rtol=2.0**-7, atol=0)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
