@@ -147,7 +147,8 @@ def row(
     timed(llm, texts(4, 100, 200, random.Random(9)), [4] * 4)
     for column in columns:
         rate, more = measure(llm, column, repeat)
-        beside = f"\t[{rate / peer[COLUMNS.index(column)]:.2f} of {peer[COLUMNS.index(column)]}]" if peer else ""
+        known = peer is not None and column in COLUMNS
+        beside = f"\t[{rate / peer[COLUMNS.index(column)]:.2f} of {peer[COLUMNS.index(column)]}]" if known else ""
         print(f"{name}\t{column}\t{rate:.0f} tok/s{more}{beside}", flush=True)
     for streams in profiles:
         profiled(llm, streams)

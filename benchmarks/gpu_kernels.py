@@ -3,20 +3,23 @@
     python benchmarks/gpu_kernels.py [--quick] [--only fp8-channel,int4-g128] [--shapes 6144x4096]
 
 Rows of the table are kernel, format and shape; a cell that failed says why below it. Inputs are bfloat16, so roundings
-of the input are inside. `rowwise` is torch._scaled_mm with scales of rows, which `scaled` does without. `floor` is what
-an H200 takes to move the bytes or to multiply, whichever is longer.
+of the input are inside, but for rows marked `+`: there x comes with its codes, and scales that would take a launch are
+left to the reader, as in a fused step. `mm` is torch._scaled_mm alone, `rowwise` the same with scales of rows, which
+`scaled` does without. `floor` is what an H200 takes to move the bytes or to multiply, whichever is longer.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from fewbit.kernels import humming_linear
+from fewbit.kernels.input_rounding import Rounding, Wanted, offer, rounding
 from fewbit.kernels.registry import Kernel, kernels
 from fewbit.quant.elements import BF16
 from fewbit.quant.formats import FORMATS
@@ -42,6 +45,7 @@ class Case:
     format: str
     make: Callable[[], Call]
     nbytes: int
+    how: Rounding | None = None  # in which x has been rounded by its maker
 
 
 def form_of(name: str) -> Format:
@@ -68,10 +72,14 @@ def weight(name: str, n: int, k: int) -> Quantized:
     return Quantized(form, w, act)
 
 
-def packed(kernel: Kernel, name: str, n: int, k: int) -> Call:
+def packed(kernel: Kernel, name: str, n: int, k: int, fused: bool = False) -> Call:
     q = weight(name, n, k)
     held = kernel.prepack(q, torch.bfloat16) if kernel.owns else kernel.prepack(q)
-    return lambda x: kernel.run(x, held, None)
+    if not fused:
+        return lambda x: kernel.run(x, held, None)
+    assert kernel.unscaled
+    unscaled = kernel.unscaled
+    return lambda x: unscaled(x, held)[0]
 
 
 def dense(n: int, k: int) -> Call:
@@ -79,25 +87,38 @@ def dense(n: int, k: int) -> Call:
     return lambda x: linear(x, w)
 
 
-def rowwise(n: int, k: int) -> Call:
-    from fewbit.kernels.input_rounding import Rounding, rounding
-    from fewbit.kernels.triton_quantize import quantize_rows
+def scaled_mm(n: int, k: int, by_rows: bool) -> Call:
+    from fewbit.kernels.triton_quantize import input_codes
 
-    q = weight("fp8-channel", n, k)
-    how = rounding(q.format.act)
-    assert isinstance(how, Rounding)
+    q, how = weight("fp8-channel", n, k), by_row("fp8-channel")
+    assert how
     codes, scale = q.weight.planes["codes"].view(torch.float8_e4m3fn).t(), q.weight.planes["scale0"].view(1, n)
+    one = torch.ones(1, device=CUDA)
 
     def run(x: Tensor) -> Tensor:
-        small, own = quantize_rows(x, how)
-        return torch._scaled_mm(small, codes, own, scale, out_dtype=x.dtype)
+        small, own = input_codes(x, how)
+        return torch._scaled_mm(small, codes, *((own, scale) if by_rows else (one, one)), out_dtype=x.dtype)
 
     return run
 
 
+def by_row(name: str) -> Rounding | None:
+    """How x is rounded, where its maker can do that."""
+    how = rounding(form_of(name).act) if form_of(name).act else None
+    return how if isinstance(how, Rounding) and not how.columns and not how.given else None
+
+
+def handed(m: int, k: int, how: Rounding | None) -> Tensor:
+    from fewbit.kernels.triton_quantize import quantize_rows
+
+    x = torch.randn(m, k, dtype=torch.bfloat16, device=CUDA)
+    return offer(x, Wanted(how), quantize_rows(x, how)) if how else x
+
+
 def all_cases(names: tuple[str, ...], n: int, k: int) -> Iterator[Case]:
-    yield Case("cublas", "bf16", lambda: dense(n, k), 2 * n * k)
-    yield Case("rowwise", "fp8-channel", lambda: rowwise(n, k), n * k)
+    yield Case("cublas", "bf16", partial(dense, n, k), 2 * n * k)
+    yield Case("rowwise", "fp8-channel", partial(scaled_mm, n, k, True), n * k)
+    yield Case("mm+", "fp8-channel", partial(scaled_mm, n, k, False), n * k, by_row("fp8-channel"))
     for name in names:
         form = form_of(name)
         for kernel in kernels():
@@ -105,7 +126,9 @@ def all_cases(names: tuple[str, ...], n: int, k: int) -> Iterator[Case]:
                 continue
             if kernel.refusal(form, CUDA, torch.bfloat16) is None:
                 bits = empty(form.weight, (n, k), "meta").nbytes
-                yield Case(kernel.name, name, lambda kernel=kernel, name=name: packed(kernel, name, n, k), bits)
+                yield Case(kernel.name, name, partial(packed, kernel, name, n, k), bits)
+                if kernel.unscaled and (how := by_row(name)):
+                    yield Case(kernel.name + "+", name, partial(packed, kernel, name, n, k, True), bits, how)
 
 
 def floor(case: Case, n: int, k: int, m: int) -> float:
@@ -156,7 +179,7 @@ def row(case: Case, k: int, rows: tuple[int, ...], seconds: float) -> tuple[list
         return ["-"] * (len(rows) + 2), [f"prepack: {told(error)}"]
     failed, start = [], time.perf_counter()
     for m in rows:
-        x = torch.randn(m, k, dtype=torch.bfloat16, device=CUDA)
+        x = handed(m, k, case.how)
         try:
             cells.append(f"{measured(calls, x, seconds):.1f}")
         except Exception as error:
@@ -178,12 +201,12 @@ def table(names: tuple[str, ...], shapes: tuple[tuple[int, int], ...], rows: tup
     widths = [16, 18, 6, 6, *[8] * len(rows), 10, 6]
     show(head, widths)
     for n, k in shapes:
-        last = ""
+        seen: set[str] = set()
         for case in all_cases(names, n, k):
-            if case.format != last:
+            if case.format not in seen:
                 least = [f"{floor(case, n, k, m):.1f}" for m in rows]
                 show(["floor", case.format, n, k, *least, "", ""], widths)
-                last = case.format
+                seen.add(case.format)
             cells, failed = row(case, k, rows, seconds)
             show([case.kernel, case.format, n, k, *cells], widths)
             for reason in failed:
