@@ -16,7 +16,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     if not rows or learning or x.dtype != weight.dtype or x.device != weight.device or not weight.is_contiguous():
         return linear(x, weight, bias)
     if x.is_cuda:
-        if rows > few.MOST["floats"] or not few.takes(flat := x.reshape(rows, k), weight, bias, x.dtype):
+        if rows > few.TILE or not few.takes(flat := x.reshape(rows, k), weight, bias, x.dtype):
             return linear(x, weight, bias)
         return few.rows(flat, weight, x.dtype, bias=bias).view(*x.shape[:-1], -1)
     if x.dtype != torch.bfloat16 or left() or (run := packed.dense(rows, k)) is None:

@@ -3,13 +3,14 @@
 //
 // mma takes 16 rows of W (its A) and 8 rows of x (its B). Which columns lie in which place of a fragment does not
 // matter as long as A and B agree, so lane 4g + t takes what lies 16 bytes wide in memory: of rows g and g + 8 of W, and
-// of row g of x. `few_rows` reads W [N, K] as stored; `few_laid` reads codes of 4 bits in humming's layout, where the
-// codes of 64 rows and 16 columns are 512 bytes, a word of each lane for every 16 rows. Each lane copies into shared
-// memory what it reads back itself: loads that are under way need no registers, and nothing need be synchronised.
+// of row g of x. `few_rows` reads W [N, K] as stored; `few_laid` reads codes in humming's layout, where those of 64 rows
+// and 16 columns lie together, a word of each lane for every bit. Loads go to shared memory, so that those under way need
+// no registers. A lane copies what it reads back itself, and nothing need be synchronised, unless eight lanes would then
+// not copy 128 bytes in a row, which takes twice the time.
 //
-// Compiled for: TYPE of x (0 bfloat16, 1 float16, 2 e4m3, 3 int8), OUT of y (0, 1), TILES of 8 rows of x, WARPS of a
-// block, SPLIT blocks to a sum; rows (SPLIT 0): DEPTH copies under way, HIGH tiles of W to a warp; laid: CODES 0 integers
-// under scales of x's type, 1 e2m1 under e4m3, 2 e2m1 under e8m0, GROUP columns to a scale, ZEROS 1 where each has a
+// Compiled for: TYPE of x (0 bfloat16, 1 float16, 2 e4m3), OUT of y (0, 1), TILES of 8 rows of x, WARPS of a block, SPLIT
+// blocks to a sum; rows (SPLIT 0): DEPTH copies under way, HIGH tiles of W to a warp; laid: CODES 0 integers of BITS under
+// scales of x's type, 1 e2m1 under e4m3, 2 e2m1 under e8m0, GROUP columns to a scale, 0 none, ZEROS 1 where each has a
 // zero of 4 bits, 2 one of x's type, SPREAD (1, 2) columns of a tile of x to a row.
 
 typedef unsigned short u16;
@@ -19,12 +20,6 @@ typedef unsigned long long u64;
 struct __align__(8) Two { u32 x, y; };
 struct __align__(16) Four { u32 x, y, z, w; };
 struct __align__(16) Numbers { float v[4]; };
-
-#if TYPE == 3
-typedef int Sum;
-#else
-typedef float Sum;
-#endif
 
 #ifdef INSTRUCTIONS  // a file of what stands for those below, where all of this runs on a CPU (tests/kernels/few_cpu.h)
 #include INSTRUCTIONS
@@ -75,7 +70,7 @@ __device__ __forceinline__ u32 word(const void *at) {
 __device__ __forceinline__ void let_next() { asm volatile("griddepcontrol.launch_dependents;"); }
 __device__ __forceinline__ void await_last() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
-__device__ __forceinline__ void mma(Sum (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+__device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if TYPE == 0
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                  "{%0, %1, %2, %3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -84,13 +79,9 @@ __device__ __forceinline__ void mma(Sum (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3,
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                  "{%0, %1, %2, %3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-#elif TYPE == 2
+#else
     asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                  "{%0, %1, %2, %3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-#else
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-                 "{%0, %1, %2, %3};" : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 #endif
 }
@@ -115,10 +106,10 @@ __device__ __forceinline__ float widened(u16 v) {
 #endif
 }
 
-// x & 0x000f000f | y: left to the compiler that is two instructions.
-__device__ __forceinline__ u32 low_bits(u32 x, u32 y) {
+// x & mask | y: left to the compiler that is two instructions.
+template <u32 mask> __device__ __forceinline__ u32 masked(u32 x, u32 y) {
     u32 v;
-    asm("lop3.b32 %0, %1, 0x000f000f, %2, 0xEA;" : "=r"(v) : "r"(x), "r"(y));
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(v) : "r"(x), "n"(mask), "r"(y));
     return v;
 }
 
@@ -211,7 +202,7 @@ few_rows(const char *w, const char *x, Finish finish, int bytes) {
             *(Four *)(ring + s * STAGE + (2 * HIGH + j) * 512) = v;
         }
     }
-    Sum sum[HIGH][TILES][4] = {};
+    float sum[HIGH][TILES][4] = {};
     from += DEPTH * STEP, own += DEPTH * STEP;
     for (char *here = ring; left > 0; left -= STEP, from += STEP, own += STEP) {
         await_group<DEPTH - 1>();
@@ -223,7 +214,7 @@ few_rows(const char *w, const char *x, Finish finish, int bytes) {
             const Four up = *(const Four *)(here + h * 1024), low = *(const Four *)(here + h * 1024 + 512);
 #pragma unroll
             for (int j = 0; j < TILES; j++) {
-                Sum part[4] = {};  // units add e4m3 with few bits: 64 columns at a time
+                float part[4] = {};  // units add e4m3 with few bits: 64 columns at a time
                 mma(part, up.x, low.x, up.y, low.y, b[j].x, b[j].y);
                 mma(part, up.z, low.z, up.w, low.w, b[j].z, b[j].w);
 #pragma unroll
@@ -242,7 +233,7 @@ few_rows(const char *w, const char *x, Finish finish, int bytes) {
     }
     __syncthreads();  // of the ring, which gives way to the sums
     constexpr int WIDE = 16 * HIGH, APART = WIDE + 1;
-    Sum *parts = (Sum *)memory;  // [WARPS][TILES * 8][APART]
+    float *parts = (float *)memory;  // [WARPS][TILES * 8][APART]
 #pragma unroll
     for (int h = 0; h < HIGH; h++)
 #pragma unroll
@@ -252,20 +243,18 @@ few_rows(const char *w, const char *x, Finish finish, int bytes) {
                 parts[(warp * TILES * 8 + j * 8 + 2 * t + i % 2) * APART + h * 16 + g + i / 2 * 8] = sum[h][j][i];
     __syncthreads();
     for (int i = threadIdx.x; i < TILES * 8 * WIDE; i += WARPS * 32) {
-        Sum total = 0;
+        float total = 0;
 #pragma unroll
         for (int k = 0; k < WARPS; k++) total += parts[(k * TILES * 8 + i / WIDE) * APART + i % WIDE];
-        finish((float)total, i / WIDE, blockIdx.x * WIDE + i % WIDE);
+        finish(total, i / WIDE, blockIdx.x * WIDE + i % WIDE);
     }
 }
 #else
 #if TYPE == 0
 #define MAGIC 0x43004300u  // 128 in bfloat16, whose last bit is worth 1
-#define MIDDLE 0x43084308u
 #define ONES 0x3f803f80u
 #else
 #define MAGIC 0x64006400u  // 1024 in float16
-#define MIDDLE 0x64086408u
 #define ONES 0x3c003c00u
 #endif
 
@@ -280,17 +269,35 @@ few_rows(const char *w, const char *x, Finish finish, int bytes) {
 #define UNIT 0x1p14f
 #endif
 
-// Codes p and p + 4 of 8 as two numbers; integers less their zero.
-template <int p> __device__ __forceinline__ u32 pair(u32 codes, u32 zero) {
+// A lane's 32 codes of a piece come in BITS words. Codes of 3, 5, 6 and 7 bits have no places of their own there: of
+// every SLOT bits of a word and the next ones, what comes first are one's high bits and then its low ones. Spread out
+// each has SLOT bits, and with the one 16 bits above is a pair: numbers 2 q and 2 q + 1.
+constexpr int SLOT = BITS > 4 ? 8 : BITS > 2 ? 4 : 2, MIDDLE = 1 << (BITS - 1);
+constexpr u32 TOP = (1u << BITS) - 1, PAIR = TOP * 0x10001u, SLOTS = 0xffffffffu / ((1u << SLOT) - 1);
+
+__device__ __forceinline__ u32 spread_out(const u32 (&words)[BITS], int i) {
+    const int at = i * BITS / SLOT, off = i * BITS % SLOT, low = off + BITS - SLOT;
+    if (low <= 0) return words[at] >> off;
+    return words[at] >> (SLOT - BITS) & (TOP >> low << low) * SLOTS | words[at + 1] & ((1u << low) - 1) * SLOTS;
+}
+
+// Pair q as two numbers; integers less their zero.
+__device__ __forceinline__ u32 pair(const u32 (&spread)[SLOT], int q, u32 zero) {
+    const u32 codes = spread[q * SLOT / 16];
+    const int p = q % (16 / SLOT);
     u32 v;
-#if CODES == 0
-    v = less(low_bits(codes >> 4 * p, MAGIC), zero);
+#if CODES == 0 && BITS == 8 && TYPE == 0  // the sign, and how far from -1/2 it is: of 127 + 1/2 there are eight bits
+    const u32 sign = (p ? codes : codes << 8) & 0x80008000u;
+    v = masked<0x007f007f>(p ? codes >> 8 : codes, MAGIC) | sign;
+    v = less(less(v, 0x42ff42ffu | sign), 0x3f003f00u);
+#elif CODES == 0
+    v = less(masked<PAIR>(codes >> SLOT * p, MAGIC), zero);
 #elif TYPE == 0  // one product puts the sign and the rest in their places, and more beside them
-    constexpr int at = p % 2 * 4;
+    const int at = p % 2 * 4;
     v = (p < 2 ? codes : codes >> 8) & 0x000f000fu << at;
     v = v * ((1 << (12 - at)) + (1 << (6 - at))) & 0x81c081c0u;
 #else
-    constexpr int far = 9 - 4 * p;
+    const int far = 9 - 4 * p;
     const u32 size = far < 0 ? codes >> -far : codes << (far < 0 ? 0 : far), sign = codes << (12 - 4 * p) & 0x80008000u;
     v = size & 0x0e000e00u | sign;
 #endif
@@ -332,21 +339,37 @@ __device__ __forceinline__ void two_of(const Scales &v, int r, float &above, flo
 #endif
 }
 
+// What a lane reads at once.
+#if BITS % 4 == 0
+typedef Four Part;
+#elif BITS % 2 == 0
+typedef Two Part;
+#else
+typedef u32 Part;
+#endif
+__device__ __forceinline__ void put_words(u32 *to, const Four &v) { to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w; }
+__device__ __forceinline__ void put_words(u32 *to, const Two &v) { to[0] = v.x, to[1] = v.y; }
+__device__ __forceinline__ void put_words(u32 *to, u32 v) { *to = v; }
+
 // Four of them, of rows g + 8 j and g + 8 j + 32.
 __device__ __forceinline__ void all_of(const Scales &v, Numbers &low, Numbers &high) {
     two_of(v, 0, low.v[0], low.v[1]), two_of(v, 1, low.v[2], low.v[3]);
     two_of(v, 2, high.v[0], high.v[1]), two_of(v, 3, high.v[2], high.v[3]);
 }
 
-// w: [k / 16, n / 64, 32 lanes, 4 words]; scales: [k / GROUP, n / 64, 8, 8], of row g + 8 j at [g, j], and so zeros. Those
-// of x's type are between codes: what they take away is the sum of x times them, for which units multiply x by ones too.
-// A block makes 64 columns of y over its share of K; the SPLIT blocks of a cluster add up in one another's memory.
+// w: [k / 16, n / 64, 32 lanes, BITS words]; scales: [k / GROUP, n / 64, 8, 8], of row g + 8 j at [g, j], and so zeros.
+// Those of x's type are between codes: what they take away is the sum of x times them, for which units multiply x by ones
+// too. A block makes 64 columns of y over its share of K; the SPLIT blocks of a cluster add up in one another's memory.
 //
 // Up to 4 rows of x leave half of a tile idle. With SPREAD each has two columns of it, one with the x of every other
 // group and nothing of the rest, so that sums of two groups meet their scales at once, in the order of one column.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, const void *zeros, int k) {
-    constexpr int TIMES = GROUP < 128 ? 128 / GROUP : 1, EACH = 8 / TIMES;  // scales of a run of 128 columns; pieces to each
+few_laid(const char *w, const char *x, Finish finish, const Scales *scales, const void *zeros, int k) {
+    constexpr int RUN = BITS * 1024, PARTS = BITS * 4 / sizeof(Part);  // bytes of codes of 128 columns; of 16, a lane's
+    constexpr int COPIES = (BITS + 1) / 2, LAST = BITS % 2 ? 16 : 32;  // of two pieces, 16 bytes a lane, of LAST at the end
+    constexpr bool OWN = BITS == 4;  // lanes copy what they read
+    constexpr int WIDE = GROUP ? GROUP : 128;
+    constexpr int TIMES = WIDE < 128 ? 128 / WIDE : 1, EACH = 8 / TIMES;  // scales of a run of 128 columns; pieces to each
     constexpr int STRIDE = SPLIT * WARPS, ROW = 256 + 16, HALF = TILES * 8 * ROW;  // rows of x lie in banks of their own
     constexpr bool SHARED = TIMES > 1;  // lanes make numbers of scales for one another
     constexpr int OUTS = TILES * 8 / SPREAD;  // rows of x that there is room for
@@ -355,19 +378,29 @@ few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, cons
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int tile = blockIdx.x / SPLIT, rank = blockIdx.x % SPLIT, tiles = finish.n / 64, runs = k / 128;
     int run = rank * WARPS + warp;
-    const u32 apart = tiles * 512;  // bytes from 16 columns to the next
-    const Four *from = w + ((u64)run * 8 * tiles + tile) * 32 + lane;
-    char *own = memory + warp * (4096 + 2 * HALF + MADE);  // codes of a run, rows of x of two runs, scales of a run
-    Four *ring = (Four *)own + lane;
-    Numbers *numbers = (Numbers *)(own + 4096 + 2 * HALF);  // [TIMES, 2, 8], of rows g + 8 j, j 0 to 3 and 4 to 7
+    const u32 apart = tiles * BITS * 128;  // bytes from 16 columns to the next
+    const Four *from[OWN ? 1 : COPIES];
+#pragma unroll
+    for (int j = 0; j < (OWN ? 1 : COPIES); j++) {
+        const u32 at = j * 32 + lane, piece = at / (BITS * 8);
+        from[j] = (const Four *)w + (((u64)run * 8 + piece) * tiles + tile) * (BITS * 8) + at % (BITS * 8);
+    }
+    char *own = memory + warp * (RUN + 2 * HALF + MADE);  // codes of a run, rows of x of two runs, scales of a run
+    Numbers *numbers = (Numbers *)(own + RUN + 2 * HALF);  // [TIMES, 2, 8], of rows g + 8 j, j 0 to 3 and 4 to 7
 #if ZEROS == 2
     Numbers *fewer = numbers + TIMES * 16;  // so what sums of x are times, for zeros
 #endif
+    auto copy_two = [&](int i) {  // pieces
+#pragma unroll
+        for (int j = 0; j < COPIES; j++)
+            if (j < COPIES - 1 || lane < LAST)
+                copy((Four *)own + i * (BITS * 8) + j * 32 + lane, further(from[OWN ? 0 : j], OWN ? i + j : i, apart));
+    };
     let_next();
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        if (run < runs) copy(ring + i * 32, further(from, i, apart));
-        if (i % 2) close_group();
+    for (int i = 0; i < 8; i += 2) {
+        if (run < runs) copy_two(i);
+        close_group();
     }
     const int first = SHARED ? lane / 8 : 0, row = SHARED ? lane % 8 : g;  // of the scales that this lane looks up
     const Scales *of = scales + ((u64)first * tiles + tile) * 8 + row;
@@ -378,9 +411,9 @@ few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, cons
     Scales zero[MINE];
 #endif
     auto look_up = [&](int r) {
-        const u32 group = GROUP < 128 ? r * TIMES : r * 128 / GROUP;
+        const u32 group = WIDE < 128 ? r * TIMES : r * 128 / WIDE;
 #pragma unroll
-        for (int s = 0; s < MINE; s++)
+        for (int s = 0; s < MINE && GROUP; s++)
             if (first + 4 * s < TIMES) scale[s] = scales_at(further(of, group + 4 * s, tiles * 8 * sizeof(Scales)));
 #if ZEROS == 1
 #pragma unroll
@@ -394,13 +427,13 @@ few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, cons
 #endif
     };
     if (run < runs) look_up(run);
-    char *rows = own + 4096;
+    char *rows = own + RUN;
     for (int i = lane; i < TILES * 128; i += 32)  // 16 bytes of a row each
         *(Four *)(rows + i / 16 * ROW + i % 16 * 16) = *(Four *)(rows + HALF + i / 16 * ROW + i % 16 * 16) = Four{0, 0, 0, 0};
     __syncwarp();
     await_last();
     const char *given_x = x + ((u64)(lane / 16) * k + run * 128) * 2 + lane % 16 * 16;  // 16 bytes of every other row
-    char *put = rows + (lane / 16 * SPREAD + lane % 16 * 8 / GROUP % SPREAD) * ROW + lane % 16 * 16;
+    char *put = rows + (lane / 16 * SPREAD + lane % 16 * 8 / WIDE % SPREAD) * ROW + lane % 16 * 16;
 #pragma unroll
     for (int i = 0; i < OUTS / 2; i++)
         if (lane / 16 + 2 * i < finish.m && run < runs)
@@ -423,7 +456,9 @@ few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, cons
             Numbers less, least;
             all_of(zero[s], less, least);
 #pragma unroll
-            for (int j = 0; j < 4; j++) less.v[j] = (8 - less.v[j]) * low.v[j], least.v[j] = (8 - least.v[j]) * high.v[j];
+            for (int j = 0; j < 4; j++) less.v[j] = (MIDDLE - less.v[j]) * low.v[j];
+#pragma unroll
+            for (int j = 0; j < 4; j++) least.v[j] = (MIDDLE - least.v[j]) * high.v[j];
             if (first + 4 * s < TIMES) {
                 fewer[(first + 4 * s) * 16 + row] = less;
                 fewer[(first + 4 * s) * 16 + 8 + row] = least;
@@ -435,7 +470,8 @@ few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, cons
 #pragma unroll
         for (int s = 0; s < TIMES; s++) nil[s] = zero[s];
 #endif
-        from = further(from, STRIDE * 8, apart);
+#pragma unroll
+        for (int j = 0; j < (OWN ? 1 : COPIES); j++) from[j] = further(from[j], STRIDE * 8, apart);
         if (more) {
             look_up(run + STRIDE);
             given_x += STRIDE * 256;
@@ -453,9 +489,13 @@ few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, cons
         for (int i = 0; i < 8; i++) {
             const int s = i / EACH;
             if (i % 2 == 0) await_group<3>();  // of four to a run; its rows of x came with the first
-            if (i == 0) __syncwarp();  // rows of x that other lanes have copied, and scales
-            const Four held = ring[i * 32];
-            const u32 codes[4] = {held.x, held.y, held.z, held.w};
+            if (i == 0 || (i % 2 == 0 && !OWN)) __syncwarp();  // rows of x that other lanes have copied, scales, codes
+            u32 words[BITS], codes[SLOT];
+#pragma unroll
+            for (int h = 0; h < PARTS; h++)
+                put_words(words + h * (sizeof(Part) / 4), ((const Part *)own)[(i * 32 + lane) * PARTS + h]);
+#pragma unroll
+            for (int h = 0; h < SLOT; h++) codes[h] = spread_out(words, h);
 #pragma unroll
             for (int j = 0; j < TILES && i % 2 == 0; j++) {
                 rows_of(b[j], look + half + j * 8 * ROW + i * 32);
@@ -468,10 +508,10 @@ few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, cons
                 const u32 z0 = MAGIC | ((nil[s] >> 8 * r) & 15) * 0x10001u;
                 const u32 z1 = MAGIC | ((nil[s] >> (8 * r + 4)) & 15) * 0x10001u;
 #else
-                const u32 z0 = MIDDLE, z1 = MIDDLE;
+                const u32 z0 = MAGIC | MIDDLE * 0x10001u, z1 = z0;
 #endif
-                const u32 a0 = pair<0>(codes[r], z0), a2 = pair<1>(codes[r], z0);
-                const u32 a1 = pair<2>(codes[r], z1), a3 = pair<3>(codes[r], z1);
+                const u32 a0 = pair(codes, 4 * r, z0), a2 = pair(codes, 4 * r + 1, z0);
+                const u32 a1 = pair(codes, 4 * r + 2, z1), a3 = pair(codes, 4 * r + 3, z1);
 #pragma unroll
                 for (int j = 0; j < TILES; j++) {
 #pragma unroll
@@ -507,11 +547,11 @@ few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, cons
                     sum[0][r][h] = v;
                 }
 #else
-                float above, below;
+                float above = 1, below = 1;
                 if (SHARED) {
                     const Numbers made = numbers[s * 16 + r / 2 * 8 + g];
                     above = made.v[r % 2 * 2], below = made.v[r % 2 * 2 + 1];
-                } else {
+                } else if (GROUP) {
                     two_of(given, r, above, below);
                 }
 #if ZEROS == 2
@@ -529,8 +569,8 @@ few_laid(const Four *w, const char *x, Finish finish, const Scales *scales, cons
 #endif
             }
             if (i % 2) {
-#pragma unroll
-                for (int h = i - 1; h <= i && more; h++) copy(ring + h * 32, further(from, h, apart));
+                if (!OWN) __syncwarp();
+                if (more) copy_two(i - 1);
                 close_group();
             }
         }

@@ -18,9 +18,9 @@ from fewbit.kernels.compiled_gpu import Function
 
 LOG = logging.getLogger("fewbit.kernels")
 TILE = 8  # rows of x to a tile of matrix units
-MOST = {"codes": 2 * TILE, "floats": TILE, "laid": TILE}  # rows up to which it is faster than what takes more
+LONG = 8  # tiles of a processor: of longer weights two tiles of x are left to what takes more
 LEAST = (9, 0)
-TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float8_e4m3fn: 2, torch.int8: 3}
+TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float8_e4m3fn: 2}
 HALVES = (torch.bfloat16, torch.float16)
 CHUNK = 64  # bytes of a row that a warp takes at a time
 ROWS, TALL = 16, 64  # columns of y: that a warp makes from rows of W, that a program makes from humming's layout
@@ -28,20 +28,21 @@ INTEGERS, NVFP4, MXFP4 = range(3)  # few.cu's CODES
 # Up to so many tiles to a processor: warps, blocks to a sum.
 LAID = ((0.5, (8, 2)), (1, (8, 1)), (1.5, (8, 2)), (2.5, (8, 1)), (inf, (4, 2)))
 LARGEST = {NVFP4: 0x7E, MXFP4: 0xFE}  # codes of scales that are numbers above 0
-GROUPS = {INTEGERS: (32, 64, 128, 256, 512), NVFP4: (16,), MXFP4: (32,)}  # columns to a scale
+GROUPS = {INTEGERS: (0, 16, 32, 64, 128, 256, 512), NVFP4: (16,), MXFP4: (32,)}  # columns to a scale, 0 = all
 
 
 @dataclass(frozen=True, slots=True)
 class Laid:
-    """Codes of 4 bits that `laid` reads."""
+    """Codes that `laid` reads."""
 
     codes: int
+    bits: int
     group: int
 
     @property
     def times(self) -> int:
         """Scales of a run of 128 columns, which lanes share where there are several."""
-        return max(128 // self.group, 1)
+        return max(128 // self.group, 1) if self.group else 1
 
 
 class Finish(ctypes.Structure):
@@ -74,16 +75,16 @@ def takes(x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool
         return False
     if w.dtype != x.dtype or len(w) % ROWS or w.data_ptr() % 16:
         return False
-    most = MOST["floats" if x.dtype in HALVES else "codes"]
-    return len(x) <= most and x.shape[1] * x.element_size() % CHUNK == 0 and _lies_well(x, bias, dtype)
+    most = TILE if x.dtype in HALVES else most_rows(len(w), x.device)
+    return len(x) <= most and x.shape[1] * x.element_size() % CHUNK == 0 and lies_well(x, bias, dtype)
 
 
-def takes_laid(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether `laid` multiplies x [M, K], K whole runs, on a weight of whole runs of 64 rows."""
-    return len(x) <= MOST["laid"] and not lacking(x.device) and _lies_well(x, bias, x.dtype)
+def most_rows(n: int, device: torch.device) -> int:
+    """Rows of x up to which products of codes [n, K] are faster here than by what takes more."""
+    return 2 * TILE if n <= LONG * ROWS * _processors(device) else TILE
 
 
-def _lies_well(x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
+def lies_well(x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
     return x.is_contiguous() and x.data_ptr() % 16 == 0 and (bias is None or bias.dtype == dtype)
 
 
@@ -100,10 +101,10 @@ def rows(
 
 
 def laid(
-    x: Tensor, w: Tensor, n: int, how: Laid, scales: Tensor, zeros: Tensor | None, outer: Tensor | None,
+    x: Tensor, w: Tensor, n: int, how: Laid, scales: Tensor | None, zeros: Tensor | None, outer: Tensor | None,
     columns: Tensor | None = None, bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """x: [M, K]; w, scales, zeros: codes of 4 bits [n, K] as humming holds them -> [M, n].
+    """x: [M, K]; w, scales, zeros: codes [n, K] as humming holds them beside x's type -> [M, n].
 
     zeros: of 4 bits, or of x's type. outer: [1], columns: [n] float32, which the sums are times.
     """
@@ -123,7 +124,7 @@ def _by_rows(device: torch.device, kind: torch.dtype, out: torch.dtype, tiles: i
     leave the kernel after this one less room.
     """
     each = n / ROWS / _processors(device)
-    warps, depth, high = (16, 3, 2) if each <= 2 else (8, 4 if tiles == 1 else 3, 1)
+    warps, depth, high = (16, 4 - tiles, 2) if each <= 2 else (8, 5 - tiles, 1)
     if each > 8 and kind in HALVES:
         depth, high = 3, 2
     elif each <= 4 and tiles == 1 and kind not in HALVES:
@@ -143,8 +144,9 @@ def _by_layout(
     high, processors = n // TALL, _processors(device)
     warps, split = next(shape for most, shape in LAID if high <= most * processors)
     defines = {"TYPE": TYPES[kind], "OUT": TYPES[kind], "TILES": tiles, "SPREAD": spread, "WARPS": warps,
-               "GROUP": how.group, "CODES": how.codes, "ZEROS": zeros, "SPLIT": split}  # fmt: skip
-    shared = warps * (4096 + tiles * 4352 + (how.times * (512 if zeros == 2 else 256) if how.times > 1 else 0))
+               "BITS": how.bits, "GROUP": how.group, "CODES": how.codes, "ZEROS": zeros, "SPLIT": split}  # fmt: skip
+    numbers = how.times * (512 if zeros == 2 else 256) if how.times > 1 else 0
+    shared = warps * (how.bits * 1024 + tiles * 4352 + numbers)
     if high * split <= processors:  # each has a processor to itself: two on one leave another idle
         shared = max(shared, _shared_bytes(device) // 2 + 1)
     return _function("few_laid", device, defines, shared, split)

@@ -1,8 +1,8 @@
 """Linears through humming-kernels, compiled for each shape as soon as it is met: weights of 2 to 8 bits in its layout.
 
 Its choice of tile, and of how many blocks share a sum, depends on the number of rows, so a row's last bits may too. It
-finds its compiler (nvrtc) beside torch and keeps what it compiles in ~/.humming, or where HUMMING_CACHE_DIR says. Codes
-of 4 bits are read by `few` where there are few rows, out of the same memory.
+finds its compiler (nvrtc) beside torch and keeps what it compiles in ~/.humming, or where HUMMING_CACHE_DIR says. Few
+rows are read by `few`, out of the same memory.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from fewbit.kernels.humming_layout import PLAIN, Layout, layout
 from fewbit.kernels.input_rounding import Rounding, Unscaled
 from fewbit.kernels.torch_dequant import Rows, low_rank
 from fewbit.quant.qtensor import QTensor, Quantized, scale_codes
-from fewbit.quant.reference import transformed
+from fewbit.quant.reference import scale_values, transformed
 from fewbit.quant.spec import Format
 
 LOCKS = 2048  # counters of blocks that share a sum, one set for each weight: streams may overlap
@@ -33,6 +33,15 @@ MISSING = "needs humming-kernels: pip install 'fewbit[gpu]'"
 
 
 Range = Sequence[Any]  # rows above, rows up to, the tile: humming's dict
+
+
+@dataclass(frozen=True, slots=True)
+class Few:
+    """How `few` reads the same memory."""
+
+    laid: few.Laid
+    rows: int  # of x, up to which it does
+    whole: Tensor | None  # [1] or [N] float32: the scales, where groups have none
 
 
 @dataclass(slots=True)
@@ -47,7 +56,7 @@ class Held:
     rounding: Rounding | None
     given: Tensor | None
     locks: Tensor
-    laid: few.Laid | None = None  # where `few` reads this layout too
+    few: Few | None
     plain: Tensor | None = None  # which kernel for how many rows
     biased: tuple[Tensor, Tensor, Tensor] | None = None  # (the bias, which kernels, the bias in humming's order)
 
@@ -78,26 +87,32 @@ def prepack_linear(q: Quantized, dtype: torch.dtype, rounded: bool = False) -> H
     given = q.act["scale0"].float().view(1) if how.input and how.input.given else None
     locks = torch.zeros(LOCKS, dtype=torch.int32, device=device)
     held = tuple(map(tensors.get, names))
-    laid = _laid(q.weight, config, how, dtype)
-    _compiling(config, device, laid is not None)
-    return Held(emptied(q), config, dtype, held, columns, how.input, given, locks, laid)
+    by = _few(q.weight, config, how, dtype)
+    _compiling(config, device, by)
+    return Held(emptied(q), config, dtype, held, columns, how.input, given, locks, by)
 
 
-def _laid(w: QTensor, config: Any, how: Layout, dtype: torch.dtype) -> few.Laid | None:
-    """Codes of 4 bits in whole tiles of the layout that sm_90 has for inputs of 16 bits."""
-    kinds = {("uint4", PLAIN[dtype]): few.INTEGERS, ("float4e2m1", "float8e4m3"): few.NVFP4}
+def _few(w: QTensor, config: Any, how: Layout, dtype: torch.dtype) -> Few | None:
+    """Of whole tiles of the layout that sm_90 has for inputs of 16 bits."""
+    kinds = {("float4e2m1", "float8e4m3"): few.NVFP4}
     if dtype == torch.bfloat16:  # humming holds e8m0 otherwise beside float16
         kinds["float4e2m1", "float8e8m0"] = few.MXFP4
-    codes = kinds.get((how.codes, how.scale))
-    if codes is None or how.kind != "group" or how.input or config.sm_version // 10 != 9:
+    whole = how.kind in ("tensor", "channel")
+    integers = how.codes.startswith("uint") and (whole or how.scale == PLAIN[dtype])
+    codes = few.INTEGERS if integers else kinds.get((how.codes, how.scale))
+    if codes is None or how.input or how.group not in few.GROUPS[codes] or config.sm_version // 10 != 9:
         return None
     others = ("use_raw_weight", "use_flat_weight", "use_packed_k_layout", "use_native_dequant", "use_ldmatrix_dequant")
-    other = any(getattr(config, name, False) for name in others)
-    whole = config.pad_shape_n == config.pad_shape_k == 0 and how.group in few.GROUPS[codes]
-    if not whole or other or (codes in few.LARGEST and int(scale_codes(w, "scale0").max()) > few.LARGEST[codes]):
+    if config.pad_shape_n or config.pad_shape_k or any(getattr(config, name, False) for name in others):
         return None
-    laid = few.Laid(codes, how.group)
-    return None if how.zeros == "values" and laid.times == 1 else laid
+    if codes in few.LARGEST and int(scale_codes(w, "scale0").max()) > few.LARGEST[codes]:
+        return None
+    laid = few.Laid(codes, how.bits, how.group)
+    able = {"": True, "codes": how.bits == 4 and how.group >= 32, "values": how.bits < 8 and laid.times > 1}
+    if not able[how.zeros] or few.lacking(w.device):
+        return None
+    scales = scale_values(w).float().reshape(-1).contiguous() if whole else None
+    return Few(laid, few.most_rows(w.shape[0], w.device), scales)
 
 
 def emptied(q: Quantized) -> Quantized:
@@ -143,9 +158,10 @@ def _sums(x: Tensor, held: Held, bias: Tensor | None) -> tuple[Tensor, Tensor | 
     else:
         x = x.reshape(-1, x.shape[-1])
     weight, weight_scale, outer, zero = held.tensors
-    if held.laid and weight is not None and weight_scale is not None and few.takes_laid(x, bias):
-        n = held.source.weight.shape[-2]
-        return few.laid(x, weight, n, held.laid, weight_scale, zero, outer, held.columns, bias), None
+    by, n = held.few, held.source.weight.shape[-2]
+    if by and weight is not None and len(x) <= by.rows and few.lies_well(x, bias, x.dtype):
+        scales = (weight_scale, zero, outer, held.columns) if by.whole is None else (None, None, None, by.whole)
+        return few.laid(x, weight, n, by.laid, *scales, bias), None
     inside = bias if held.columns is None else None
     configs, ordered = _biased(held, inside) if inside is not None else (_plain(held), None)
     y: Tensor = torch.ops.humming.launch_kernel.default(
@@ -157,7 +173,7 @@ def _sums(x: Tensor, held: Held, bias: Tensor | None) -> tuple[Tensor, Tensor | 
 
 def _plain(held: Held) -> Tensor:
     if held.plain is None:
-        held.plain = _compiling(held.config, held.locks.device, held.laid is not None).result()
+        held.plain = _compiling(held.config, held.locks.device, held.few).result()
     return held.plain
 
 
@@ -166,21 +182,22 @@ def _biased(held: Held, bias: Tensor) -> tuple[Tensor, Tensor]:
     if held.biased is None or held.biased[0] is not bias:
         from fewbit.kernels.humming_weight import bias_of, with_bias
 
-        configs = _compiling(with_bias(held.config), held.locks.device, held.laid is not None).result()
+        configs = _compiling(with_bias(held.config), held.locks.device, held.few).result()
         held.biased = bias, configs, bias_of(bias, held.dtype)
     return held.biased[1:]
 
 
-_under_way: dict[tuple[str, torch.device, bool, tuple[int, ...]], Future[Tensor]] = {}
+_under_way: dict[tuple[str, torch.device, int, tuple[int, ...]], Future[Tensor]] = {}
 _lock = Lock()
 
 
-def _compiling(config: Any, device: torch.device, laid: bool) -> Future[Tensor]:
+def _compiling(config: Any, device: torch.device, by: Few | None) -> Future[Tensor]:
     """Shapes are compiled side by side, and while other weights are still laid out."""
-    key = config.to_str(), device, laid, ROWS
+    above = by.rows if by else 0
+    key = config.to_str(), device, above, ROWS
     with _lock:
         if key not in _under_way:
-            _under_way[key] = _pool().submit(_compiled, config, device, laid, ROWS)
+            _under_way[key] = _pool().submit(_compiled, config, device, above, ROWS)
         return _under_way[key]
 
 
@@ -262,15 +279,14 @@ def _kind(tile: Any) -> Any:
     return tile | {"block_shape": block, "warp_shape": warp, "raster_group_m": tall // part}
 
 
-def _compiled(config: Any, device: torch.device, laid: bool, only: tuple[int, ...]) -> Tensor:
+def _compiled(config: Any, device: torch.device, above: int, only: tuple[int, ...]) -> Tensor:
     """-> int64 on the CPU: (rows above, rows up to, kernel, processors) of every tile that is used.
 
-    laid: `few` takes few rows, so that tiles for those are left out. only: as ROWS.
+    above: rows that `few` takes, so that tiles for those are left out. only: as ROWS.
     """
     from humming.kernel.humming import HummingKernel
     from humming.tune import get_heuristics_config
 
-    above = few.MOST["laid"] if laid and not few.lacking(device) else 0
     with torch.cuda.device(device):
         every = begun(shared(get_heuristics_config(config, device=device)), device)
         asked = [tile for tile in every if not only or any(tile[0] < rows <= tile[1] for rows in only)]

@@ -18,9 +18,10 @@ from fewbit.kernels.humming_layout import Layout, layout
 from fewbit.kernels.registry import Kernel, kernels
 from fewbit.modules.linear import Linear, Options
 from fewbit.quant.formats import FORMATS
-from fewbit.quant.qtensor import Quantized, Transform
+from fewbit.quant.qtensor import QTensor, Quantized, Transform
 from fewbit.quant.reference import decode, encode, fake_quant
 from fewbit.quant.spec import Format
+from fewbit.workflows.certify import moved
 
 pytestmark = [
     pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
@@ -91,6 +92,11 @@ def held(kernel: Kernel, q: Quantized, dtype: torch.dtype) -> Any:
     return kernel.prepack(q, dtype) if kernel.owns else kernel.prepack(q)
 
 
+def reach(w: QTensor) -> Tensor:
+    """How large values are, and what zeros between codes take from them: both are rounded."""
+    return (decode(w).abs() + moved(w)).double()
+
+
 def check(kernel: Kernel, q: Quantized, rows: int, dtype: torch.dtype, packed: Any, bias: Tensor | None = None) -> None:
     n, k = q.weight.shape
     x = inputs(rows, k, dtype)
@@ -103,13 +109,15 @@ def check(kernel: Kernel, q: Quantized, rows: int, dtype: torch.dtype, packed: A
     want = want if bias is None else want + bias.double()
     unit = UNIT[dtype]
     # the result is rounded up to three times (sum, scale of the row, bias); parts of a sum that several blocks share,
-    # and 16-bit weights and scales, once each: as large as sums of so many products are
-    bound = 3 * unit * (want.abs() + (0 if bias is None else bias.double().abs())) + 4 * unit * spread
+    # and 16-bit weights, scales and zeros, once each: as large as sums of so many products are
+    by = spread if kernel.name != "humming-rounded" else (rounded.double().square() @ reach(q.weight).square().T).sqrt()
+    bound = 3 * unit * (want.abs() + (0 if bias is None else bias.double().abs())) + 4 * unit * by
     assert got.shape == want.shape
     assert bool(got.isfinite().all()), f"{rows} rows: {int((~got.isfinite()).sum())} values are not finite"
     worst = float(((got - want).abs() / bound.clamp(min=1e-6)).max())
     apart = float((got - want).norm() / want.norm().clamp(min=1e-9))
-    assert worst <= 1 and apart < 1.6 * unit, f"{rows} rows: {worst:.3g} of the bound, relative error {apart:.3g}"
+    allowed = 1.6 * unit * float(by.norm() / spread.norm().clamp(min=1e-9))
+    assert worst <= 1 and apart < allowed, f"{rows} rows: {worst:.3g} of the bound, relative error {apart:.3g}"
 
 
 @pytest.mark.parametrize(("kernel", "name"), list(cases()))

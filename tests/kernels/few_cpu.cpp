@@ -35,7 +35,7 @@ static void turn() {
 #if SPLIT == 0
     few_rows((const char *)given[0], (const char *)given[1], finish, length);
 #else
-    few_laid((const Four *)given[0], (const char *)given[1], finish, (const Scales *)given[2], (const u32 *)given[3], length);
+    few_laid((const char *)given[0], (const char *)given[1], finish, (const Scales *)given[2], (const u32 *)given[3], length);
 #endif
     ended[now] = true;
 }

@@ -73,7 +73,7 @@ inline float wide(u16 v, bool brain) {
 inline u16 rounded(float v) { return narrowed(v, OUT == 0); }
 inline float widened(u16 v) { return wide(v, OUT == 0); }
 
-inline u32 low_bits(u32 x, u32 y) { return (x & 0x000f000fu) | y; }
+template <u32 mask> u32 masked(u32 x, u32 y) { return (x & mask) | y; }
 
 inline u32 less(u32 x, u32 y) {
     const auto one = [&](int at) { return narrowed(wide(x >> at, TYPE == 0) - wide(y >> at, TYPE == 0), TYPE == 0); };
@@ -91,22 +91,20 @@ inline double number(u32 v, int at) {
     const int code = v >> 8 * at & 255, exponent = code >> 3 & 15, rest = code & 7;
     const double size = exponent ? ldexp(8 + rest, exponent - 10) : ldexp(rest, -9);
     return code & 128 ? -size : size;
-#elif TYPE == 3
-    return (signed char)(v >> 8 * at & 255);
 #else
     return wide(v >> 16 * at, TYPE == 0);
 #endif
 }
 
 // A thread 4 g + t has of A rows g and g + 8 and of B row g: of every WIDE numbers those from WIDE / 4 t on.
-inline void mma(Sum (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+inline void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     constexpr int EACH = TYPE < 2 ? 2 : 4, HALF = 4 * EACH;
     static u32 held[WARPS][32][6];
     const u32 mine[6] = {a0, a1, a2, a3, b0, b1};
     auto &all = held[now / 32];
     memcpy(all[now % 32], mine, sizeof mine);
     __syncwarp();
-    Sum sums[4];
+    float sums[4];
     for (int i = 0; i < 4; i++) {
         const int row = now % 32 / 4, column = now % 4 * 2 + i % 2;
         double sum = 0;
@@ -114,7 +112,7 @@ inline void mma(Sum (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
             const int thread = k % HALF / EACH, late = k / HALF;
             sum += number(all[4 * row + thread][2 * late + i / 2], k % EACH) * number(all[4 * column + thread][4 + late], k % EACH);
         }
-        sums[i] = c[i] + (Sum)sum;
+        sums[i] = c[i] + (float)sum;
     }
     __syncwarp();
     memcpy(c, sums, sizeof sums);

@@ -61,8 +61,7 @@ def near(y: Tensor, want: Tensor, size: Tensor) -> None:
 @pytest.mark.parametrize("high", [1, 2])
 def test_rows(built: Built, kind: torch.dtype, high: int) -> None:
     draw = torch.Generator().manual_seed(0)
-    x, w = (torch.randn(size, K, generator=draw) * 20 for size in (16, 64))
-    x, w = ((t.round().clamp(-127, 127) if kind is torch.int8 else t / 20).to(kind).contiguous() for t in (x, w))
+    x, w = (torch.randn(size, K, generator=draw).to(kind) for size in (16, 64))
     out = kind if kind in few.HALVES else torch.bfloat16
     given = {"DEPTH": 3, "HIGH": high, "SPLIT": 0}
     for m in (1, 7, 16):
@@ -70,14 +69,26 @@ def test_rows(built: Built, kind: torch.dtype, high: int) -> None:
         near(y, x[:m].double() @ w.double().T, x[:m].double().abs() @ w.double().abs().T)
 
 
-def fragments(codes: Tensor) -> Tensor:
-    """[N, K] of 4 bits -> [K / 16, N / 64, 32, 4] words: lane 4 g + t has rows g and g + 8, columns 2 t and 2 t + 8."""
+def fragments(codes: Tensor, bits: int = 4) -> Tensor:
+    """[N, K] -> [K / 16, N / 64, 32, bits] words: lane 4 g + t has rows g and g + 8, columns 2 t and 2 t + 8.
+
+    As humming packs: each code in a slot, pairs 16 bits apart; what slots leave empty is filled from the next word.
+    """
     n, k = codes.shape
     c = codes.long().view(n // 64, 4, 2, 8, k // 16, 2, 4, 2)  # tile, r, below, g, piece, late, t, odd
-    place = torch.arange(2).view(1, 1, 2, 1, 1, 1, 1, 1) * 2 + torch.arange(2).view(1, 1, 1, 1, 1, 2, 1, 1)
-    place = (place + torch.arange(2) * 4) * 4
-    words = (c << place).sum((2, 5, 7))  # tile, r, g, piece, t
-    return words.permute(3, 0, 2, 4, 1).reshape(k // 16, n // 64, 32, 4).to(torch.uint32).contiguous()
+    slot = 1 << (bits - 1).bit_length()
+    c = c.permute(4, 0, 3, 6, 1, 2, 5, 7).reshape(k // 16, n // 64, 32, slot, 16 // slot, 2)  # words, pairs, odd
+    place = torch.arange(16 // slot)[:, None] * slot + torch.arange(2) * 16
+    every, top = sum(1 << at for at in range(0, 32, slot)), (1 << bits) - 1
+    wide, out = (c << place).sum((-1, -2)), torch.zeros(k // 16, n // 64, 32, bits, dtype=torch.long)
+    for i in range(slot):
+        at, off = divmod(i * bits, slot)
+        if (low := off + bits - slot) <= 0:
+            out[..., at] |= wide[..., i] << off
+        else:
+            out[..., at] |= (wide[..., i] & (top >> low << low) * every) << (slot - bits)
+            out[..., at + 1] |= wide[..., i] & ((1 << low) - 1) * every
+    return out.to(torch.uint32).contiguous()
 
 
 def by_rows(of_groups: Tensor) -> Tensor:
@@ -87,22 +98,23 @@ def by_rows(of_groups: Tensor) -> Tensor:
 
 
 def laid(
-    built: Built, x: Tensor, values: Tensor, codes: Tensor, scales: Tensor, group: int, zeros: Tensor | None = None,
-    **defines: int,
+    built: Built, x: Tensor, values: Tensor, codes: Tensor, scales: Tensor | None, group: int,
+    zeros: Tensor | None = None, bits: int = 4, **defines: int,
 ) -> None:  # fmt: skip
     """In any company, and with two columns to a row where there may be: the same bits."""
-    words, found = fragments(codes), []
-    defines = {"GROUP": group, "ZEROS": 0, "SPLIT": 1, **defines}
+    words, found = fragments(codes, bits), []
+    held = None if scales is None else by_rows(scales)
+    defines = {"BITS": bits, "GROUP": group, "ZEROS": 0, "SPLIT": 1, **defines}
     for m, spread in ((1, 2), (4, 2), (4, 1), (8, 1), (16, 1)):
-        if spread == 1 or group < 128:
+        if spread == 1 or 0 < group < 128:
             given = defines | {"SPREAD": spread}
-            found.append(built.run(x[:m], words, N, x.dtype, K, N // 64, by_rows(scales), zeros, **given))
+            found.append(built.run(x[:m], words, N, x.dtype, K, N // 64, held, zeros, **given))
             size = x[:m].double().abs() @ values.abs().double().T
             near(found[-1], x[:m].double() @ values.double().T, size + size.amax())
     assert all(torch.equal(y, found[-1][: len(y)]) for y in found)
 
 
-@pytest.mark.parametrize("group", few.GROUPS[few.INTEGERS][:3])
+@pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("dtype", few.HALVES, ids=str)
 def test_whole_numbers(built: Built, dtype: torch.dtype, zeros: bool, group: int) -> None:
@@ -115,16 +127,35 @@ def test_whole_numbers(built: Built, dtype: torch.dtype, zeros: bool, group: int
     laid(built, x, values, codes, scales, group, packed, CODES=few.INTEGERS, ZEROS=int(zeros))
 
 
-@pytest.mark.parametrize("group", [32, 64])
+def held(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """Codes as humming has them beside that type: of 8 bits beside bfloat16 a sign, and how far from -1/2 it is."""
+    signed = bits == 8 and dtype == torch.bfloat16
+    return torch.where(codes >= 128, codes - 128, 255 - codes) if signed else codes
+
+
+@pytest.mark.parametrize(("bits", "group"), [(2, 64), (3, 16), (5, 32), (6, 16), (7, 128), (8, 32), (8, 0), (4, 0)])
 @pytest.mark.parametrize("dtype", few.HALVES, ids=str)
-def test_zeros_between_codes(built: Built, dtype: torch.dtype, group: int) -> None:
+def test_whole_numbers_of_any_width(built: Built, dtype: torch.dtype, bits: int, group: int) -> None:
+    draw = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 2**bits, (N, K), generator=draw)
+    codes[:, :8] = torch.arange(8) % 2 * (2**bits - 1)
+    scales = (torch.rand(N, K // group, generator=draw) + 0.1).to(dtype) if group else None
+    values = (codes - 2 ** (bits - 1)).double()
+    values = values if scales is None else values * scales.double().repeat_interleave(group, 1)
+    x = torch.randn(16, K, generator=draw).to(dtype)
+    laid(built, x, values, held(codes, bits, dtype), scales, group, bits=bits, CODES=few.INTEGERS)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 64), (2, 16), (5, 32)])
+@pytest.mark.parametrize("dtype", few.HALVES, ids=str)
+def test_zeros_between_codes(built: Built, dtype: torch.dtype, bits: int, group: int) -> None:
     draw = torch.Generator().manual_seed(group)
-    codes = torch.randint(0, 16, (N, K), generator=draw)
+    codes = torch.randint(0, 2**bits, (N, K), generator=draw)
     scales = (torch.rand(N, K // group, generator=draw) + 0.1).to(dtype)
     zeros = (torch.rand(N, K // group, generator=draw) * 40 - 12).to(dtype)
     values = (codes - zeros.double().repeat_interleave(group, 1)) * scales.double().repeat_interleave(group, 1)
     x = torch.randn(16, K, generator=draw).to(dtype)
-    laid(built, x, values, codes, scales, group, by_rows(zeros), CODES=few.INTEGERS, ZEROS=2)
+    laid(built, x, values, codes, scales, group, by_rows(zeros), bits, CODES=few.INTEGERS, ZEROS=2)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [(few.NVFP4, torch.bfloat16), (few.NVFP4, torch.float16),

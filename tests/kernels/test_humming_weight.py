@@ -1,10 +1,12 @@
 """What is handed to humming-kernels, read back by its documented meaning: the very values of the reference."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 
-from fewbit.kernels import humming_linear, scaled_linear
+from fewbit.kernels import few, humming_linear, scaled_linear
 from fewbit.kernels.humming_layout import Layout, layout
 from fewbit.kernels.humming_weight import TILE, fits, flipped, padded, scales, words, zeros
 from fewbit.kernels.registry import kernels
@@ -117,6 +119,31 @@ def test_group_scales_are_not_rounded_unasked() -> None:
     assert reason == "scales in f16 would be rounded to bfloat16"
     assert told("int4-g128", torch.float16).scale == "float16"
     assert told("int4-g128-a8fp8", torch.bfloat16).scale == "float16"
+
+
+LAID = {
+    "int4-g128": (few.INTEGERS, 4, 128), "int4-g64-asym": (few.INTEGERS, 4, 64), "int8-channel": (few.INTEGERS, 8, 0),
+    "int6-tensor": (few.INTEGERS, 6, 0), "q6_k": (few.INTEGERS, 6, 16), "q5_k": (few.INTEGERS, 5, 32),
+    "nvfp4-a16": (few.NVFP4, 4, 16), "mxfp4-a16": (few.MXFP4, 4, 32), "int8-g64-asym": None, "int4-channel-asym": None,
+    "int8-channel-a8": None, "fp8-block-a16": None, "int4-g128-a8fp8": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAID)
+def test_what_few_reads_of_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked of a GPU that this machine has not; and no scale is lost where groups have none."""
+    monkeypatch.setattr(few, "lacking", lambda device: None)
+    monkeypatch.setattr(few, "_processors", lambda device: 132)
+    config = SimpleNamespace(sm_version=90, pad_shape_n=0, pad_shape_k=0)
+    how, want = told(name, torch.bfloat16, True), LAID[name]
+    for n, rows in ((256, 16), (17024, 8)):
+        w = encode(torch.randn(n, 256), FORMATS[name].weight)
+        found = humming_linear._few(w, config, how, torch.bfloat16)
+        assert (found and (found.laid, found.rows)) == (want and (few.Laid(*want), rows))
+        if found and want and not want[2]:
+            assert found.whole is not None and torch.equal(found.whole, scale_values(w).view(-1))
+    assert humming_linear._few(w, SimpleNamespace(**vars(config) | {"pad_shape_k": 64}), how, torch.bfloat16) is None
+    assert humming_linear._few(w, SimpleNamespace(**vars(config) | {"sm_version": 80}), how, torch.bfloat16) is None
 
 
 def test_order_and_reasons() -> None:
