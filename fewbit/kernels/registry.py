@@ -94,7 +94,7 @@ KERNELS: tuple[Kernel, ...] = (
         "humming", "linear", ("cuda",), HALVES, humming_linear.supports, humming_linear.prepack_linear,
         humming_linear.run_linear, (7, 5), owns=True, unscaled=humming_linear.run_unscaled,
         note="humming-kernels: weights of 2 to 8 bits in its own layout, compiled for each shape when first met; "
-        "few rows by few.cu",
+        "up to 16 rows by few.cu, but where inputs are rounded",
     ),
     Kernel(
         "humming-rounded", "linear", ("cuda",), HALVES, partial(humming_linear.supports, rounded=True),
