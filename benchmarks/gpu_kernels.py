@@ -74,7 +74,9 @@ def weight(name: str, n: int, k: int) -> Quantized:
 
 def packed(kernel: Kernel, name: str, n: int, k: int, fused: bool = False) -> Call:
     q = weight(name, n, k)
-    held = kernel.prepack(q, torch.bfloat16) if kernel.owns else kernel.prepack(q)
+    held = kernel.held(q, torch.bfloat16)
+    if held is None:
+        raise ValueError("left to the next kernel")
     if not fused:
         return lambda x: kernel.run(x, held, None)
     assert kernel.unscaled

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit.kernels import few, humming_weight, torch_dequant, triton_runtime
+from fewbit.kernels import few, humming_weight, triton_runtime
 from fewbit.kernels.capability import LEAST
 from fewbit.kernels.humming_layout import PLAIN, Layout, layout
 from fewbit.kernels.input_rounding import Rounding, Unscaled
-from fewbit.kernels.torch_dequant import Rows, low_rank
+from fewbit.kernels.torch_dequant import low_rank
 from fewbit.quant.qtensor import QTensor, Quantized, scale_codes
 from fewbit.quant.reference import scale_values, transformed
 from fewbit.quant.spec import Format
@@ -73,15 +73,15 @@ def supports(form: Format, device: torch.device, dtype: torch.dtype, rounded: bo
     return triton_runtime.lacking(device)
 
 
-def prepack_linear(q: Quantized, dtype: torch.dtype, rounded: bool = False) -> Held | Rows:
-    """Columns and rows that do not come in whole words, and scales beyond the type, are left to the reference."""
+def prepack_linear(q: Quantized, dtype: torch.dtype, rounded: bool = False) -> Held | None:
+    """Columns and rows that do not come in whole words, and scales beyond the type, are left."""
     how = layout(q.format, dtype, rounded)
     assert isinstance(how, Layout), how
     device = q.weight.device
     with torch.cuda.device(device):
         made = humming_weight.tensors(q.weight, how, dtype)
     if made is None:
-        return torch_dequant.prepack_linear(q)
+        return None
     config, tensors, columns = made
     names = ("weight", "weight_scale", "weight_scale_2", "zero_point")
     given = q.act["scale0"].float().view(1) if how.input and how.input.given else None
@@ -121,10 +121,8 @@ def emptied(q: Quantized) -> Quantized:
     return Quantized(q.format, QTensor(q.weight.spec, q.weight.shape, planes), q.act, q.transforms)
 
 
-def run_linear(x: Tensor, held: Held | Rows, bias: Tensor | None = None) -> Tensor:
+def run_linear(x: Tensor, held: Held, bias: Tensor | None = None) -> Tensor:
     """x: [..., K] -> [..., N]."""
-    if isinstance(held, Rows):
-        return torch_dequant.run_linear(x, held, bias)
     q = held.source
     x = transformed(x, q.transforms)
     n = q.weight.shape[-2]
@@ -132,9 +130,9 @@ def run_linear(x: Tensor, held: Held | Rows, bias: Tensor | None = None) -> Tens
     return low_rank(x, q.transforms, y.view(*x.shape[:-1], n))
 
 
-def run_unscaled(x: Tensor, held: Held | Rows) -> Unscaled:
+def run_unscaled(x: Tensor, held: Held) -> Unscaled:
     """The same, but for scales that would take a launch of their own."""
-    if isinstance(held, Rows) or held.columns is None or held.source.transforms or not x.numel():
+    if held.columns is None or held.source.transforms or not x.numel():
         return run_linear(x, held), None, None
     y, columns = _sums(x, held, None)
     return y.view(*x.shape[:-1], -1), None, columns

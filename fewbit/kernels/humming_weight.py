@@ -1,5 +1,5 @@
 """Canonical planes -> what humming-kernels reads, exactly: a scale that its type cannot hold is never rounded here
-unless the layout says so; what does not fit at all is None, and left to the reference.
+unless the layout says so; what does not fit at all is None, and left to the next kernel.
 
 Rows and columns are padded with zero bytes to the tile of its kernels. Sums of float16 could leave its range before a
 row's scale meets them, so a power of two of the whole tensor goes first.

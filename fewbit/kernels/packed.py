@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from fewbit.kernels import tiles, torch_dequant
+from fewbit.kernels import tiles
 from fewbit.kernels.compiled import call, library
 from fewbit.kernels.rounded import rounded
-from fewbit.kernels.torch_dequant import Rows, expert, low_rank
+from fewbit.kernels.torch_dequant import expert, low_rank
 from fewbit.quant import elements
 from fewbit.quant.blocks import regrid
 from fewbit.quant.elements import Element
@@ -81,13 +81,13 @@ def kind_of(element: Element) -> int | None:
     return TABLE128 if mirrored else None
 
 
-def prepack_linear(q: Quantized) -> Packed | Rows:
-    """Codes stay where they are. Columns that do not come in whole runs are left to the reference."""
+def prepack_linear(q: Quantized) -> Packed | None:
+    """Codes stay where they are. Columns that do not come in whole runs are left."""
     w = q.weight
     n, k = w.shape
     group = min(scale.block[1] or k for scale in (*w.spec.scales, *w.spec.zeros))
     if k % RUN or k % group:
-        return torch_dequant.prepack_linear(q)
+        return None
     inner, outer = scales(w, group)
     zero, mode = zeros(w, group, outer)
     narrow = narrowest(inner, zero)
@@ -158,10 +158,8 @@ def narrowest(*planes: Tensor | None) -> int:
     return 0
 
 
-def run_linear(x: Tensor, packed: Packed | Rows, bias: Tensor | None = None) -> Tensor:
+def run_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """x: [..., K] bfloat16 -> [..., N]."""
-    if isinstance(packed, Rows):
-        return torch_dequant.run_linear(x, packed, bias)
     q = packed.source
     x = transformed(x, q.transforms)
     seen = rounded(x, q.format.act, q.act) if q.format.act and packed.rule is None else x
@@ -224,11 +222,13 @@ def _native() -> Any:
     return found
 
 
-def prepack_experts(q: Quantized) -> tuple[Packed | Rows, ...]:
-    return tuple(prepack_linear(expert(q, e)) for e in range(q.weight.shape[0]))
+def prepack_experts(q: Quantized) -> tuple[Packed, ...] | None:
+    made = [prepack_linear(expert(q, e)) for e in range(q.weight.shape[0])]
+    whole = tuple(one for one in made if one is not None)
+    return whole if len(whole) == len(made) else None
 
 
-def run_experts(x: Tensor, packed: Sequence[Packed | Rows], rows: Sequence[int]) -> Tensor:
+def run_experts(x: Tensor, packed: Sequence[Packed], rows: Sequence[int]) -> Tensor:
     """x: [S, K] sorted by expert, rows: how many belong to each -> [S, N]."""
     runs = zip(x.split(list(rows)), packed, strict=True)
     found = [run_linear(run, one) for run, one in runs if len(run)]

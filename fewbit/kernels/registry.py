@@ -42,7 +42,7 @@ class Kernel:
     devices: tuple[str, ...]  # device types; empty = every device
     dtypes: tuple[torch.dtype, ...]  # of the input and output
     supports: Supports
-    prepack: Callable[..., Any]  # Quantized -> what `run` takes
+    prepack: Callable[..., Any]  # Quantized -> what `run` takes; None: this weight is left to the next kernel
     run: Callable[..., Tensor]  # linear: (x, packed, bias); experts: (x, packed, rows of each expert)
     capability: tuple[int, int] = (0, 0)  # least CUDA compute capability
     asked: bool = False  # only for who names it
@@ -52,6 +52,10 @@ class Kernel:
     invariant: bool = False  # whether a row's result never depends on how many rows are beside it
     unscaled: Callable[..., Unscaled] | None = None  # linear: (x, packed), for a reader that applies scales itself
     rounds: Callable[[Quantized], Rounding | None] | None = None  # linear: inputs, unless they come with their codes
+
+    def held(self, q: Quantized, dtype: torch.dtype) -> Any:
+        """A weight as `run` takes it, or None."""
+        return self.prepack(q, dtype) if self.owns else self.prepack(q)
 
     def refusal(self, format: Format, device: torch.device, dtype: torch.dtype) -> str | None:
         """None when it can run, else the first reason why not."""

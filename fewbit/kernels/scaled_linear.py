@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewbit.kernels import few, torch_dequant, triton_runtime
+from fewbit.kernels import few, triton_runtime
 from fewbit.kernels.input_rounding import Rounding, Unscaled, rounding
-from fewbit.kernels.torch_dequant import Rows, low_rank
+from fewbit.kernels.torch_dequant import low_rank
 from fewbit.quant.elements import E4M3, F32
 from fewbit.quant.qtensor import Quantized
 from fewbit.quant.reference import transformed
@@ -50,7 +50,7 @@ def supports(form: Format, device: torch.device, dtype: torch.dtype) -> str | No
 
 
 def rounds(q: Quantized) -> Rounding | None:
-    """How inputs are rounded; None for what is left to the reference: sizes that cuBLASLt does not take."""
+    """How inputs are rounded; None for what is left: sizes that cuBLASLt does not take."""
     if any(size % STEP for size in q.weight.shape) or q.format.act is None:
         return None
     how = rounding(q.format.act)
@@ -58,11 +58,11 @@ def rounds(q: Quantized) -> Rounding | None:
     return how
 
 
-def prepack_linear(q: Quantized) -> Scaled | Rows:
+def prepack_linear(q: Quantized) -> Scaled | None:
     """Nothing is moved."""
     w, how = q.weight, rounds(q)
     if how is None:
-        return torch_dequant.prepack_linear(q)
+        return None
     scale, one = w.planes["scale0"], torch.ones(1, device=w.device)
     by_rows = scale.shape[-2] > 1
     given = q.act["scale0"].view(1) if how.given else None
@@ -70,10 +70,8 @@ def prepack_linear(q: Quantized) -> Scaled | Rows:
     return Scaled(q, held, one if by_rows else scale.view(1), scale.reshape(-1) if by_rows else None, how, given, one)
 
 
-def run_linear(x: Tensor, held: Scaled | Rows, bias: Tensor | None = None) -> Tensor:
+def run_linear(x: Tensor, held: Scaled, bias: Tensor | None = None) -> Tensor:
     """x: [..., K] bfloat16 -> [..., N]."""
-    if isinstance(held, Rows):
-        return torch_dequant.run_linear(x, held, bias)
     q = held.source
     x = transformed(x, q.transforms)
     n = q.weight.shape[-2]
@@ -81,9 +79,9 @@ def run_linear(x: Tensor, held: Scaled | Rows, bias: Tensor | None = None) -> Te
     return low_rank(x, q.transforms, y.view(*x.shape[:-1], n))
 
 
-def run_unscaled(x: Tensor, held: Scaled | Rows) -> Unscaled:
+def run_unscaled(x: Tensor, held: Scaled) -> Unscaled:
     """The same, but for the scales that would take a launch of their own."""
-    if isinstance(held, Rows) or held.source.transforms or not x.numel():
+    if held.source.transforms or not x.numel():
         return run_linear(x, held), None, None
     y, rows, columns = _sums(x, held, None)
     return y.view(*x.shape[:-1], -1), rows, columns

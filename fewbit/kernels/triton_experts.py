@@ -31,21 +31,19 @@ def by_row(act: QuantSpec) -> bool:
     return all(scale.dynamic and scale.block[0] == 1 for scale in (*act.scales, *act.zeros))
 
 
-def prepack_experts(q: Quantized) -> Coded | Quantized:
-    """Transforms are each expert's own: such a stack is left to the reference."""
-    return q if q.transforms else coded(q)
+def prepack_experts(q: Quantized) -> Coded | None:
+    """Transforms are each expert's own: such a stack is left."""
+    return None if q.transforms else coded(q)
 
 
-def run_experts(
-    x: Tensor, packed: Coded | Quantized, rows: Sequence[int] | Tensor, token: Tensor | None = None
-) -> Tensor:
+def run_experts(x: Tensor, packed: Coded, rows: Sequence[int] | Tensor, token: Tensor | None = None) -> Tensor:
     """x: [S, K] sorted by expert; rows: how many belong to each, in all S or fewer -> [S, N], undefined beyond them.
 
     token: [S], which row of x [T, K] each of them is; x is not sorted then.
     """
-    q = packed if isinstance(packed, Quantized) else packed.source
+    q = packed.source
     assert q is not None
-    if isinstance(packed, Quantized) or (torch.is_grad_enabled() and x.requires_grad):
+    if torch.is_grad_enabled() and x.requires_grad:
         return torch_dequant.run_experts(x if token is None else x[token], q, listed(rows))
     seen = rounded(x, q.format.act, {}) if q.format.act else x
     counts = rows if isinstance(rows, Tensor) else torch.tensor(rows, device=x.device)

@@ -16,7 +16,7 @@ from fewbit.errors import UnsupportedError
 from fewbit.kernels.capability import run_as
 from fewbit.kernels.dense import dense_linear
 from fewbit.kernels.registry import Kernel, Op, Unscaled
-from fewbit.kernels.select import select
+from fewbit.kernels.select import able
 from fewbit.modules.parted import Parted
 from fewbit.quant.qtensor import Planes, QTensor, Quantized, Transform
 from fewbit.quant.reference import decode
@@ -50,11 +50,11 @@ def part(quantized: Quantized, op: Op, options: Options) -> Part:
     """Choose a kernel and bring the planes into its layout."""
     quantized = as_run(quantized, options)
     device = quantized.weight.device
-    kernel, _ = select(op, quantized.format, device, options.dtype, options.kernels)
-    if not kernel.owns:
-        return Part(quantized, kernel, kernel.prepack(quantized), device)
-    packed = kernel.prepack(quantized, options.dtype)
-    return Part(packed.source, kernel, packed, device)
+    for kernel in able(op, quantized.format, device, options.dtype, options.kernels):
+        packed = kernel.held(quantized, options.dtype)
+        if packed is not None:
+            return Part(packed.source if kernel.owns else quantized, kernel, packed, device)
+    raise AssertionError("the reference leaves nothing")
 
 
 def there_or_raise(parts: tuple[Part, ...], what: str) -> None:

@@ -104,17 +104,25 @@ def writable() -> list[str]:
 
 def _each(name: str, form: Format, kernel: Kernel, device: torch.device) -> Iterator[Certificate]:
     for dtype in kernel.dtypes:
-        if kernel.refusal(form, device, dtype) is None:
+        if kernel.refusal(form, device, dtype) is None and _takes(form, kernel, device, dtype):
             inputs = _inputs(form, kernel, device, dtype)
             values, error, bound = _products(form, kernel, device, dtype)
             short = str(dtype).removeprefix("torch.")
             yield Certificate(name, kernel.name, str(device), short, values, inputs, error, bound)
 
 
+def _takes(form: Format, kernel: Kernel, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether it does not leave the weight to the next one."""
+    return _held(kernel, Quantized(form, _weight(form.weight), static(form.act)), device, dtype) is not None
+
+
+def _held(kernel: Kernel, q: Quantized, device: torch.device, dtype: torch.dtype) -> Any:
+    act = {name: plane.to(device) for name, plane in q.act.items()}
+    return kernel.held(Quantized(q.format, q.weight.to(device), act, q.transforms), dtype)
+
+
 def _run(kernel: Kernel, q: Quantized, x: Tensor) -> Tensor:
-    held = Quantized(q.format, q.weight.to(x.device), {n: p.to(x.device) for n, p in q.act.items()}, q.transforms)
-    packed = kernel.prepack(held, x.dtype) if kernel.owns else kernel.prepack(held)
-    return kernel.run(x, packed, None)
+    return kernel.run(x, _held(kernel, q, x.device, x.dtype), None)
 
 
 def _products(form: Format, kernel: Kernel, device: torch.device, dtype: torch.dtype) -> tuple[str, float, float]:

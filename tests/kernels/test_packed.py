@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from fewbit.kernels import compiled, packed
 from fewbit.kernels.compiled import library
 from fewbit.kernels.dense import dense_linear
-from fewbit.kernels.select import select
+from fewbit.kernels.select import REFERENCE, select
+from fewbit.modules.linear import Linear, Options
 from fewbit.quant.formats import FORMATS
 from fewbit.quant.qtensor import Quantized, stack
 from fewbit.quant.reference import decode, encode, linear
@@ -88,11 +90,16 @@ def test_experts(name: str) -> None:
     assert torch.equal(packed.run_experts(x, held, rows), want)
 
 
-def test_columns_that_are_no_whole_runs() -> None:
-    q = Quantized(FORMATS["int8-channel"], encode(torch.randn(8, 72), FORMATS["int8-channel"].weight))
+def test_columns_that_are_no_whole_runs_are_left() -> None:
+    form = FORMATS["int8-channel"]
+    q = Quantized(form, encode(torch.randn(8, 72), form.weight))
+    stacked = Quantized(form, stack([q.weight, q.weight]))
+    assert packed.prepack_linear(q) is None and packed.prepack_experts(stacked) is None
+    host = Linear.of(nn.Linear(72, 8, bias=False, device="meta"))
+    host.bind((q,), Options(dtype=torch.bfloat16))
     x = torch.randn(3, 72).bfloat16()
-    got = packed.run_linear(x, packed.prepack_linear(q))
-    torch.testing.assert_close(got, linear(x, q))
+    torch.testing.assert_close(host(x), linear(x, q))
+    assert [part.kernel.name for part in host.parts] == [REFERENCE]
 
 
 def test_codes_are_not_copied() -> None:

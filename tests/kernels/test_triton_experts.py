@@ -87,9 +87,7 @@ def test_what_it_leaves_to_others() -> None:
     assert triton_experts.supports(FORMATS["fp8-tensor"], cpu, torch.float32) is None
     permute = Transform("permute", {"index": torch.stack([torch.randperm(64)] * 4)})
     permuted = Quantized(FORMATS["int8-channel"], stack("int8-channel").weight, transforms=(permute,))
-    x, rows = torch.randn(4, 64), torch.tensor([1, 0, 2, 1])
-    got = triton_experts.run_experts(x, triton_experts.prepack_experts(permuted), rows)
-    torch.testing.assert_close(got, torch_dequant.run_experts(x, permuted, rows.tolist()))
+    assert triton_experts.prepack_experts(permuted) is None
 
 
 def quantized(host: Host, name: str) -> None:

@@ -43,3 +43,29 @@ def test_taken_over() -> None:
     with pytest.raises(UnsupportedError, match="moved to meta"):
         host.to("meta")
     assert "int4" in repr(host)
+
+
+def test_what_one_leaves_is_the_next_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which weights those are a kernel finds out as it sees them; behind one that is named stands the reference."""
+
+    def wide(q: Quantized) -> Quantized | None:
+        return q if q.weight.shape[-1] >= 128 else None
+
+    def run(x: Tensor, q: Quantized, bias: Tensor | None) -> Tensor:
+        return torch.zeros(*x.shape[:-1], q.weight.shape[-2])
+
+    first = Kernel("first", "linear", (), FLOATS, lambda *_: None, wide, run)
+    second = Kernel("second", "linear", (), FLOATS, lambda *_: None, lambda q: q, run)
+    monkeypatch.setattr(registry, "KERNELS", (first, second, *registry.KERNELS))
+    registry.kernels.cache_clear()
+    form = FORMATS["int4-g32"]
+    for k, mode, want in ((128, "auto", "first"), (64, "auto", "second"), (64, "first", "reference")):
+        q = Quantized(form, encode(torch.randn(16, k), form.weight))
+        host = Linear.of(nn.Linear(k, 16, bias=False, device="meta"))
+        host.bind((q,), Options(kernels=mode))
+        x = torch.randn(3, k)
+        got = host(x)
+        assert [part.kernel.name for part in host.parts] == [want]
+        torch.testing.assert_close(got, x @ decode(q.weight).T if want == "reference" else torch.zeros(3, 16))
+    monkeypatch.undo()
+    registry.kernels.cache_clear()
