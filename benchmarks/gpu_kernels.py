@@ -74,7 +74,7 @@ def weight(name: str, n: int, k: int) -> Quantized:
 
 def packed(kernel: Kernel, name: str, n: int, k: int, fused: bool = False) -> Call:
     q = weight(name, n, k)
-    held = kernel.held(q, torch.bfloat16)
+    held = kernel.prepacked(q, torch.bfloat16)
     if held is None:
         raise ValueError("left to the next kernel")
     if not fused:

@@ -53,7 +53,7 @@ class Kernel:
     unscaled: Callable[..., Unscaled] | None = None  # linear: (x, packed), for a reader that applies scales itself
     rounds: Callable[[Quantized], Rounding | None] | None = None  # linear: inputs, unless they come with their codes
 
-    def held(self, q: Quantized, dtype: torch.dtype) -> Any:
+    def prepacked(self, q: Quantized, dtype: torch.dtype) -> Any:
         """A weight as `run` takes it, or None."""
         return self.prepack(q, dtype) if self.owns else self.prepack(q)
 

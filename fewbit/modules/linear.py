@@ -51,7 +51,7 @@ def part(quantized: Quantized, op: Op, options: Options) -> Part:
     quantized = as_run(quantized, options)
     device = quantized.weight.device
     for kernel in able(op, quantized.format, device, options.dtype, options.kernels):
-        packed = kernel.held(quantized, options.dtype)
+        packed = kernel.prepacked(quantized, options.dtype)
         if packed is not None:
             return Part(packed.source if kernel.owns else quantized, kernel, packed, device)
     raise AssertionError("the reference leaves nothing")

@@ -113,16 +113,16 @@ def _each(name: str, form: Format, kernel: Kernel, device: torch.device) -> Iter
 
 def _takes(form: Format, kernel: Kernel, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether it does not leave the weight to the next one."""
-    return _held(kernel, Quantized(form, _weight(form.weight), static(form.act)), device, dtype) is not None
+    return _prepacked(kernel, Quantized(form, _weight(form.weight), static(form.act)), device, dtype) is not None
 
 
-def _held(kernel: Kernel, q: Quantized, device: torch.device, dtype: torch.dtype) -> Any:
+def _prepacked(kernel: Kernel, q: Quantized, device: torch.device, dtype: torch.dtype) -> Any:
     act = {name: plane.to(device) for name, plane in q.act.items()}
-    return kernel.held(Quantized(q.format, q.weight.to(device), act, q.transforms), dtype)
+    return kernel.prepacked(Quantized(q.format, q.weight.to(device), act, q.transforms), dtype)
 
 
 def _run(kernel: Kernel, q: Quantized, x: Tensor) -> Tensor:
-    return kernel.run(x, _held(kernel, q, x.device, x.dtype), None)
+    return kernel.run(x, _prepacked(kernel, q, x.device, x.dtype), None)
 
 
 def _products(form: Format, kernel: Kernel, device: torch.device, dtype: torch.dtype) -> tuple[str, float, float]:
@@ -156,7 +156,7 @@ def _values(
     top = _top(q.format.act)
     x = (torch.eye(K) * top).to(dtype)
     seen = fake_quant(x, q.format.act, q.act) if q.format.act else x
-    found = [_read(got, seen, values, moved(q.weight), kernel) for got in _runs(kernel, q, x.to(device))]
+    found = [_read(got, seen, values, shifts(q.weight), kernel) for got in _runs(kernel, q, x.to(device))]
     return next((each for each in found if not each[0].startswith(EXACT)), found[0])
 
 
@@ -168,13 +168,13 @@ def _runs(kernel: Kernel, q: Quantized, x: Tensor) -> Iterator[Tensor]:
         yield torch.cat([_run(kernel, q, part).cpu() for part in x.split(few.TILE)])
 
 
-def moved(w: QTensor) -> Tensor:
+def shifts(w: QTensor) -> Tensor:
     """By how much zeros that lie between codes move each value: where scales are rounded, those are as well."""
     zeros = None if w.spec.zeros_in_codes else zero_values(w)
     return torch.zeros(()) if zeros is None else regrid(zeros, w.shape, w.spec.zeros[0].block, (1, 1)).abs()
 
 
-def _read(got: Tensor, seen: Tensor, values: Tensor, moved: Tensor, kernel: Kernel) -> tuple[str, Tensor]:
+def _read(got: Tensor, seen: Tensor, values: Tensor, shift: Tensor, kernel: Kernel) -> tuple[str, Tensor]:
     """got: what came of `seen`, a matrix with numbers on its diagonal alone."""
     dtype, factor = got.dtype, seen.diagonal().double()[:, None]
     for word, held in (("exact", values), (f"in {str(dtype).removeprefix('torch.')}", values.to(dtype).float())):
@@ -185,7 +185,7 @@ def _read(got: Tensor, seen: Tensor, values: Tensor, moved: Tensor, kernel: Kern
     if least := _least(kernel, got, want):
         return f"exact from {least:.1e} up", values
     back = (got.double() / factor).T
-    off = float(((back - values).abs() / (values.abs() + moved).clamp_min(1e-30))[values != 0].max())
+    off = float(((back - values).abs() / (values.abs() + shift).clamp_min(1e-30))[values != 0].max())
     allowed = SCALES.get(kernel.name, 0.0)
     word = f"within {allowed:.1e}" if off <= allowed + 2 * UNIT[dtype] else f"off by {off:.1e}"
     return word, values

@@ -21,7 +21,7 @@ from fewbit.quant.formats import FORMATS
 from fewbit.quant.qtensor import QTensor, Quantized, Transform
 from fewbit.quant.reference import decode, encode, fake_quant
 from fewbit.quant.spec import Format
-from fewbit.workflows.certify import moved
+from fewbit.workflows.certify import shifts
 
 pytestmark = [
     pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
@@ -89,14 +89,14 @@ def held(kernel: Kernel, q: Quantized, dtype: torch.dtype) -> Any:
     reason = kernel.refusal(q.format, CUDA, dtype)
     if reason:
         pytest.skip(reason)
-    packed = kernel.held(q, dtype)
+    packed = kernel.prepacked(q, dtype)
     assert packed is not None, "left to the next kernel"
     return packed
 
 
 def reach(w: QTensor) -> Tensor:
     """How large values are, and what zeros between codes take from them: both are rounded."""
-    return (decode(w).abs() + moved(w)).double()
+    return (decode(w).abs() + shifts(w)).double()
 
 
 def check(kernel: Kernel, q: Quantized, rows: int, dtype: torch.dtype, packed: Any, bias: Tensor | None = None) -> None:
